@@ -1,0 +1,270 @@
+//! The `dynamoe` section of a checkpoint's config.json, and the dial.
+//!
+//! docs/checkpoint-format.md specifies the section; this file is its reader, writer and judge.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// `architectures[0]` of a DynaMoE checkpoint.
+pub const ARCHITECTURE: &str = "DynaMoeForCausalLM";
+/// `model_type` of a DynaMoE checkpoint.
+pub const MODEL_TYPE: &str = "dynamoe";
+/// The newest format version that this build reads, and the one it writes.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// How a token's expert is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouterKind {
+    /// A small MLP scores every expert but the largest; a token takes the smallest that scores at least the
+    /// sensitivity.
+    Mlp,
+    /// No router: the score of expert `e` is its share of the width, `H_e / I`, for every token (static
+    /// nesting, as in MatFormer). The layer has no router tensors.
+    Static,
+}
+
+/// The router of every layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterConfig {
+    /// How a token's expert is chosen.
+    pub kind: RouterKind,
+    /// Width of the router's hidden layer (0 for [`RouterKind::Static`]).
+    pub hidden_size: usize,
+    /// Whether layers carry `router.compensation`.
+    #[serde(default)]
+    pub compensation: bool,
+}
+
+/// A dial: one sensitivity for all layers, or one for each.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Sensitivity {
+    /// The same for every layer.
+    Uniform(f64),
+    /// One for each layer, first layer first.
+    PerLayer(Vec<f64>),
+}
+
+impl Sensitivity {
+    /// The sensitivity of layer `layer`.
+    ///
+    /// # Panics
+    /// If a per-layer list is shorter; [`DynaMoeConfig::validate`] excludes it.
+    pub fn at(&self, layer: usize) -> f64 {
+        match self {
+            Self::Uniform(s) => *s,
+            Self::PerLayer(list) => list[layer],
+        }
+    }
+
+    fn values(&self) -> &[f64] {
+        match self {
+            Self::Uniform(s) => std::slice::from_ref(s),
+            Self::PerLayer(list) => list,
+        }
+    }
+
+    /// Checks that every value is a number from 0 to 1 and that a per-layer list has `layers` entries.
+    ///
+    /// # Errors
+    /// [`Error::Dial`] or [`Error::Config`].
+    pub fn validate(&self, layers: usize) -> Result<()> {
+        self.values().iter().try_for_each(|&s| check_dial("sensitivity", s))?;
+        match self {
+            Self::PerLayer(list) if list.len() != layers => Err(Error::Config(format!(
+                "a per-layer sensitivity must have one entry for each of the {layers} layers, found {}",
+                list.len()
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A row of the table that turns a mean width into a sensitivity, measured on calibration data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// Mean FFN width over tokens and layers, as a share of the dense width.
+    pub width: f64,
+    /// The sensitivity that gives it.
+    pub sensitivity: Sensitivity,
+}
+
+/// The `dynamoe` section of config.json.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DynaMoeConfig {
+    /// Version of the checkpoint format.
+    pub version: u32,
+    /// `architectures[0]` of the dense model.
+    pub base_architecture: String,
+    /// `model_type` of the dense model.
+    pub base_model_type: String,
+    /// `H_e`: neurons of each nested expert, strictly increasing; the last is the dense FFN's width.
+    pub expert_widths: Vec<usize>,
+    /// The router of every layer.
+    pub router: RouterConfig,
+    /// The dial's default.
+    pub sensitivity: f64,
+    /// Sensitivities for mean widths, ascending in `width`.
+    #[serde(default)]
+    pub budgets: Vec<Budget>,
+}
+
+/// Checks that a dial's value is a number from 0 to 1.
+///
+/// # Errors
+/// [`Error::Dial`] names the dial and the value found.
+pub fn check_dial(dial: &'static str, found: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&found) { Ok(()) } else { Err(Error::Dial { dial, found }) }
+}
+
+/// Checks that `widths` are strictly increasing and end at the dense width.
+///
+/// # Errors
+/// [`Error::Widths`] otherwise.
+pub fn check_widths(widths: &[usize], intermediate_size: usize) -> Result<()> {
+    let increasing = widths.windows(2).all(|pair| pair[0] < pair[1]);
+    if increasing && widths.first().is_some_and(|&w| w > 0) && widths.last() == Some(&intermediate_size) {
+        return Ok(());
+    }
+    Err(Error::Widths { widths: widths.to_vec(), intermediate_size })
+}
+
+/// `experts` nested widths `(e + 1) / experts · intermediate_size` (the paper's), each rounded up to the
+/// largest block of 256, 64, 32 or 1 neurons that keeps them apart: quantized blocks and tensor cores want
+/// multiples of 256.
+///
+/// # Errors
+/// [`Error::Config`] if `experts` is 0 or exceeds the width.
+pub fn even_widths(intermediate_size: usize, experts: usize) -> Result<Vec<usize>> {
+    if experts == 0 || experts > intermediate_size {
+        return Err(Error::Config(format!(
+            "the number of experts must be from 1 to the FFN's width {intermediate_size}, found {experts}"
+        )));
+    }
+    for block in [256, 64, 32, 1] {
+        let widths: Vec<usize> = (1..=experts)
+            .map(|e| (e * intermediate_size).div_ceil(experts).next_multiple_of(block).min(intermediate_size))
+            .collect();
+        // a block larger than an eighth of a step would bend the widths away from the paper's
+        let fits =
+            block == 1 || intermediate_size.is_multiple_of(block) || intermediate_size / experts >= 8 * block;
+        if fits && check_widths(&widths, intermediate_size).is_ok() {
+            return Ok(widths);
+        }
+    }
+    unreachable!("blocks of 1 keep up to intermediate_size widths apart")
+}
+
+impl DynaMoeConfig {
+    /// Reads and checks the section of a whole config.json.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a missing section, an unknown or missing key or a wrong type; [`Error::Version`]
+    /// for a newer format; and all of [`DynaMoeConfig::validate`]'s.
+    pub fn from_config_json(config: &serde_json::Value) -> Result<Self> {
+        let section = config
+            .get("dynamoe")
+            .ok_or_else(|| Error::Config("not found: this is not a DynaMoE checkpoint".into()))?;
+        let version = section.get("version").and_then(serde_json::Value::as_u64);
+        if let Some(found) = version.filter(|&v| v > u64::from(FORMAT_VERSION)) {
+            let found = u32::try_from(found).unwrap_or(u32::MAX);
+            return Err(Error::Version { found, supported: FORMAT_VERSION });
+        }
+        let parsed: Self =
+            serde_json::from_value(section.clone()).map_err(|error| Error::Config(error.to_string()))?;
+        let number = |key: &str| {
+            config
+                .get(key)
+                .and_then(serde_json::Value::as_u64)
+                .and_then(|n| usize::try_from(n).ok())
+                .ok_or_else(|| {
+                    Error::Config(format!("config.json needs \"{key}\", a whole number, beside this section"))
+                })
+        };
+        parsed.validate(number("intermediate_size")?, number("num_hidden_layers")?)?;
+        Ok(parsed)
+    }
+
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn validate(&self, intermediate_size: usize, layers: usize) -> Result<()> {
+        if self.version == 0 {
+            return Err(Error::Config("version must be 1 or more, found 0".into()));
+        }
+        check_widths(&self.expert_widths, intermediate_size)?;
+        check_dial("sensitivity", self.sensitivity)?;
+        let mlp = self.router.kind == RouterKind::Mlp;
+        if mlp != (self.router.hidden_size > 0) {
+            return Err(Error::Config(format!(
+                "router.hidden_size must be {} for a router of kind {:?}, found {}",
+                if mlp { "1 or more" } else { "0" },
+                self.router.kind,
+                self.router.hidden_size
+            )));
+        }
+        for budget in &self.budgets {
+            check_dial("budget", budget.width)?;
+            budget.sensitivity.validate(layers)?;
+        }
+        if !self.budgets.windows(2).all(|pair| pair[0].width < pair[1].width) {
+            return Err(Error::Config("budgets must be strictly ascending in width".into()));
+        }
+        Ok(())
+    }
+
+    /// Number of nested experts.
+    pub fn experts(&self) -> usize {
+        self.expert_widths.len()
+    }
+
+    /// The widest expert: the dense FFN's `intermediate_size`.
+    pub fn intermediate_size(&self) -> usize {
+        self.expert_widths.last().copied().unwrap_or(0)
+    }
+
+    /// Each expert's share of the dense width, in (0, 1].
+    pub fn width_shares(&self) -> Vec<f64> {
+        let full = self.intermediate_size() as f64;
+        self.expert_widths.iter().map(|&w| w as f64 / full).collect()
+    }
+
+    /// The sensitivity of every layer for a mean width, interpolated in the table of budgets. The ends of the
+    /// dial belong to every table: width 1 is sensitivity 1, and the smallest expert's share is sensitivity 0.
+    ///
+    /// # Errors
+    /// [`Error::Dial`] for a width outside 0 to 1, [`Error::Config`] for an empty table.
+    pub fn sensitivity_for_budget(&self, width: f64, layers: usize) -> Result<Vec<f64>> {
+        check_dial("budget", width)?;
+        let spread = |s: &Sensitivity| (0..layers).map(|l| s.at(l)).collect::<Vec<_>>();
+        if width >= 1.0 {
+            return Ok(vec![1.0; layers]);
+        }
+        if self.budgets.is_empty() {
+            return Err(Error::Config(
+                "the table of budgets is empty: run `moefy-train evaluate --budget …` once, or set a sensitivity"
+                    .into(),
+            ));
+        }
+        let mut low = (self.width_shares()[0], vec![0.0; layers]);
+        if width <= low.0 {
+            return Ok(low.1);
+        }
+        for (to, high) in
+            self.budgets.iter().map(|b| (b.width, spread(&b.sensitivity))).chain([(1.0, vec![1.0; layers])])
+        {
+            if to >= width {
+                let t = if to > low.0 { (width - low.0) / (to - low.0) } else { 1.0 };
+                return Ok(low.1.iter().zip(&high).map(|(a, b)| a + t * (b - a)).collect());
+            }
+            low = (to, high);
+        }
+        Ok(vec![1.0; layers])
+    }
+}

@@ -1,0 +1,22 @@
+//! From a pre-trained dense checkpoint to a DynaMoE checkpoint.
+//!
+//! Data flows one way: dense checkpoint → [`calibrate`] → [`convert`] → [`train`] → [`evaluate`] → [`export`].
+//!
+//! Letters in shape comments: `B` sequences, `T` positions, `N = B·T` tokens, `D` hidden_size,
+//! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary, `H` attention heads, `K` key/value heads,
+//! `d` head_dim.
+
+pub mod calibrate;
+pub mod checkpoint;
+pub mod convert;
+pub mod data;
+pub mod demo;
+pub mod evaluate;
+pub mod export;
+pub mod hf_config;
+pub mod hub;
+pub mod inspect;
+pub mod model;
+pub mod report;
+pub mod results;
+pub mod train;

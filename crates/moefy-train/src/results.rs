@@ -1,0 +1,138 @@
+//! What `evaluate`, `run` and the comparisons measure: the types behind `--json` and the report.
+
+use serde::{Deserialize, Serialize};
+
+/// One point of the dial, measured on one data set.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// The dial's value: one number, or the mean over layers where a budget set one for each.
+    pub sensitivity: f64,
+    /// The mean width that was asked for, if one was.
+    pub budget: Option<f64>,
+    /// Mean loss in nats per token.
+    pub loss: f64,
+    /// Standard error of `loss` over documents (or sequences).
+    pub stderr: f64,
+    /// `exp(loss)`.
+    pub perplexity: f64,
+    /// Mean FFN width over tokens and layers as a share of the dense width.
+    pub mean_width: f64,
+    /// The same for each layer.
+    pub width_per_layer: Vec<f64>,
+    /// Parameters a token uses on average, as a share of the dense model's.
+    pub active_parameters: f64,
+    /// Floating point operations of a token on average, as a share of the dense model's (matrix products
+    /// without attention scores).
+    pub flops: f64,
+    /// Tokens scored.
+    pub tokens: usize,
+}
+
+/// Accuracy on minimal pairs (BLiMP): how often the good sentence is the likelier one.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PairsPoint {
+    /// The dial's value.
+    pub sensitivity: f64,
+    /// Share of pairs whose good sentence has the larger log likelihood.
+    pub accuracy: f64,
+    /// Standard error of `accuracy`.
+    pub stderr: f64,
+    /// Pairs scored.
+    pub pairs: usize,
+    /// Mean FFN width over all tokens scored.
+    pub mean_width: f64,
+    /// Accuracy by the pairs' `field`, where they have one.
+    pub by_field: Vec<(String, f64)>,
+}
+
+/// What `evaluate --json` prints.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// One for each dial value asked for.
+    pub results: Vec<Point>,
+    /// Minimal pairs, if asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pairs: Vec<PairsPoint>,
+    /// The model's folder.
+    pub model: String,
+    /// The data scored.
+    pub data: Vec<String>,
+}
+
+/// A curve of one method: loss against width.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Curve {
+    /// Name shown in the legend, such as `static nested`.
+    pub name: String,
+    /// One sentence on what it is.
+    pub description: String,
+    /// Ascending in mean width.
+    pub points: Vec<Point>,
+}
+
+/// A line of the training log (metrics.jsonl).
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainMetrics {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Language-model loss of the step, nats per token.
+    pub loss: f64,
+    /// All that was minimised: the loss above, distillation, price, router objective.
+    pub objective: f64,
+    /// Mean FFN width of the step's routing.
+    pub mean_width: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens per second since the last line.
+    pub tokens_per_second: f64,
+}
+
+/// A token of a sample text with the width it used.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SampleToken {
+    /// The token's text.
+    pub text: String,
+    /// Mean FFN width over layers for this token, as a share of the dense width.
+    pub width: f64,
+    /// Width at each layer.
+    pub width_per_layer: Vec<f64>,
+    /// Loss of predicting this token from those before it, nats; none for the first.
+    pub loss: Option<f64>,
+}
+
+/// A sample text at one dial value.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// The dial's value.
+    pub sensitivity: f64,
+    /// Where the text is from, such as `held-out document 3`.
+    pub source: String,
+    /// The text, token by token.
+    pub tokens: Vec<SampleToken>,
+}
+
+/// All that the report shows; written as report.json beside report.html.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Shown as the page's title, such as the model's name.
+    pub title: String,
+    /// Facts as label and value, in order: base model, data, tokens trained, time, machine.
+    pub facts: Vec<(String, String)>,
+    /// Loss against width: the DynaMoE checkpoint's curve first, baselines after it.
+    pub curves: Vec<Curve>,
+    /// Loss of the dense model that was converted, if measured.
+    pub dense_loss: Option<f64>,
+    /// Loss of the dense model fine-tuned on the same tokens, if measured.
+    pub dense_finetuned_loss: Option<f64>,
+    /// Training log of each method trained, by curve name.
+    pub training: Vec<(String, Vec<TrainMetrics>)>,
+    /// Minimal pairs, if measured.
+    #[serde(default)]
+    pub pairs: Vec<PairsPoint>,
+    /// Coloured sample texts.
+    pub samples: Vec<Sample>,
+}
