@@ -1,0 +1,200 @@
+//! The decoder of Llama, Mistral, Qwen2 and Qwen3 without its FFNs.
+//!
+//! Each layer: `x += attention(norm(x))`, then `x += ffn(norm(x))`; at the end a norm and the output matrix.
+
+use anyhow::{Context, Result, bail};
+use candle_core::{Result as CandleResult, Tensor};
+
+use super::Rotary;
+use super::ops::{AttentionShape, attention, linear, rms_norm, rope};
+use crate::hf_config::ModelConfig;
+
+/// A projection with an optional bias.
+#[derive(Debug, Clone)]
+struct Projection {
+    weight: Tensor,       // (out, in)
+    bias: Option<Tensor>, // (out)
+}
+
+impl Projection {
+    /// `x (N, in)` → `(N, out)`.
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let y = linear(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// A decoder layer without its FFN.
+#[derive(Debug, Clone)]
+struct Layer {
+    input_norm: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    post_attention_norm: Tensor,
+}
+
+/// A decoder-only language model without its FFNs.
+#[derive(Debug, Clone)]
+pub struct Backbone {
+    config: ModelConfig,
+    embed_tokens: Tensor, // (V, D)
+    layers: Vec<Layer>,
+    norm: Tensor,
+    lm_head: Option<Tensor>, // (V, D), none where tied
+}
+
+/// Supplies a tensor by its Hugging Face name and shape.
+type Source<'a> = dyn FnMut(&str, &[usize]) -> Result<Tensor> + 'a;
+
+impl Backbone {
+    /// Takes every tensor but those of the FFNs from `get`, which is called with the Hugging Face name (such as
+    /// `model.layers.0.self_attn.q_proj.weight`) and the shape that the configuration asks for. Where `get`
+    /// returns a variable's tensor, gradients reach the variable.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself, those of `get`, a tensor of another shape.
+    pub fn from_tensors(config: &ModelConfig, get: &mut Source<'_>) -> Result<Self> {
+        check(config)?;
+        let (d, v) = (config.hidden_size, config.vocab_size);
+        let get = &mut |name: &str, shape: &[usize]| {
+            let tensor = get(name, shape).with_context(|| format!("tensor {name}"))?;
+            if tensor.dims() != shape {
+                bail!("{name}: expected shape {shape:?}, found {:?}", tensor.dims());
+            }
+            Ok(tensor)
+        };
+        Ok(Self {
+            embed_tokens: get("model.embed_tokens.weight", &[v, d])?,
+            layers: (0..config.num_hidden_layers)
+                .map(|layer| Layer::from_tensors(config, layer, get))
+                .collect::<Result<_>>()?,
+            norm: get("model.norm.weight", &[d])?,
+            lm_head: if config.tie_word_embeddings { None } else { Some(get("lm_head.weight", &[v, d])?) },
+            config: config.clone(),
+        })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The output matrix, `(V, D)`: the embedding where the two are tied.
+    pub fn output_matrix(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// Runs the layers on `tokens (B, T)`, u32, from position 0. `ffn(layer, x)` is each layer's FFN: it takes
+    /// the normed hidden states `(B·T, D)` and returns what is added to the residual stream, of the same shape.
+    ///
+    /// Returns the hidden states after the final norm, `(B·T, D)`, row `b·T + t`.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, and those of `ffn`.
+    pub fn forward(
+        &self,
+        tokens: &Tensor,
+        ffn: &mut dyn FnMut(usize, &Tensor) -> CandleResult<Tensor>,
+    ) -> CandleResult<Tensor> {
+        let (sequences, positions) = tokens.dims2()?;
+        let eps = self.config.rms_norm_eps;
+        let rotary = Rotary::new(&self.config, positions, tokens.device())?;
+        let mut x = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?; // (N, D)
+        for (index, layer) in self.layers.iter().enumerate() {
+            let shape = AttentionShape {
+                sequences,
+                positions,
+                heads: self.config.num_attention_heads,
+                kv_heads: self.config.num_key_value_heads,
+                head_dim: self.config.head_dim,
+                window: self.config.sliding_window[index],
+            };
+            let normed = rms_norm(&x, &layer.input_norm, eps)?;
+            x = (x + layer.attention(&normed, &rotary, shape, eps)?)?;
+            let normed = rms_norm(&x, &layer.post_attention_norm, eps)?;
+            x = (x + ffn(index, &normed)?)?;
+        }
+        rms_norm(&x, &self.norm, eps)
+    }
+
+    /// `hidden (N, D)` → `(N, V)`.
+    ///
+    /// # Errors
+    /// Another width than `D`.
+    pub fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
+        linear(hidden, self.output_matrix())
+    }
+}
+
+impl Layer {
+    fn from_tensors(config: &ModelConfig, layer: usize, get: &mut Source<'_>) -> Result<Self> {
+        let (d, head_dim) = (config.hidden_size, config.head_dim);
+        let (q, kv) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
+        let mut get = |name: &str, shape: &[usize]| get(&format!("model.layers.{layer}.{name}"), shape);
+        let mut projection = |name: &str, out: usize, from: usize, bias: bool| -> Result<Projection> {
+            Ok(Projection {
+                weight: get(&format!("self_attn.{name}.weight"), &[out, from])?,
+                bias: bias.then(|| get(&format!("self_attn.{name}.bias"), &[out])).transpose()?,
+            })
+        };
+        Ok(Self {
+            q: projection("q_proj", q, d, config.qkv_bias)?,
+            k: projection("k_proj", kv, d, config.qkv_bias)?,
+            v: projection("v_proj", kv, d, config.qkv_bias)?,
+            o: projection("o_proj", d, q, config.o_bias)?,
+            q_norm: config.qk_norm.then(|| get("self_attn.q_norm.weight", &[head_dim])).transpose()?,
+            k_norm: config.qk_norm.then(|| get("self_attn.k_norm.weight", &[head_dim])).transpose()?,
+            input_norm: get("input_layernorm.weight", &[d])?,
+            post_attention_norm: get("post_attention_layernorm.weight", &[d])?,
+        })
+    }
+
+    /// `x (N, D)` → `(N, D)`.
+    fn attention(
+        &self,
+        x: &Tensor,
+        rotary: &Rotary,
+        shape: AttentionShape,
+        eps: f64,
+    ) -> CandleResult<Tensor> {
+        let q = head_norm(self.q.forward(x)?, self.q_norm.as_ref(), eps)?; // (N, H·d)
+        let k = head_norm(self.k.forward(x)?, self.k_norm.as_ref(), eps)?; // (N, K·d)
+        let v = self.v.forward(x)?; // (N, K·d)
+        self.o.forward(&attention(&rope(&q, rotary)?, &rope(&k, rotary)?, &v, shape)?)
+    }
+}
+
+/// Norms each head of `x (N, heads·d)` by `w (d)`, where there is one.
+fn head_norm(x: Tensor, w: Option<&Tensor>, eps: f64) -> CandleResult<Tensor> {
+    let Some(w) = w else { return Ok(x) };
+    rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps)?.reshape(x.shape())
+}
+
+/// Rejects what would fail or mislead later.
+fn check(config: &ModelConfig) -> Result<()> {
+    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        bail!("num_attention_heads must be a multiple of num_key_value_heads, found {heads} and {kv_heads}");
+    }
+    if config.head_dim == 0 || !config.head_dim.is_multiple_of(2) {
+        bail!("head_dim must be even for rotary embeddings, found {}", config.head_dim);
+    }
+    if config.sliding_window.len() != config.num_hidden_layers {
+        bail!(
+            "expected an attention window (or none) for each of {} layers, found {}",
+            config.num_hidden_layers,
+            config.sliding_window.len()
+        );
+    }
+    if config.sliding_window.contains(&Some(0)) {
+        bail!("a sliding window must hold 1 position or more, found 0");
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! Causal attention with grouped queries and an optional window.
+//!
+//! For a query at position `i`: `o_i = Σ_j softmax_j(q_i·k_j / √d) v_j` over keys `i - window < j ≤ i`.
+
+use candle_core::{D, DType, Result, Tensor};
+
+/// How rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)` are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// B: sequences.
+    pub sequences: usize,
+    /// T: positions of each sequence.
+    pub positions: usize,
+    /// H: query heads.
+    pub heads: usize,
+    /// K: key and value heads; `H / K` query heads share one.
+    pub kv_heads: usize,
+    /// d: numbers in a head.
+    pub head_dim: usize,
+    /// How many keys a query sees at most, itself included; none: all before it.
+    pub window: Option<usize>,
+}
+
+/// `q (B·T, H·d)`, `k` and `v (B·T, K·d)` → `(B·T, H·d)`.
+///
+/// # Errors
+/// Tensors that do not have the shape.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> Result<Tensor> {
+    attention_composed(q, k, v, shape)
+}
+
+/// [`attention`] out of candle's operations; keeps `(B, H, T, T)` tensors for the backward pass.
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> Result<Tensor> {
+    let AttentionShape { sequences, positions, heads, kv_heads, head_dim, .. } = shape;
+    let grouped = |x: &Tensor| {
+        x.reshape((sequences, positions, kv_heads, 1, head_dim))?
+            .broadcast_as((sequences, positions, kv_heads, heads / kv_heads, head_dim))?
+            .reshape((sequences, positions, heads, head_dim))?
+            .transpose(1, 2)?
+            .contiguous() // (B, H, T, d)
+    };
+    let q = q.reshape((sequences, positions, heads, head_dim))?.transpose(1, 2)?.contiguous()?;
+    let scores = (q.matmul(&grouped(k)?.t()?)? * (head_dim as f64).powf(-0.5))?; // (B, H, T, T)
+    let mask = Tensor::from_vec(mask(shape), (positions, positions), q.device())?.to_dtype(q.dtype())?;
+    let scores = scores.broadcast_add(&mask)?.to_dtype(DType::F32)?;
+    let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(q.dtype())?;
+    probabilities.matmul(&grouped(v)?)?.transpose(1, 2)?.reshape((sequences * positions, heads * head_dim))
+}
+
+/// 0 where a query (row) sees a key (column), -∞ elsewhere: `(T, T)`.
+fn mask(shape: AttentionShape) -> Vec<f32> {
+    let window = shape.window.unwrap_or(usize::MAX);
+    let visible = |i: usize, j: usize| j <= i && i - j < window;
+    let t = shape.positions;
+    (0..t * t).map(|at| if visible(at / t, at % t) { 0.0 } else { f32::NEG_INFINITY }).collect()
+}
