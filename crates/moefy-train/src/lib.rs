@@ -6,6 +6,7 @@
 //! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary, `H` attention heads, `K` key/value heads,
 //! `d` head_dim.
 
+pub mod activations;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod convert;
