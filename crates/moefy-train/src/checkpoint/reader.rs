@@ -1,0 +1,317 @@
+//! Reading a checkpoint folder, which is trusted with nothing: every name, offset and shape is checked before
+//! it is used, and no allocation is larger than the file behind it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::Metadata};
+use sha2::{Digest, Sha256};
+
+use super::expected_tensors;
+use crate::hf_config::ModelConfig;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Where a tensor is and what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+    /// Index of its file in [`Checkpoint::shards`].
+    pub shard: usize,
+    /// First byte in that file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: usize,
+}
+
+struct Shard {
+    path: PathBuf,
+    file: File,
+    header_len: u64,
+}
+
+/// An open checkpoint: a folder with config.json and model.safetensors, or model.safetensors.index.json and
+/// its shards. Data is read on demand with positioned reads, so what stays in memory is what the caller keeps.
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: ModelConfig,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Checkpoint {
+    /// Opens a folder and checks that every tensor that its config.json asks for is there, with the right
+    /// shape and a floating-point type.
+    ///
+    /// # Errors
+    /// What is missing, broken or not supported, by file and tensor.
+    pub fn open(dir: &Path) -> Result<Self> {
+        ensure!(dir.is_dir(), "{}: not a folder; a model is a folder with config.json", dir.display());
+        let config = ModelConfig::read(dir)?;
+        let (shards, tensors) = if dir.join(SINGLE).exists() {
+            let (shard, found) = open_shard(&dir.join(SINGLE), 0)?;
+            (vec![shard], found)
+        } else if dir.join(INDEX).exists() {
+            open_sharded(dir)?
+        } else {
+            bail!("{}: neither {SINGLE} nor {INDEX} found: safetensors weights are needed", dir.display());
+        };
+        let checkpoint = Self { dir: dir.to_path_buf(), config, shards, tensors };
+        checkpoint.check_tensors()?;
+        Ok(checkpoint)
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its config.json.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Names of all tensors, sorted; more than [`expected_tensors`] if the files hold more.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Type, shape and place of a tensor.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// The safetensors files.
+    pub fn shards(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.path.as_path())
+    }
+
+    /// The type that the model's matrices are stored in (the embedding's).
+    pub fn dtype(&self) -> Dtype {
+        self.tensors.get("model.embed_tokens.weight").map_or(Dtype::F32, |info| info.dtype)
+    }
+
+    /// A tensor's bytes, little endian, rows first.
+    ///
+    /// # Errors
+    /// An unknown name or a failed read.
+    pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let len = self.known(name)?.len;
+        self.read_range(name, 0..len)
+    }
+
+    /// Bytes `range` of a tensor.
+    ///
+    /// # Errors
+    /// An unknown name, a range beyond the tensor or a failed read.
+    pub fn read_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
+        let info = self.known(name)?;
+        let shard = &self.shards[info.shard];
+        ensure!(
+            range.start <= range.end && range.end <= info.len,
+            "{}: tensor {name}: bytes {range:?} asked for, it has {}",
+            shard.path.display(),
+            info.len
+        );
+        let mut bytes = vec![0; range.len()];
+        shard
+            .file
+            .read_exact_at(&mut bytes, info.offset + range.start as u64)
+            .with_context(|| format!("{}: reading tensor {name}", shard.path.display()))?;
+        Ok(bytes)
+    }
+
+    /// A tensor of the expected shape, converted to `dtype`, on `device`.
+    ///
+    /// # Errors
+    /// An unknown name, another shape, a type other than F32, F16 and BF16, a failed read.
+    pub fn tensor(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let stored = self.check(name, shape)?;
+        let bytes = self.read_bytes(name)?;
+        let tensor = Tensor::from_raw_buffer(&bytes, stored, shape, &Device::Cpu)
+            .and_then(|t| t.to_device(device)?.to_dtype(dtype));
+        tensor.with_context(|| format!("tensor {name}"))
+    }
+
+    /// What tells this checkpoint from others without reading its weights: SHA-256 of config.json and of the
+    /// headers of its safetensors files, in hex.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(std::fs::read(self.dir.join("config.json")).context("config.json")?);
+        for shard in &self.shards {
+            let mut header = vec![0; shard.header_len as usize];
+            shard
+                .file
+                .read_exact_at(&mut header, 0)
+                .with_context(|| format!("{}: reading the header", shard.path.display()))?;
+            hash.update(&header);
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    fn known(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).with_context(|| format!("{}: tensor {name} not found", self.dir.display()))
+    }
+
+    /// Checks a tensor's shape and type; its type as candle's.
+    fn check(&self, name: &str, shape: &[usize]) -> Result<DType> {
+        let info = self.known(name)?;
+        let path = self.shards[info.shard].path.display();
+        ensure!(
+            info.shape == shape,
+            "{path}: tensor {name}: expected shape {shape:?} by config.json, found {:?}",
+            info.shape
+        );
+        float_dtype(info.dtype).with_context(|| {
+            format!(
+                "{path}: tensor {name}: expected type F32, F16 or BF16, found {}: give the unquantized model",
+                info.dtype
+            )
+        })
+    }
+
+    fn check_tensors(&self) -> Result<()> {
+        let expected = expected_tensors(&self.config);
+        let missing: Vec<&str> = expected
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .filter(|n| !self.tensors.contains_key(*n))
+            .collect();
+        if let [first, rest @ ..] = missing.as_slice() {
+            let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+            bail!(
+                "{}: tensor {first}{more} missing: config.json asks for it, the safetensors files do not hold it",
+                self.dir.display()
+            );
+        }
+        expected.iter().try_for_each(|(name, shape)| self.check(name, shape).map(drop))
+    }
+}
+
+/// candle's name of a floating-point type that models are stored in.
+pub(crate) fn float_dtype(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+/// Opens the shards of an index and takes from each the tensors that the index finds there.
+fn open_sharded(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)> {
+    let path = dir.join(INDEX);
+    let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    let index: serde_json::Value =
+        serde_json::from_slice(&text).with_context(|| format!("{}: not valid JSON", path.display()))?;
+    let weight_map = index
+        .get("weight_map")
+        .and_then(serde_json::Value::as_object)
+        .filter(|map| !map.is_empty())
+        .with_context(|| format!("{}: expected a \"weight_map\" of tensors to files", path.display()))?;
+    let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (name, file) in weight_map {
+        let file = file.as_str().filter(|file| is_plain_name(file)).with_context(|| {
+            format!(
+                "{}: tensor {name} is said to be in {file}: expected the name of a file in the same folder",
+                path.display()
+            )
+        })?;
+        by_shard.entry(file).or_default().push(name);
+    }
+    let mut shards = Vec::with_capacity(by_shard.len());
+    let mut tensors = BTreeMap::new();
+    for (position, (file, names)) in by_shard.into_iter().enumerate() {
+        let (shard, mut found) = open_shard(&dir.join(file), position)?;
+        for name in names {
+            let info = found.remove(name).with_context(|| {
+                format!("{}: says that tensor {name} is in {file}, which does not hold it", path.display())
+            })?;
+            tensors.insert(name.to_owned(), info);
+        }
+        shards.push(shard);
+    }
+    Ok((shards, tensors))
+}
+
+/// Whether `name` is one file name: no separator, not `..`, not absolute.
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+        && !name.contains(['\\', '\0'])
+}
+
+/// Opens a safetensors file and reads and checks its header.
+fn open_shard(path: &Path, shard: usize) -> Result<(Shard, BTreeMap<String, TensorInfo>)> {
+    let meta =
+        std::fs::metadata(path).with_context(|| format!("{}: file missing or unreadable", path.display()))?;
+    ensure!(meta.is_file(), "{}: not a regular file", path.display());
+    ensure!(
+        meta.len() >= 8,
+        "{}: {} bytes are too few for a safetensors file: truncated, fetch it again",
+        path.display(),
+        meta.len()
+    );
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    // SAFETY: the map is only read, only its first pages (the header), and is dropped at the end of this
+    // function; a file that shrinks meanwhile would end the process, as for every mapped model file.
+    let map = unsafe { Mmap::map(&file) }.with_context(|| format!("{}: mapping", path.display()))?;
+    let (header_len, metadata) =
+        SafeTensors::read_metadata(&map).map_err(|error| broken_header(path, &map, &error))?;
+    let data = header_len as u64 + 8;
+    let tensors = infos(&metadata, shard, data);
+    Ok((Shard { path: path.to_path_buf(), file, header_len: data }, tensors))
+}
+
+fn infos(metadata: &Metadata, shard: usize, data: u64) -> BTreeMap<String, TensorInfo> {
+    let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
+        let (start, end) = info.data_offsets;
+        let info = TensorInfo {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            shard,
+            offset: data + start as u64,
+            len: end - start,
+        };
+        (name, info)
+    };
+    metadata.tensors().into_iter().map(place).collect()
+}
+
+/// One sentence on what is wrong with a file and what to do.
+fn broken_header(path: &Path, map: &[u8], error: &SafeTensorError) -> anyhow::Error {
+    let what = match error {
+        SafeTensorError::InvalidHeaderLength | SafeTensorError::HeaderTooLarge => {
+            let mut len = [0; 8];
+            len.copy_from_slice(&map[..8]);
+            let len = u64::from_le_bytes(len);
+            format!("the header claims {len} bytes, the file has {}", map.len())
+        }
+        SafeTensorError::MetadataIncompleteBuffer => format!(
+            "the tensors that the header lists do not end where the file ends ({} bytes): truncated or padded",
+            map.len()
+        ),
+        SafeTensorError::InvalidOffset(name) => {
+            format!("tensor {name}: its offsets overlap another tensor's, leave a hole or run backwards")
+        }
+        SafeTensorError::TensorInvalidInfo => {
+            "a tensor's offsets do not fit its shape and type, or its type is unknown".to_owned()
+        }
+        SafeTensorError::ValidationOverflow => "a tensor's shape overflows".to_owned(),
+        other => other.to_string(),
+    };
+    anyhow::anyhow!("{}: broken safetensors file: {what}; fetch or export it again", path.display())
+}
