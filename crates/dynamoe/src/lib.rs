@@ -6,7 +6,17 @@
 
 pub mod config;
 pub mod error;
+pub mod experts;
+pub mod ffn;
 pub mod names;
+pub mod reference;
+pub mod router;
+pub mod swiglu;
+pub mod train;
 
 pub use config::{Budget, DynaMoeConfig, RouterConfig, RouterKind, Sensitivity};
 pub use error::{Error, Result};
+pub use experts::{NestedExperts, PrefixExperts, Shell, ShellExperts};
+pub use ffn::{DynaMoeFfn, Routes};
+pub use router::Router;
+pub use train::TrainableFfn;

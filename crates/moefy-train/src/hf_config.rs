@@ -132,6 +132,11 @@ pub fn read_json(dir: &Path) -> Result<Value> {
 }
 
 impl ModelConfig {
+    /// `H_e` of every layer; a dense model has one expert.
+    pub fn expert_widths(&self) -> Vec<usize> {
+        self.dynamoe.as_ref().map_or_else(|| vec![self.intermediate_size], |d| d.expert_widths.clone())
+    }
+
     /// Reads `dir/config.json`.
     ///
     /// # Errors

@@ -10,7 +10,9 @@ mod backbone;
 pub mod ops;
 mod params;
 mod rotary;
+mod routed;
 
 pub use backbone::Backbone;
 pub use params::Params;
 pub use rotary::Rotary;
+pub use routed::RoutedModel;

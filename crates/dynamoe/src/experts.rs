@@ -1,0 +1,175 @@
+//! Nested experts: expert `e` is the first `H_e` neurons of the FFN, so one set of weights serves all.
+//!
+//! ```text
+//! h   = act(W_gate x) ∘ (W_up x)          (I)
+//! O_e = W_down[:, :H_e] · h[:H_e]         the largest expert is the dense FFN
+//! ```
+//!
+//! Shell `s` is the neurons `H_{s-1} .. H_s`; expert `e` is the sum of shells `0..=e`. Rows arrive sorted,
+//! widest expert first, so that shell `s` serves the first `reach[s]` rows: a staircase.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{Activation, Module};
+
+/// The weights of a layer's experts, dense or quantized.
+pub trait NestedExperts: Send + Sync {
+    /// `H_e` of every expert, strictly increasing.
+    fn widths(&self) -> &[usize];
+
+    /// Runs rows that are sorted by expert, widest first.
+    ///
+    /// `x (T, D)` → `(T, D)`; `reach[s]` is the number of rows whose expert is at least `s`, so `reach[0] = T`
+    /// and the list never increases.
+    ///
+    /// # Errors
+    /// candle's.
+    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor>;
+}
+
+/// Experts as prefixes of the dense matrices: nothing is copied, and each group of rows with the same expert
+/// takes one product with a prefix of each matrix.
+#[derive(Debug, Clone)]
+pub struct PrefixExperts {
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation,
+    widths: Vec<usize>,
+}
+
+impl PrefixExperts {
+    /// `gate_proj (I, D)`, `up_proj (I, D)`, `down_proj (D, I)`, neurons in order of importance.
+    ///
+    /// # Errors
+    /// Shapes that do not fit each other, widths that do not fit `I`.
+    pub fn new(
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        activation: Activation,
+        widths: &[usize],
+    ) -> crate::Result<Self> {
+        let (i, d) = gate_proj.dims2()?;
+        for (tensor, name, expected) in
+            [(&up_proj, crate::names::UP_PROJ, [i, d]), (&down_proj, crate::names::DOWN_PROJ, [d, i])]
+        {
+            if tensor.dims() != expected {
+                let (expected, found) = (expected.to_vec(), tensor.dims().to_vec());
+                return Err(crate::Error::Shape { tensor: name.into(), expected, found });
+            }
+        }
+        crate::config::check_widths(widths, i)?;
+        Ok(Self { gate_proj, up_proj, down_proj, activation, widths: widths.to_vec() })
+    }
+
+    /// `O_e(x)` for all rows of `x (T, D)`.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn expert(&self, x: &Tensor, expert: usize) -> Result<Tensor> {
+        let width = self.widths[expert];
+        let gate = x.matmul(&self.gate_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
+        let up = x.matmul(&self.up_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
+        let h = (self.activation.forward(&gate)? * up)?;
+        h.matmul(&self.down_proj.narrow(1, 0, width)?.t()?) // (T, D)
+    }
+}
+
+impl NestedExperts for PrefixExperts {
+    fn widths(&self) -> &[usize] {
+        &self.widths
+    }
+
+    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        let mut groups = Vec::new();
+        let mut start = 0;
+        for (expert, &rows) in reach.iter().enumerate().rev() {
+            if rows == x.dim(0)? && start == 0 {
+                return self.expert(x, expert);
+            }
+            if rows > start {
+                groups.push(self.expert(&x.narrow(0, start, rows - start)?, expert)?);
+                start = rows;
+            }
+        }
+        if groups.is_empty() { x.zeros_like() } else { Tensor::cat(&groups, 0) }
+    }
+}
+
+/// One shell's projections, each mapping rows: `gate`, `up`: D → shell width, `down`: shell width → D.
+#[derive(Debug, Clone)]
+pub struct Shell<P> {
+    /// `gate_proj`'s neurons of this shell.
+    pub gate_proj: P,
+    /// `up_proj`'s neurons of this shell.
+    pub up_proj: P,
+    /// `down_proj`'s neurons of this shell.
+    pub down_proj: P,
+}
+
+/// Experts as separate shells, so that any projection serves, an engine's quantized ones too.
+#[derive(Debug, Clone)]
+pub struct ShellExperts<P> {
+    shells: Vec<Shell<P>>,
+    activation: Activation,
+    widths: Vec<usize>,
+}
+
+impl<P> ShellExperts<P> {
+    /// `widths` are those of the experts (cumulative), one for each shell.
+    ///
+    /// # Errors
+    /// [`crate::Error::Widths`] if they do not increase or are not as many as the shells.
+    pub fn new(shells: Vec<Shell<P>>, activation: Activation, widths: &[usize]) -> crate::Result<Self> {
+        let full = widths.last().copied().unwrap_or(0);
+        crate::config::check_widths(widths, full)?;
+        if shells.len() != widths.len() {
+            return Err(crate::Error::Widths { widths: widths.to_vec(), intermediate_size: full });
+        }
+        Ok(Self { shells, activation, widths: widths.to_vec() })
+    }
+
+    /// The shells, narrowest expert's first.
+    pub fn shells(&self) -> &[Shell<P>] {
+        &self.shells
+    }
+
+    /// The shells, for an engine that quantizes them in place.
+    pub fn shells_mut(&mut self) -> &mut [Shell<P>] {
+        &mut self.shells
+    }
+}
+
+impl<P: Module + Send + Sync> ShellExperts<P> {
+    fn shell(&self, shell: usize, x: &Tensor) -> Result<Tensor> {
+        let Shell { gate_proj, up_proj, down_proj } = &self.shells[shell];
+        down_proj.forward(&(self.activation.forward(&gate_proj.forward(x)?)? * up_proj.forward(x)?)?)
+    }
+}
+
+impl<P: Module + Send + Sync> NestedExperts for ShellExperts<P> {
+    fn widths(&self) -> &[usize] {
+        &self.widths
+    }
+
+    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        if x.dim(0)? == 0 {
+            return x.zeros_like();
+        }
+        // from the outermost shell inwards: each sum has the rows of the next one as its head
+        let mut sum: Option<Tensor> = None;
+        for (shell, &rows) in reach.iter().enumerate().rev().filter(|&(_, &rows)| rows > 0) {
+            let part = self.shell(shell, &x.narrow(0, 0, rows)?)?; // (rows, D)
+            sum = Some(match sum {
+                None => part,
+                Some(wider) if wider.dim(0)? == rows => (wider + part)?,
+                Some(wider) => {
+                    let head = wider.dim(0)?;
+                    let both = (wider + part.narrow(0, 0, head)?)?;
+                    Tensor::cat(&[both, part.narrow(0, head, rows - head)?], 0)?
+                }
+            });
+        }
+        sum.map_or_else(|| Tensor::zeros(x.shape(), DType::F32, &Device::Cpu), Ok)
+    }
+}

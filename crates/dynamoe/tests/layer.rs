@@ -1,0 +1,285 @@
+//! The layer's invariants, and its fast paths against the reference, on fresh random inputs.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Activation, Linear, Module};
+use dynamoe::reference::ReferenceFfn;
+use dynamoe::{DynaMoeFfn, NestedExperts, PrefixExperts, Router, Routes, Shell, ShellExperts, TrainableFfn};
+use proptest::prelude::*;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const CPU: Device = Device::Cpu;
+
+/// A layer's weights, once as tensors and once as the reference.
+struct Layer {
+    d: usize,
+    widths: Vec<usize>,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    fc1: Linear,
+    fc2: Linear,
+    compensation: Tensor,
+}
+
+fn random(rng: &mut ChaCha8Rng, rows: usize, columns: usize, scale: f32) -> Tensor {
+    let data: Vec<f32> = (0..rows * columns).map(|_| rng.random_range(-scale..scale)).collect();
+    Tensor::from_vec(data, (rows, columns), &CPU).unwrap()
+}
+
+impl Layer {
+    fn random(rng: &mut ChaCha8Rng, d: usize, widths: &[usize]) -> Self {
+        let (i, narrower, r) = (widths[widths.len() - 1], widths.len() - 1, 5);
+        let bias = |rng: &mut ChaCha8Rng, n| random(rng, 1, n, 1.0).squeeze(0).unwrap();
+        Self {
+            d,
+            widths: widths.to_vec(),
+            gate: random(rng, i, d, 1.0),
+            up: random(rng, i, d, 1.0),
+            down: random(rng, d, i, 1.0),
+            fc1: Linear::new(random(rng, r, d, 1.0), Some(bias(rng, r))),
+            fc2: Linear::new(random(rng, narrower, r, 1.5), Some(bias(rng, narrower))),
+            compensation: random(rng, narrower, d, 1.0),
+        }
+    }
+
+    fn router(&self) -> Router {
+        Router::Mlp { fc1: self.fc1.clone(), fc2: self.fc2.clone() }
+    }
+
+    fn prefixes(&self, dtype: DType) -> PrefixExperts {
+        let cast = |t: &Tensor| t.to_dtype(dtype).unwrap();
+        let weights = (cast(&self.gate), cast(&self.up), cast(&self.down));
+        PrefixExperts::new(weights.0, weights.1, weights.2, Activation::Silu, &self.widths).unwrap()
+    }
+
+    fn shells(&self, dtype: DType) -> ShellExperts<Linear> {
+        let mut start = 0;
+        let shells = self.widths.iter().map(|&end| {
+            let cut = |w: &Tensor, dim| {
+                let shell = w.narrow(dim, start, end - start).unwrap().contiguous().unwrap();
+                Linear::new(shell.to_dtype(dtype).unwrap(), None)
+            };
+            let shell = Shell {
+                gate_proj: cut(&self.gate, 0),
+                up_proj: cut(&self.up, 0),
+                down_proj: cut(&self.down, 1),
+            };
+            start = end;
+            shell
+        });
+        ShellExperts::new(shells.collect(), Activation::Silu, &self.widths).unwrap()
+    }
+
+    fn ffn<X: NestedExperts>(&self, experts: X, sensitivity: f64) -> DynaMoeFfn<X> {
+        DynaMoeFfn::new(experts, self.router(), Some(self.compensation.clone()), sensitivity).unwrap()
+    }
+
+    fn reference(&self) -> ReferenceFfn {
+        let rows = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        let row = |t: Option<&Tensor>| t.unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+        let router =
+            (rows(self.fc1.weight()), row(self.fc1.bias()), rows(self.fc2.weight()), row(self.fc2.bias()));
+        ReferenceFfn {
+            gate_proj: rows(&self.gate),
+            up_proj: rows(&self.up),
+            down_proj: rows(&self.down),
+            router,
+            compensation: rows(&self.compensation),
+            widths: self.widths.clone(),
+        }
+    }
+
+    fn dense(&self, x: &Tensor) -> Tensor {
+        let gate = x.matmul(&self.gate.t().unwrap()).unwrap();
+        let up = x.matmul(&self.up.t().unwrap()).unwrap();
+        (gate.silu().unwrap() * up).unwrap().matmul(&self.down.t().unwrap()).unwrap()
+    }
+}
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(found: &Tensor, expected: &[f64], tolerance: f64) {
+    let found = flat(found);
+    assert_eq!(found.len(), expected.len());
+    for (at, (a, b)) in found.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= tolerance * (1.0 + b.abs()), "at {at}: found {a}, expected {b}");
+    }
+}
+
+/// Expected outputs; tokens whose score is within rounding of the dial take the route that was found.
+fn expected(layer: &Layer, x: &Tensor, sensitivity: f64, found: &Routes) -> Vec<f64> {
+    let reference = layer.reference();
+    let tokens = x.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+    assert_eq!(found.0.len(), tokens.len());
+    let mut y = Vec::new();
+    for (token, &expert) in tokens.iter().zip(&found.0) {
+        let near = reference.scores(token).iter().any(|score| (score - sensitivity).abs() < 1e-5);
+        assert!(near || reference.route(token, sensitivity) == expert, "routed to {expert}");
+        y.extend(reference.expert(token, expert));
+    }
+    y
+}
+
+/// `x (T, D)` that is a window of a larger tensor filled with NaN: reading outside of it shows.
+fn poisoned(x: &Tensor) -> Tensor {
+    let (t, d) = x.dims2().unwrap();
+    let rows = Tensor::full(f32::NAN, (1, d), &CPU).unwrap();
+    let x = Tensor::cat(&[&rows, x, &rows], 0).unwrap();
+    let columns = Tensor::full(f32::NAN, (t + 2, 2), &CPU).unwrap();
+    Tensor::cat(&[&x, &columns], 1).unwrap().narrow(0, 1, t).unwrap().narrow(1, 0, d).unwrap()
+}
+
+#[test]
+fn fast_paths_equal_the_reference() {
+    let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
+    for widths in [vec![7], vec![1, 2, 9], vec![8, 16, 24, 32], vec![5, 64, 65]] {
+        for tokens in [0, 1, 2, 7, 64] {
+            for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 1e-9)] {
+                let layer = Layer::random(&mut rng, 6, &widths);
+                let x = random(&mut rng, tokens, layer.d, 2.0);
+                for sensitivity in [0.0, 0.3, 0.5, 0.9, 1.0] {
+                    let strided = poisoned(&x).to_dtype(dtype).unwrap();
+                    let (y, routes) = layer
+                        .ffn(layer.prefixes(dtype), 1.0)
+                        .forward_routed(&strided, &[sensitivity])
+                        .unwrap();
+                    assert_eq!((y.dims(), y.dtype()), (x.dims(), dtype));
+                    let expected = expected(&layer, &x, sensitivity, &routes);
+                    assert_close(&y, &expected, tolerance);
+                    let shells = layer.ffn(layer.shells(dtype), 1.0);
+                    let strided = poisoned(&x).to_dtype(dtype).unwrap().contiguous().unwrap();
+                    assert_close(&shells.forward_with(&strided, &routes).unwrap(), &expected, tolerance);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn half_precision_follows_the_reference() {
+    let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
+    let mut layer = Layer::random(&mut rng, 8, &[8, 16, 32]);
+    for weight in [&mut layer.gate, &mut layer.up, &mut layer.down] {
+        *weight = weight.to_dtype(DType::F16).unwrap().to_dtype(DType::F32).unwrap();
+    }
+    let x = random(&mut rng, 9, 8, 1.0).to_dtype(DType::F16).unwrap();
+    let (y, routes) = layer.ffn(layer.prefixes(DType::F16), 0.5).forward_routed(&x, &[0.5]).unwrap();
+    assert_eq!(y.dtype(), DType::F16);
+    assert_close(&y, &expected(&layer, &x, 0.5, &routes), 2e-2);
+}
+
+#[test]
+fn the_top_of_the_dial_is_the_dense_path_bit_for_bit() {
+    let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
+    let mut layer = Layer::random(&mut rng, 16, &[16, 32, 48]);
+    // a router that would poison everything it touches must not run
+    let nan = Tensor::full(f32::NAN, layer.fc1.weight().shape(), &CPU).unwrap();
+    layer.fc1 = Linear::new(nan, layer.fc1.bias().cloned());
+    for tokens in [1, 5] {
+        let x = random(&mut rng, tokens, layer.d, 1.0);
+        let y = layer.ffn(layer.prefixes(DType::F32), 1.0).forward(&x.unsqueeze(0).unwrap()).unwrap();
+        assert_eq!(flat(&y), flat(&layer.dense(&x)));
+    }
+}
+
+#[test]
+fn each_token_may_have_its_own_dial() {
+    let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
+    let layer = Layer::random(&mut rng, 6, &[8, 16, 24, 32]);
+    let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
+    let x = random(&mut rng, 20, layer.d, 2.0);
+    let dials: Vec<f64> = (0..20).map(|_| rng.random_range(0.0..=1.0)).collect();
+    let (y, routes) = ffn.forward_routed(&x, &dials).unwrap();
+    for (t, &dial) in dials.iter().enumerate() {
+        let (alone, route) = ffn.forward_routed(&x.narrow(0, t, 1).unwrap(), &[dial]).unwrap();
+        assert_eq!(route.0, [routes.0[t]]);
+        assert_close(&y.narrow(0, t, 1).unwrap(), &flat(&alone), 1e-5);
+    }
+    assert!(ffn.forward_routed(&x, &dials[..3]).is_err());
+    assert!(ffn.forward_with(&x, &Routes(vec![4; 20])).is_err());
+    assert!(ffn.set_sensitivity(f64::NAN).is_err() && ffn.set_sensitivity(1.1).is_err());
+}
+
+#[test]
+fn the_differentiable_forward_yields_every_expert() {
+    let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
+    let layer = Layer::random(&mut rng, 6, &[3, 8, 20]);
+    let train = TrainableFfn {
+        gate_proj: layer.gate.clone(),
+        up_proj: layer.up.clone(),
+        down_proj: layer.down.clone(),
+        compensation: Some(layer.compensation.clone()),
+        widths: layer.widths.clone(),
+    };
+    let x = random(&mut rng, 11, layer.d, 1.0);
+    let outputs = train.expert_outputs(&x).unwrap();
+    let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
+    for (e, output) in outputs.iter().enumerate() {
+        assert_close(output, &flat(&ffn.forward_with(&x, &Routes(vec![e; 11])).unwrap()), 1e-5);
+    }
+    // a mixture of experts is the mixture of their outputs
+    let p = candle_nn::ops::softmax(&random(&mut rng, 11, 3, 2.0), 1).unwrap();
+    let column = |e: usize| p.narrow(1, e, 1).unwrap();
+    let tail = (column(1) + column(2)).unwrap();
+    let reach = Tensor::cat(&[&(column(0) + &tail).unwrap(), &tail, &column(2)], 1).unwrap();
+    let mut mixture = x.zeros_like().unwrap();
+    for (e, output) in outputs.iter().enumerate() {
+        mixture = (mixture + output.broadcast_mul(&column(e)).unwrap()).unwrap();
+    }
+    assert_close(&train.forward(&x, &reach).unwrap(), &flat(&mixture), 1e-5);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn reordering_neurons_changes_nothing(seed: u64, d in 1usize..9, i in 1usize..40) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let layer = Layer::random(&mut rng, d, &[i]);
+        let mut order: Vec<u32> = (0..i as u32).collect();
+        order.shuffle(&mut rng);
+        let order = Tensor::new(order, &CPU).unwrap();
+        let cut = |t: &Tensor, dim| t.index_select(&order, dim).unwrap();
+        let reordered =
+            PrefixExperts::new(cut(&layer.gate, 0), cut(&layer.up, 0), cut(&layer.down, 1), Activation::Silu, &[i]);
+        let x = random(&mut rng, 4, d, 1.0);
+        assert_close(&reordered.unwrap().expert(&x, 0).unwrap(), &flat(&layer.dense(&x)), 1e-4);
+    }
+
+    #[test]
+    fn a_larger_sensitivity_never_narrows_a_token(seed: u64, a in 0f64..=1.0, b in 0f64..=1.0) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let layer = Layer::random(&mut rng, 4, &[2, 4, 6, 8, 10]);
+        let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
+        let x = random(&mut rng, 16, 4, 3.0);
+        let low = ffn.forward_routed(&x, &[a.min(b)]).unwrap().1;
+        let high = ffn.forward_routed(&x, &[a.max(b)]).unwrap().1;
+        prop_assert!(low.0.iter().zip(&high.0).all(|(l, h)| l <= h));
+        prop_assert!(low.mean_width(&layer.widths) <= high.mean_width(&layer.widths));
+    }
+
+    #[test]
+    fn even_widths_always_nest(i in 1usize..40_000, experts in 1usize..33) {
+        match dynamoe::config::even_widths(i, experts) {
+            Ok(widths) => {
+                prop_assert_eq!(widths.len(), experts);
+                prop_assert!(dynamoe::config::check_widths(&widths, i).is_ok());
+            }
+            Err(_) => prop_assert!(experts > i),
+        }
+    }
+}
+
+#[test]
+fn widths_follow_the_paper_in_blocks() {
+    let widths = |i, e| dynamoe::config::even_widths(i, e).unwrap();
+    assert_eq!(widths(14336, 4), [3584, 7168, 10752, 14336]);
+    assert_eq!(widths(8192, 4), [2048, 4096, 6144, 8192]);
+    assert_eq!(widths(11008, 4), [2816, 5632, 8448, 11008]);
+    assert_eq!(widths(172, 4), [43, 86, 129, 172]);
+    assert_eq!(widths(512, 4), [128, 256, 384, 512]);
+}

@@ -1,0 +1,310 @@
+//! Tokens of a text file, made once, kept in a memory-mapped file.
+//!
+//! Little-endian throughout:
+//!
+//! ```text
+//! 0   magic "DYNATOKS"
+//! 8   version u32
+//! 12  bytes per token u32: 2 or 4
+//! 16  tokens u64
+//! 24  documents u64
+//! 32  key: sha256 of everything the tokens depend on
+//! 64  sha256 of (bytes 96 to the end, then bytes 0 to 64)
+//! 96  tokens: boundary document boundary document …
+//! …   documents + 1 offsets u64, in tokens: where each document's boundary stands, and the end
+//! ```
+
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Error, Result, bail, ensure};
+use memmap2::Mmap;
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
+use tokenizers::Tokenizer;
+
+use super::source::{DataSource, Documents, TextFormat, open_text};
+use super::tokenizer::{Framing, largest_id};
+
+const MAGIC: &[u8; 8] = b"DYNATOKS";
+const VERSION: u32 = 1;
+const HEADER: usize = 96;
+/// Bytes of text tokenized in one parallel batch.
+const BATCH_BYTES: usize = 4 << 20;
+
+/// The tokens of one text file, read from a memory-mapped cache.
+pub struct TokenCache {
+    map: Mmap,
+    source: PathBuf,
+    width: usize,
+    tokens: usize,
+    documents: usize,
+}
+
+/// `$XDG_CACHE_HOME/dynamoe`, else `~/.cache/dynamoe`.
+///
+/// # Errors
+/// Neither variable is set.
+pub fn default_cache_dir() -> Result<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
+    let base = base.context("no folder for the token cache: set XDG_CACHE_HOME or HOME")?;
+    Ok(base.join("dynamoe"))
+}
+
+impl TokenCache {
+    /// Opens the cache of `source` in `cache_dir`, tokenizing the file first where there is no sound one.
+    ///
+    /// `progress` hears the bytes of text tokenized so far and the bytes of the file.
+    ///
+    /// # Errors
+    /// Those of [`Documents`]; a file without documents or one that changes meanwhile; a cache folder that cannot
+    /// be written.
+    pub fn open_or_build(
+        source: &DataSource,
+        format: &TextFormat,
+        tokenizer: &Tokenizer,
+        framing: Framing,
+        cache_dir: &Path,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Self> {
+        let builder = Builder { path: &source.path, format, tokenizer, framing, progress };
+        let stamp = builder.stamp()?;
+        let key = builder.key()?;
+        let cache = cache_dir.join(format!("{}.tokens", hex(&key)));
+        if cache.exists() {
+            match Self::open(&cache, &source.path, &key) {
+                Ok(tokens) => return Ok(tokens),
+                Err(error) => tracing::warn!("{}: {error:#}; tokenizing again", cache.display()),
+            }
+        }
+        let write =
+            || format!("{}: the token cache cannot be written; choose another folder", cache_dir.display());
+        std::fs::create_dir_all(cache_dir).with_context(write)?;
+        let file =
+            tempfile::Builder::new().prefix(".tokens.partial").tempfile_in(cache_dir).with_context(write)?;
+        builder.write(file.as_file(), &key)?;
+        ensure!(builder.stamp()? == stamp, "{}: changed while it was read", source.path.display());
+        persist(file, &cache).with_context(write)?;
+        Self::open(&cache, &source.path, &key).with_context(|| cache.display().to_string())
+    }
+
+    fn open(cache: &Path, source: &Path, key: &[u8; 32]) -> Result<Self> {
+        let file = File::open(cache)?;
+        // SAFETY: cache files are written under another name and renamed when whole; no process of ours changes
+        // one afterwards, only replaces it, and the map keeps the replaced file alive.
+        let map = unsafe { Mmap::map(&file)? };
+        ensure!(map.len() >= HEADER && map.starts_with(MAGIC), "not a token cache");
+        ensure!(u32_at(&map, 8) == VERSION, "token cache of another version");
+        ensure!(map[32..64] == key[..], "token cache of another text");
+        let width = u32_at(&map, 12) as usize;
+        ensure!(width == 2 || width == 4, "token cache with {width} bytes per token");
+        let (tokens, documents) = (u64_at(&map, 16), u64_at(&map, 24));
+        let expected =
+            (width as u128) * u128::from(tokens) + 8 * (u128::from(documents) + 1) + HEADER as u128;
+        ensure!(map.len() as u128 == expected, "token cache of {} bytes, expected {expected}", map.len());
+        let digest = Sha256::new().chain_update(&map[HEADER..]).chain_update(&map[..64]).finalize();
+        ensure!(map[64..HEADER] == digest[..], "token cache with a wrong checksum");
+        // Both counts are bounded by the file's length, so they fit.
+        let cache = Self {
+            source: source.to_owned(),
+            width,
+            tokens: tokens as usize,
+            documents: documents as usize,
+            map,
+        };
+        let offsets = || (0..=cache.documents).map(|document| cache.offset(document));
+        let rising = offsets().zip(offsets().skip(1)).all(|(start, end)| start < end);
+        ensure!(rising && cache.offset(0) == 0, "token cache with broken offsets");
+        ensure!(cache.offset(cache.documents) == cache.tokens, "token cache with broken offsets");
+        Ok(cache)
+    }
+
+    /// Tokens of the whole stream, boundaries included.
+    #[allow(clippy::len_without_is_empty, reason = "a cache is never empty")]
+    pub fn len(&self) -> usize {
+        self.tokens
+    }
+
+    /// The number of documents, at least 1.
+    pub fn documents(&self) -> usize {
+        self.documents
+    }
+
+    /// The text file that the tokens came from.
+    pub fn source(&self) -> &Path {
+        &self.source
+    }
+
+    /// Where a document stands in the stream, its boundary included.
+    ///
+    /// # Panics
+    /// Where there is no such document.
+    pub fn document_range(&self, document: usize) -> Range<usize> {
+        assert!(document < self.documents, "document {document} of {}", self.documents);
+        self.offset(document)..self.offset(document + 1)
+    }
+
+    /// A document's tokens, the boundary first.
+    ///
+    /// # Panics
+    /// Where there is no such document.
+    pub fn document(&self, document: usize) -> Vec<u32> {
+        let range = self.document_range(document);
+        self.slice(range.start, range.len())
+    }
+
+    /// `length` tokens of the stream from `start`.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn slice(&self, start: usize, length: usize) -> Vec<u32> {
+        assert!(start + length <= self.tokens, "{length} tokens from {start} of {}", self.tokens);
+        let bytes = &self.map[HEADER + start * self.width..][..length * self.width];
+        let token = |bytes: &[u8]| bytes.iter().rev().fold(0, |token, &byte| token << 8 | u32::from(byte));
+        bytes.chunks_exact(self.width).map(token).collect()
+    }
+
+    fn offset(&self, document: usize) -> usize {
+        u64_at(&self.map, HEADER + self.tokens * self.width + 8 * document) as usize
+    }
+}
+
+/// Everything the tokens of a file depend on.
+struct Builder<'a> {
+    path: &'a Path,
+    format: &'a TextFormat,
+    tokenizer: &'a Tokenizer,
+    framing: Framing,
+    progress: &'a dyn Fn(u64, u64),
+}
+
+impl Builder<'_> {
+    fn stamp(&self) -> Result<(u64, std::time::SystemTime)> {
+        let metadata = open_text(self.path)?.metadata()?;
+        Ok((metadata.len(), metadata.modified()?))
+    }
+
+    fn key(&self) -> Result<[u8; 32]> {
+        let mut text = Sha256::new();
+        let mut file = open_text(self.path)?;
+        std::io::copy(&mut file, &mut text)
+            .with_context(|| format!("{}: cannot be read", self.path.display()))?;
+        let kind = self.path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        let tokenizer = self.tokenizer.to_string(false).map_err(Error::from_boxed)?;
+        let mut key = Sha256::new();
+        // Each part is hashed by itself first, so that no two lists of parts read alike.
+        let parts = [kind, &self.format.marker, &self.format.field, &tokenizer];
+        for part in parts {
+            key.update(Sha256::digest(part));
+        }
+        key.update(text.finalize());
+        key.update(self.framing.boundary.to_le_bytes());
+        key.update(VERSION.to_le_bytes());
+        Ok(key.finalize().into())
+    }
+
+    /// Tokenizes the file into a cache file, whole but not yet under its name.
+    fn write(&self, file: &File, key: &[u8; 32]) -> Result<()> {
+        let largest = largest_id(self.tokenizer).unwrap_or(0).max(self.framing.boundary);
+        let width = if largest <= u32::from(u16::MAX) { 2 } else { 4 };
+        let mut stream = Stream { out: BufWriter::new(file), digest: Sha256::new(), width, offsets: vec![0] };
+        stream.out.seek(SeekFrom::Start(HEADER as u64))?;
+        let bytes = open_text(self.path)?.metadata()?.len();
+        let mut done = 0;
+        let mut documents = Documents::open(self.path, self.format)?;
+        loop {
+            let batch = next_batch(&mut documents)?;
+            if batch.is_empty() {
+                break;
+            }
+            done += batch.iter().map(|document| document.len() as u64).sum::<u64>();
+            let encodings = self.tokenizer.encode_batch_fast(batch, false).map_err(Error::from_boxed)?;
+            for encoding in encodings {
+                stream.push(self.framing.boundary, encoding.get_ids())?;
+            }
+            (self.progress)(done, bytes);
+        }
+        if stream.offsets.len() == 1 {
+            bail!("{}: no documents: the file holds only white space and markers", self.path.display());
+        }
+        stream.finish(key)
+    }
+}
+
+fn next_batch(documents: &mut Documents) -> Result<Vec<String>> {
+    let mut batch = Vec::new();
+    let mut bytes = 0;
+    while bytes < BATCH_BYTES
+        && let Some(document) = documents.next().transpose()?
+    {
+        bytes += document.len();
+        batch.push(document);
+    }
+    Ok(batch)
+}
+
+/// A cache file being written: tokens first, their digest kept along.
+struct Stream<'a> {
+    out: BufWriter<&'a File>,
+    digest: Sha256,
+    width: usize,
+    offsets: Vec<u64>,
+}
+
+impl Stream<'_> {
+    fn push(&mut self, boundary: u32, document: &[u32]) -> Result<()> {
+        let start = self.offsets.last().copied().unwrap_or(0);
+        let mut bytes = Vec::with_capacity((document.len() + 1) * self.width);
+        for token in std::iter::once(&boundary).chain(document) {
+            bytes.extend_from_slice(&token.to_le_bytes()[..self.width]);
+        }
+        self.write(&bytes)?;
+        self.offsets.push(start + 1 + document.len() as u64);
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.digest.update(bytes);
+        self.out.write_all(bytes).context("the token cache cannot be written")
+    }
+
+    fn finish(mut self, key: &[u8; 32]) -> Result<()> {
+        let offsets = std::mem::take(&mut self.offsets);
+        for offset in &offsets {
+            self.write(&offset.to_le_bytes())?;
+        }
+        let mut header = Vec::with_capacity(HEADER);
+        header.extend_from_slice(MAGIC);
+        header.extend_from_slice(&VERSION.to_le_bytes());
+        header.extend_from_slice(&(self.width as u32).to_le_bytes());
+        header.extend_from_slice(&offsets.last().copied().unwrap_or(0).to_le_bytes());
+        header.extend_from_slice(&(offsets.len() as u64 - 1).to_le_bytes());
+        header.extend_from_slice(key);
+        let digest = self.digest.chain_update(&header).finalize();
+        header.extend_from_slice(&digest);
+        self.out.seek(SeekFrom::Start(0))?;
+        self.out.write_all(&header)?;
+        self.out.flush().context("the token cache cannot be written")
+    }
+}
+
+fn persist(file: NamedTempFile, path: &Path) -> Result<()> {
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,82 @@
+//! Sequences of different lengths in one batch: inputs, shifted targets and weights, padded at the end.
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+
+/// `B` sequences, padded to the longest, `T` positions.
+///
+/// Padding stands at the end, so under causal attention it changes no real position; its weight is 0.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PaddedBatch {
+    /// `B`.
+    pub batch_size: usize,
+    /// `T`.
+    pub length: usize,
+    /// Inputs, (B, T) in row order.
+    pub tokens: Vec<u32>,
+    /// The token after each input, (B, T); 0 in the padding.
+    pub targets: Vec<u32>,
+    /// 1 for a target that counts, 0 for padding, (B, T).
+    pub weights: Vec<f32>,
+    /// Which document or sentence each row is, (B).
+    pub items: Vec<usize>,
+}
+
+impl PaddedBatch {
+    /// Pads `sequences` (item, tokens): inputs are all tokens but the last, targets all but the first.
+    pub(crate) fn new(sequences: &[(usize, Vec<u32>)]) -> Self {
+        let batch_size = sequences.len();
+        let length = sequences.iter().map(|(_, tokens)| tokens.len().saturating_sub(1)).max().unwrap_or(0);
+        let mut batch = Self {
+            batch_size,
+            length,
+            tokens: vec![0; batch_size * length],
+            targets: vec![0; batch_size * length],
+            weights: vec![0.0; batch_size * length],
+            items: sequences.iter().map(|(item, _)| *item).collect(),
+        };
+        for (row, (_, sequence)) in sequences.iter().enumerate() {
+            for (position, pair) in sequence.windows(2).enumerate() {
+                let index = row * length + position;
+                batch.tokens[index] = pair[0];
+                batch.targets[index] = pair[1];
+                batch.weights[index] = 1.0;
+            }
+        }
+        batch
+    }
+
+    /// Inputs (B, T) u32, targets (B, T) u32 and weights (B, T) f32.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn tensors(&self, device: &Device) -> Result<(Tensor, Tensor, Tensor)> {
+        let shape = (self.batch_size, self.length);
+        Ok((
+            Tensor::from_slice(&self.tokens, shape, device)?,
+            Tensor::from_slice(&self.targets, shape, device)?,
+            Tensor::from_slice(&self.weights, shape, device)?,
+        ))
+    }
+}
+
+/// Groups items of similar length: `(item, inputs)` to lists of items whose padded batch holds at most
+/// `max_positions` positions (a single longer item makes a batch of its own), longest first.
+pub(crate) fn group_by_length(mut lengths: Vec<(usize, usize)>, max_positions: usize) -> Vec<Vec<usize>> {
+    lengths.sort_by_key(|&(item, length)| (std::cmp::Reverse(length), item));
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut room = 0;
+    let mut longest = 0;
+    for (item, length) in lengths {
+        match groups.last_mut() {
+            Some(group) if room >= longest => group.push(item),
+            _ => {
+                groups.push(vec![item]);
+                longest = length;
+                room = max_positions;
+            }
+        }
+        room = room.saturating_sub(longest);
+    }
+    groups
+}

@@ -1,0 +1,61 @@
+//! The model's tokenizer and the token that stands between documents.
+
+use std::path::Path;
+
+use anyhow::{Context, Error, Result, bail, ensure};
+use tokenizers::Tokenizer;
+
+/// Reads `dir/tokenizer.json` for a model with `vocab_size` rows in its embedding.
+///
+/// Truncation and padding that the file may ask for are switched off.
+///
+/// # Errors
+/// A missing or broken file; a token whose id lies beyond the embedding.
+pub fn load_tokenizer(dir: &Path, vocab_size: usize) -> Result<Tokenizer> {
+    let path = dir.join("tokenizer.json");
+    let bytes = std::fs::read(&path).with_context(|| {
+        format!("{}: cannot be read; a model folder needs its tokenizer.json", path.display())
+    })?;
+    let mut tokenizer = Tokenizer::from_bytes(bytes)
+        .map_err(Error::from_boxed)
+        .with_context(|| format!("{}: not a tokenizer", path.display()))?;
+    let largest = largest_id(&tokenizer).with_context(|| format!("{}: no tokens", path.display()))?;
+    ensure!(
+        (largest as usize) < vocab_size,
+        "{}: the tokenizer does not fit the embedding: its largest token id is {largest}, vocab_size is \
+         {vocab_size}; use the tokenizer.json that came with the model",
+        path.display()
+    );
+    tokenizer.with_truncation(None).map_err(Error::from_boxed)?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// The largest token id, added tokens included.
+pub(crate) fn largest_id(tokenizer: &Tokenizer) -> Option<u32> {
+    tokenizer.get_vocab(true).into_values().max()
+}
+
+/// How documents are framed: a stream is `boundary doc boundary doc …`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Framing {
+    /// The token in front of every document: BOS, or EOS for a model without BOS (Qwen).
+    pub boundary: u32,
+}
+
+impl Framing {
+    /// Chooses the boundary from config.json's `bos_token_id` and `eos_token_id`.
+    ///
+    /// # Errors
+    /// A model that has neither, or whose token lies beyond the embedding.
+    pub fn new(bos_token_id: Option<u32>, eos_token_ids: &[u32], vocab_size: usize) -> Result<Self> {
+        let Some(boundary) = bos_token_id.or(eos_token_ids.first().copied()) else {
+            bail!("config.json has neither bos_token_id nor eos_token_id: documents could not be told apart")
+        };
+        ensure!(
+            (boundary as usize) < vocab_size,
+            "the token between documents does not fit the embedding: its id is {boundary}, vocab_size is {vocab_size}"
+        );
+        Ok(Self { boundary })
+    }
+}

@@ -1,0 +1,124 @@
+//! Loss, widths and cost of a model along its dial.
+//!
+//! [`score`] measures one routing policy on padded batches; [`budget`] solves the dial for a mean width;
+//! [`oracle`] routes with hindsight; [`Evaluator`] puts them together for a set of texts.
+
+pub mod budget;
+pub mod cost;
+pub mod oracle;
+pub mod score;
+
+use anyhow::{Result, ensure};
+use rayon::prelude::*;
+
+pub use score::{Policy, Score, score};
+
+use crate::data::{PaddedBatch, Pairs};
+use crate::model::RoutedModel;
+use crate::results::{PairsPoint, Point};
+
+/// A dial's value as a user asks for it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Dial {
+    /// The threshold itself.
+    Sensitivity(f64),
+    /// A mean width.
+    Budget(f64),
+}
+
+/// One dial value with the sensitivity of every layer that it stands for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Setting {
+    /// The mean width asked for, if one was.
+    pub budget: Option<f64>,
+    /// One for each layer.
+    pub sensitivity: Vec<f64>,
+}
+
+impl Setting {
+    /// The same sensitivity for every layer.
+    pub fn uniform(sensitivity: f64, layers: usize) -> Self {
+        Self { budget: None, sensitivity: vec![sensitivity; layers] }
+    }
+
+    /// Looks a dial value up in the model's configuration.
+    ///
+    /// # Errors
+    /// A value outside 0 to 1; a budget without a table.
+    pub fn of(dial: Dial, model: &RoutedModel) -> Result<Self> {
+        let layers = model.config().num_hidden_layers;
+        match (dial, &model.config().dynamoe) {
+            (Dial::Sensitivity(s), _) => {
+                dynamoe::config::check_dial("sensitivity", s)?;
+                Ok(Self::uniform(s, layers))
+            }
+            (Dial::Budget(width), Some(config)) => {
+                Ok(Self { budget: Some(width), sensitivity: config.sensitivity_for_budget(width, layers)? })
+            }
+            (Dial::Budget(width), None) => {
+                dynamoe::config::check_dial("budget", width)?;
+                ensure!(width >= 1.0, "a dense model has one width: a budget of {width} cannot be had");
+                Ok(Self { budget: Some(width), sensitivity: vec![1.0; layers] })
+            }
+        }
+    }
+
+    fn mean(&self) -> f64 {
+        self.sensitivity.iter().sum::<f64>() / self.sensitivity.len().max(1) as f64
+    }
+}
+
+/// Measures one setting of the dial.
+///
+/// # Errors
+/// candle's; no tokens to score.
+pub fn point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) -> Result<Point> {
+    let measured = score(model, batches, &Policy::Dial(&setting.sensitivity))?;
+    Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
+}
+
+/// A score as a row of results, without its dial.
+pub fn as_point(model: &RoutedModel, score: &Score) -> Point {
+    let mean_width = score.mean_width();
+    let cost = cost::Cost::of(model.config());
+    Point {
+        sensitivity: f64::NAN,
+        budget: None,
+        loss: score.loss,
+        stderr: score.stderr,
+        perplexity: score.loss.exp(),
+        mean_width,
+        width_per_layer: score.width_per_layer.clone(),
+        active_parameters: cost.active_parameters(mean_width),
+        flops: cost.flops(mean_width),
+        tokens: score.tokens,
+    }
+}
+
+/// Accuracy on minimal pairs at one setting of the dial.
+///
+/// # Errors
+/// candle's; no pairs.
+pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
+    let batches: Vec<PaddedBatch> = pairs.batches(score::BATCH_TOKENS).collect();
+    let parts: Vec<Score> = batches
+        .par_iter()
+        .map(|batch| score(model, std::slice::from_ref(batch), &Policy::Dial(&setting.sensitivity)))
+        .collect::<Result<_>>()?;
+    let mut log_likelihoods = vec![0.0; 2 * pairs.len()];
+    let (mut tokens, mut used) = (0.0, 0.0);
+    for part in &parts {
+        part.items.iter().for_each(|item| log_likelihoods[item.item] -= item.loss);
+        tokens += part.tokens as f64;
+        used += part.tokens as f64 * part.mean_width();
+    }
+    let scores = pairs.score(&log_likelihoods)?;
+    Ok(PairsPoint {
+        sensitivity: setting.mean(),
+        accuracy: scores.accuracy,
+        stderr: scores.stderr,
+        pairs: scores.pairs,
+        mean_width: used / tokens.max(1.0),
+        by_field: scores.by_field.into_iter().collect(),
+    })
+}

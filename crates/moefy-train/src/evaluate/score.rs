@@ -1,0 +1,189 @@
+//! The loss of a model on batches of text under a routing policy, and the widths it used.
+
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use dynamoe::Routes;
+use rayon::prelude::*;
+
+use crate::data::{Batch, PaddedBatch};
+use crate::model::RoutedModel;
+use crate::model::ops::cross_entropy;
+use crate::train::objective::{draw, widths_with_mean};
+use crate::train::step::rng;
+
+/// Positions of one batch while measuring.
+pub const BATCH_TOKENS: usize = 4096;
+
+/// How tokens are routed while measuring.
+#[derive(Debug, Clone, Copy)]
+pub enum Policy<'a> {
+    /// By the model's routers, one sensitivity for each layer.
+    Dial(&'a [f64]),
+    /// Each token of each layer draws its width; the mean is given.
+    Random {
+        /// Mean width as a share of the dense width.
+        mean: f64,
+        /// Seed of the draws.
+        seed: u64,
+    },
+}
+
+/// One document's (or sequence's, or sentence's) loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ItemLoss {
+    /// Which item, as [`PaddedBatch::items`] numbers it.
+    pub item: usize,
+    /// Sum over its tokens, nats.
+    pub loss: f64,
+    /// Tokens scored.
+    pub tokens: usize,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Score {
+    /// Mean loss, nats per token.
+    pub loss: f64,
+    /// Its standard error over items.
+    pub stderr: f64,
+    /// Tokens scored.
+    pub tokens: usize,
+    /// Mean width of each layer as a share of the dense width.
+    pub width_per_layer: Vec<f64>,
+    /// Every item.
+    pub items: Vec<ItemLoss>,
+}
+
+impl Score {
+    /// Mean width over layers.
+    pub fn mean_width(&self) -> f64 {
+        self.width_per_layer.iter().sum::<f64>() / self.width_per_layer.len().max(1) as f64
+    }
+}
+
+/// What one batch adds to a [`Score`].
+#[derive(Debug, Clone)]
+pub struct BatchScore {
+    /// Each row's loss.
+    pub items: Vec<ItemLoss>,
+    /// For each layer, the sum over scored tokens of the width share.
+    pub widths: Vec<f64>,
+}
+
+/// Measures `model` on `batches`. Batches run in parallel; the result does not depend on how.
+///
+/// # Errors
+/// candle's; no tokens to score.
+pub fn score(model: &RoutedModel, batches: &[PaddedBatch], policy: &Policy<'_>) -> Result<Score> {
+    let parts = batches
+        .par_iter()
+        .enumerate()
+        .map(|(index, batch)| score_batch(model, batch, index as u64, policy))
+        .collect::<Result<Vec<_>>>()?;
+    combine(parts)
+}
+
+/// Adds batches up.
+///
+/// # Errors
+/// No tokens at all.
+pub fn combine(parts: Vec<BatchScore>) -> Result<Score> {
+    let mut widths = vec![0.0; parts.first().map_or(0, |part| part.widths.len())];
+    let mut items = Vec::new();
+    for part in parts {
+        widths.iter_mut().zip(&part.widths).for_each(|(sum, w)| *sum += w);
+        items.extend(part.items);
+    }
+    items.sort_by_key(|item| item.item);
+    let tokens: usize = items.iter().map(|item| item.tokens).sum();
+    ensure!(tokens > 0, "no tokens to score: expected at least one document of two tokens");
+    let loss = items.iter().map(|item| item.loss).sum::<f64>() / tokens as f64;
+    // the error of a ratio of sums over independent items
+    let squares: f64 = items.iter().map(|item| (item.loss - loss * item.tokens as f64).powi(2)).sum();
+    let n = items.len() as f64;
+    let stderr = if items.len() > 1 { (squares * n / (n - 1.0)).sqrt() / tokens as f64 } else { f64::NAN };
+    let width_per_layer = widths.iter().map(|sum| sum / tokens as f64).collect();
+    Ok(Score { loss, stderr, tokens, width_per_layer, items })
+}
+
+fn score_batch(
+    model: &RoutedModel,
+    batch: &PaddedBatch,
+    index: u64,
+    policy: &Policy<'_>,
+) -> Result<BatchScore> {
+    let (tokens, targets, weights) = batch.tensors(model.backbone().output_matrix().device())?;
+    let (hidden, routes) = match policy {
+        Policy::Dial(sensitivity) => model.forward(&tokens, sensitivity)?,
+        Policy::Random { mean, seed } => {
+            let routes = random_routes(model, batch.tokens.len(), *mean, (*seed, index));
+            (model.forward_with(&tokens, &routes)?, routes)
+        }
+    };
+    let losses = token_losses(model, &hidden, &targets, &weights)?;
+    Ok(batch_score(model, batch, &losses, &routes))
+}
+
+/// Loss of each token, 0 where its weight is.
+///
+/// # Errors
+/// candle's.
+pub fn token_losses(
+    model: &RoutedModel,
+    hidden: &Tensor,
+    targets: &Tensor,
+    weights: &Tensor,
+) -> Result<Vec<f32>> {
+    let logits = model.logits(hidden)?;
+    let losses = cross_entropy(&logits, &targets.flatten_all()?, &weights.flatten_all()?)?;
+    Ok(losses.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec1()?)
+}
+
+/// Sums up a batch's losses and widths over its scored tokens.
+pub fn batch_score(
+    model: &RoutedModel,
+    batch: &PaddedBatch,
+    losses: &[f32],
+    routes: &[Routes],
+) -> BatchScore {
+    let widths = model.widths();
+    let full = model.config().intermediate_size as f64;
+    let scored = |n: &usize| batch.weights[*n] > 0.0;
+    let of_layer = |routes: &Routes| -> f64 {
+        (0..batch.weights.len()).filter(scored).map(|n| widths[routes.0[n]] as f64 / full).sum()
+    };
+    let items = batch.items.iter().enumerate().map(|(row, &item)| {
+        let range = row * batch.length..(row + 1) * batch.length;
+        let loss = losses[range.clone()].iter().map(|&l| f64::from(l)).sum();
+        ItemLoss { item, loss, tokens: range.filter(scored).count() }
+    });
+    BatchScore { items: items.collect(), widths: routes.iter().map(of_layer).collect() }
+}
+
+fn random_routes(model: &RoutedModel, tokens: usize, mean: f64, (seed, index): (u64, u64)) -> Vec<Routes> {
+    let full = model.config().intermediate_size as f64;
+    let shares: Vec<f64> = model.widths().iter().map(|&w| w as f64 / full).collect();
+    let table = widths_with_mean(&shares, mean);
+    (0..model.config().num_hidden_layers as u64)
+        .map(|layer| {
+            let mut rng = rng(seed, index, layer);
+            Routes((0..tokens).map(|_| draw(&table, &mut rng)).collect())
+        })
+        .collect()
+}
+
+/// A training batch as one to be scored, each sequence an item.
+pub fn packed(batch: &Batch, first_item: usize) -> PaddedBatch {
+    let row = batch.sequence_length + 1;
+    let part = |range: std::ops::Range<usize>| -> Vec<u32> {
+        batch.tokens.chunks_exact(row).flat_map(|tokens| tokens[range.clone()].to_vec()).collect()
+    };
+    PaddedBatch {
+        batch_size: batch.batch_size,
+        length: batch.sequence_length,
+        tokens: part(0..row - 1),
+        targets: part(1..row),
+        weights: vec![1.0; batch.targets()],
+        items: (first_item..first_item + batch.batch_size).collect(),
+    }
+}

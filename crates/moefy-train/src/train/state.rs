@@ -1,0 +1,127 @@
+//! Checkpoints of a run in progress: f32 weights, moments, step. Written whole or not at all.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use super::config::TrainConfig;
+use super::optimizer::AdamW;
+use crate::model::Params;
+
+const PARAMS: &str = "params.safetensors";
+const MOMENTS: &str = "moments.safetensors";
+const STATE: &str = "state.json";
+const PREFIX: &str = "step-";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    step: u64,
+    config: TrainConfig,
+    /// Of the model that training started from.
+    fingerprint: String,
+}
+
+/// Saves step `optimizer.step` under `dir` and removes all but the newest two checkpoints. Returns its folder.
+///
+/// # Errors
+/// The file system's; nothing half-written is left in place of a checkpoint.
+pub fn save(
+    dir: &Path,
+    config: &TrainConfig,
+    fingerprint: &str,
+    params: &Params,
+    optimizer: &AdamW,
+) -> Result<PathBuf> {
+    let step = optimizer.step;
+    let target = dir.join(format!("{PREFIX}{step:08}"));
+    let partial = dir.join(format!(".{PREFIX}{step:08}.partial"));
+    let write = || -> Result<()> {
+        fs::create_dir_all(dir)?;
+        remove(&partial)?;
+        fs::create_dir(&partial)?;
+        let weights: HashMap<_, _> =
+            params.iter().map(|(name, var)| (name.to_owned(), var.as_detached_tensor())).collect();
+        candle_core::safetensors::save(&weights, partial.join(PARAMS))?;
+        let moments: HashMap<_, _> = optimizer.state().into_iter().collect();
+        candle_core::safetensors::save(&moments, partial.join(MOMENTS))?;
+        let state = State { step, config: config.clone(), fingerprint: fingerprint.to_owned() };
+        fs::write(partial.join(STATE), serde_json::to_vec_pretty(&state)?)?;
+        for name in [PARAMS, MOMENTS, STATE] {
+            File::open(partial.join(name))?.sync_all()?;
+        }
+        File::open(&partial)?.sync_all()?;
+        remove(&target)?;
+        fs::rename(&partial, &target)?;
+        File::open(dir)?.sync_all()?;
+        Ok(())
+    };
+    if let Err(error) = write() {
+        let _ = remove(&partial); // the first error is the one to tell
+        return Err(error).with_context(|| format!("writing the training checkpoint {}", target.display()));
+    }
+    let steps = list(dir)?;
+    for (_, old) in steps.iter().rev().skip(2) {
+        remove(old)?;
+    }
+    Ok(target)
+}
+
+/// Restores the newest checkpoint under `dir`; returns its step, none where there is no checkpoint.
+///
+/// # Errors
+/// A checkpoint of another model or of other options; a broken file.
+pub fn restore(
+    dir: &Path,
+    config: &TrainConfig,
+    fingerprint: &str,
+    params: &Params,
+    optimizer: &mut AdamW,
+) -> Result<Option<u64>> {
+    let Some((step, folder)) = list(dir)?.pop() else { return Ok(None) };
+    let mut read = || -> Result<()> {
+        let state: State = serde_json::from_slice(&fs::read(folder.join(STATE))?)?;
+        ensure!(state.step == step, "its state is of step {}, its folder of step {step}", state.step);
+        ensure!(state.fingerprint == fingerprint, "it was started from another model");
+        // how often to save and log may change between runs, all else decides the result
+        let same = TrainConfig { save_every: config.save_every, log_every: config.log_every, ..state.config };
+        ensure!(&same == config, "it was started with other options: {same:?}, now {config:?}");
+        let weights = candle_core::safetensors::load(folder.join(PARAMS), &Device::Cpu)?;
+        for (name, var) in params.iter() {
+            let found = weights.get(name).with_context(|| format!("no tensor {name}"))?;
+            var.set(&found.to_device(var.device())?)?;
+        }
+        let device = params.iter().next().map_or(Device::Cpu, |(_, var)| var.device().clone());
+        let moments = candle_core::safetensors::load(folder.join(MOMENTS), &device)?;
+        optimizer.restore(step, BTreeMap::from_iter(moments))
+    };
+    read().with_context(|| {
+        format!("{}: cannot resume from this checkpoint; use another --out to start anew", folder.display())
+    })?;
+    Ok(Some(step))
+}
+
+/// Checkpoints under `dir`, oldest first.
+fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    let Ok(entries) = fs::read_dir(dir) else { return Ok(found) };
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if let Some(step) = name.strip_prefix(PREFIX).and_then(|step| step.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn remove(folder: &Path) -> std::io::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
