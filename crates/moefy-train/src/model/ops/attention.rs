@@ -1,8 +1,12 @@
 //! Causal attention with grouped queries and an optional window.
 //!
-//! For a query at position `i`: `o_i = Σ_j softmax_j(q_i·k_j / √d) v_j` over keys `i - window < j ≤ i`.
+//! For a query at position `i`: `o_i = Σ_j p_ij v_j` with `p_ij = softmax_j(q_i·k_j / √d)` over the keys
+//! `i - window < j ≤ i`.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor, bail};
+
+use super::attention_cpu::FusedAttention;
+use super::cpu::fusable;
 
 /// How rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)` are to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,11 +25,36 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+impl AttentionShape {
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let Self { sequences, positions, heads, kv_heads, head_dim, window } = *self;
+        let (n, wide, narrow) = (sequences * positions, heads * head_dim, kv_heads * head_dim);
+        if q.dims() != [n, wide] || k.dims() != [n, narrow] || v.dims() != [n, narrow] {
+            bail!(
+                "attention: expected q ({n}, {wide}), k and v ({n}, {narrow}), found {:?}, {:?}, {:?}",
+                q.dims(),
+                k.dims(),
+                v.dims()
+            );
+        }
+        if kv_heads == 0 || heads % kv_heads != 0 || window == Some(0) {
+            bail!(
+                "attention: expected heads a multiple of kv_heads and a window of 1 or more, found {self:?}"
+            );
+        }
+        Ok(())
+    }
+}
+
 /// `q (B·T, H·d)`, `k` and `v (B·T, K·d)` → `(B·T, H·d)`.
 ///
 /// # Errors
 /// Tensors that do not have the shape.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> Result<Tensor> {
+    shape.check(q, k, v)?;
+    if fusable(&[q, k, v]) {
+        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, FusedAttention::new(shape));
+    }
     attention_composed(q, k, v, shape)
 }
 

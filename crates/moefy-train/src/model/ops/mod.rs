@@ -4,6 +4,8 @@
 //! tests compare with, and a fused form for f32 on the CPU, chosen by itself where it applies.
 
 mod attention;
+mod attention_cpu;
+mod cpu;
 mod cross_entropy;
 mod linear;
 mod rms_norm;

@@ -1,7 +1,10 @@
-//! Rotary position embedding, half-split as in Hugging Face's models.
+//! Rotary position embedding, half-split as in Hugging Face's models: pair `i` of a head is
+//! `(x[i], x[i + d/2])`. The gradient is turned back by the same angles.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
+use super::cpu::{fusable, mul_add, read, rows_per_task, slice};
 use crate::model::Rotary;
 
 /// Turns the heads of `x (N, heads·d)`, whose row `n` is at position `n mod T`; the tables give `T` and `d`.
@@ -9,6 +12,18 @@ use crate::model::Rotary;
 /// # Errors
 /// A width that is no multiple of `d`, or `N` that is no multiple of `T`.
 pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
+    let (positions, half) = rotary.cos.dims2()?;
+    let (n, width) = x.dims2()?;
+    if n % positions.max(1) != 0 || width % (2 * half).max(1) != 0 {
+        bail!(
+            "rope: expected a multiple of {positions} rows and of {} columns, found {:?}",
+            2 * half,
+            x.dims()
+        );
+    }
+    if fusable(&[x, &rotary.cos, &rotary.sin]) {
+        return x.contiguous()?.apply_op1(Rope { rotary: rotary.clone() });
+    }
     rope_composed(x, rotary)
 }
 
@@ -26,4 +41,60 @@ pub fn rope_composed(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     let turned_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let turned_b = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
     Tensor::cat(&[turned_a, turned_b], D::Minus1)?.reshape((n, width))
+}
+
+struct Rope {
+    rotary: Rotary,
+}
+
+impl Rope {
+    /// Turns every head of `x (N, width)`; `direction` is 1 or -1.
+    fn turn(&self, x: &[f32], width: usize, direction: f32) -> Result<Vec<f32>> {
+        let (positions, half) = self.rotary.cos.dims2()?;
+        let rows = rows_per_task(width);
+        let mut y = vec![0f32; x.len()];
+        read([&self.rotary.cos, &self.rotary.sin], |[cos, sin]| {
+            y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(
+                |(task, (y, x))| {
+                    for (row, (y, x)) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
+                        let at = (task * rows + row) % positions * half;
+                        let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
+                        for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                            turn_head(x, y, cos, sin, direction);
+                        }
+                    }
+                },
+            );
+            Ok(())
+        })?;
+        Ok(y)
+    }
+}
+
+/// `(a, b)` → `(a cos - b sin, b cos + a sin)` for the pairs of one head.
+#[inline(always)]
+fn turn_head(x: &[f32], y: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
+    let half = cos.len();
+    let ((a, b), (y_a, y_b)) = (x.split_at(half), y.split_at_mut(half));
+    for i in 0..half {
+        let sin = direction * sin[i];
+        y_a[i] = mul_add(a[i], cos[i], -(b[i] * sin));
+        y_b[i] = mul_add(b[i], cos[i], a[i] * sin);
+    }
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, x_at: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = self.turn(slice(x, x_at)?, x_at.shape().dims2()?.1, 1.0)?;
+        Ok((CpuStorage::F32(y), x_at.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        let dx = read([g], |[g]| self.turn(g, x.dim(1)?, -1.0))?;
+        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+    }
 }

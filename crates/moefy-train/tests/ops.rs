@@ -1,0 +1,238 @@
+//! Fused operations against their compositions of candle's operations: values and gradients, on fresh random
+//! inputs.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use moefy_train::model::Rotary;
+use moefy_train::model::ops::{
+    AttentionShape, attention, attention_composed, cross_entropy, cross_entropy_composed, linear, rms_norm,
+    rms_norm_composed, rope, rope_composed,
+};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+/// A source of random tensors whose seed is printed where a test fails.
+struct Random(ChaCha8Rng);
+
+impl Random {
+    fn new() -> Self {
+        let seed = rand::random();
+        println!("seed {seed}");
+        Self(ChaCha8Rng::seed_from_u64(seed))
+    }
+
+    fn normal(&mut self, shape: &[usize], scale: f32) -> Result<Var> {
+        let count = shape.iter().product();
+        let values = StandardNormal.sample_iter(&mut self.0).take(count).map(|x: f32| scale * x).collect();
+        Var::from_vec(values, shape, &Device::Cpu)
+    }
+}
+
+/// Asserts that two functions of `inputs` agree in value and in every gradient, to `tolerance` of the largest
+/// number.
+fn assert_same(
+    random: &mut Random,
+    what: &str,
+    inputs: &[&Var],
+    fused: impl Fn() -> Result<Tensor>,
+    composed: impl Fn() -> Result<Tensor>,
+    tolerance: f32,
+) -> Result<()> {
+    let (a, b) = (fused()?, composed()?);
+    assert_close(&format!("{what}: value"), &a, &b, tolerance)?;
+    let weights = random.normal(a.dims(), 1.0)?.detach();
+    let (a, b) = ((a * &weights)?.sum_all()?.backward()?, (b * &weights)?.sum_all()?.backward()?);
+    for (index, input) in inputs.iter().enumerate() {
+        let (a, b) = (a.get(input).expect("a gradient"), b.get(input).expect("a gradient"));
+        assert_close(&format!("{what}: gradient {index}"), a, b, tolerance)?;
+    }
+    Ok(())
+}
+
+fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f32) -> Result<()> {
+    assert_eq!(a.dims(), b.dims(), "{what}");
+    let largest = |x: &Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    let (difference, scale) = (largest(&(a - b)?)?, largest(b)?.max(1.0));
+    assert!(difference <= tolerance * scale, "{what}: differs by {difference}, largest number {scale}");
+    Ok(())
+}
+
+#[test]
+fn linear_is_a_product_with_the_transposed_weight() -> Result<()> {
+    let mut random = Random::new();
+    for (n, from, out) in [(1, 1, 1), (3, 5, 2), (1, 64, 48), (33, 7, 65), (257, 64, 172)] {
+        let (x, w) = (random.normal(&[n, from], 1.0)?, random.normal(&[out, from], 1.0)?);
+        let composed = || x.matmul(&w.t()?);
+        assert_same(&mut random, &format!("{n} {from} {out}"), &[&x, &w], || linear(&x, &w), composed, 1e-5)?;
+        // A strided input: every other row.
+        let wide = random.normal(&[n, 2 * from], 1.0)?;
+        let strided = || wide.narrow(1, from, from);
+        assert_same(
+            &mut random,
+            "strided",
+            &[&wide, &w],
+            || linear(&strided()?, &w),
+            || strided()?.contiguous()?.matmul(&w.t()?),
+            1e-5,
+        )?;
+    }
+    let (x, w) = (random.normal(&[3, 4], 1.0)?, random.normal(&[3, 5], 1.0)?);
+    assert!(linear(&x, &w).is_err());
+    Ok(())
+}
+
+#[test]
+fn rms_norm_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (n, d) in [(1, 1), (1, 8), (5, 31), (3, 64), (1000, 33), (300, 288)] {
+        let (x, w) = (random.normal(&[n, d], 2.0)?, random.normal(&[d], 1.0)?);
+        let fused = || rms_norm(&x, &w, 1e-5);
+        assert_same(
+            &mut random,
+            &format!("{n} {d}"),
+            &[&x, &w],
+            fused,
+            || rms_norm_composed(&x, &w, 1e-5),
+            1e-5,
+        )?;
+    }
+    let (x, w) = (random.normal(&[3, 4], 1.0)?, random.normal(&[5], 1.0)?);
+    assert!(rms_norm(&x, &w, 1e-5).is_err());
+    Ok(())
+}
+
+#[test]
+fn rope_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (sequences, positions, heads, d) in [(1, 1, 1, 2), (2, 3, 3, 6), (3, 129, 2, 8), (1, 300, 5, 48)] {
+        let angles = random.normal(&[positions, d / 2], 3.0)?.detach();
+        let rotary = Rotary { cos: angles.cos()?, sin: angles.sin()? };
+        let x = random.normal(&[sequences * positions, heads * d], 1.0)?;
+        let what = format!("{sequences} {positions} {heads} {d}");
+        assert_same(&mut random, &what, &[&x], || rope(&x, &rotary), || rope_composed(&x, &rotary), 1e-5)?;
+        let odd = random.normal(&[sequences * positions, heads * d + 1], 1.0)?;
+        assert!(rope(&odd, &rotary).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    let shapes = [
+        (1, 1, 1, 1, 2, None),
+        (2, 1, 4, 2, 8, Some(1)),
+        (1, 7, 3, 1, 6, None),
+        (2, 31, 4, 4, 4, Some(1)),
+        (2, 32, 4, 2, 8, None),
+        (2, 33, 4, 2, 8, Some(7)),
+        (1, 100, 2, 1, 48, Some(33)),
+        (3, 130, 6, 3, 16, Some(64)),
+        (1, 65, 8, 4, 10, Some(1000)),
+    ];
+    for (sequences, positions, heads, kv_heads, head_dim, window) in shapes {
+        let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window };
+        let n = sequences * positions;
+        let q = random.normal(&[n, heads * head_dim], 2.0)?;
+        let k = random.normal(&[n, kv_heads * head_dim], 2.0)?;
+        let v = random.normal(&[n, kv_heads * head_dim], 1.0)?;
+        assert_same(
+            &mut random,
+            &format!("{shape:?}"),
+            &[&q, &k, &v],
+            || attention(&q, &k, &v, shape),
+            || attention_composed(&q, &k, &v, shape),
+            2e-5,
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_survives_large_scores_and_hides_what_comes_later() -> Result<()> {
+    let mut random = Random::new();
+    let shape =
+        AttentionShape { sequences: 1, positions: 40, heads: 1, kv_heads: 1, head_dim: 4, window: Some(9) };
+    let (q, k) = (random.normal(&[40, 4], 60.0)?, random.normal(&[40, 4], 60.0)?);
+    let v = random.normal(&[40, 4], 1.0)?;
+    let run = |k: &Tensor, v: &Tensor| attention(&q, k, v, shape);
+    let all = run(&k, &v)?;
+    assert_close("large scores", &all, &attention_composed(&q, &k, &v, shape)?, 1e-4)?;
+    // Whatever stands behind position 19 or before 11 cannot reach the query at 19, not even as NaN.
+    let nan = Tensor::full(f32::NAN, (11, 4), &Device::Cpu)?;
+    let poisoned = |x: &Tensor| {
+        Tensor::cat(&[&nan, &x.narrow(0, 11, 9)?, &Tensor::full(f32::NAN, (20, 4), &Device::Cpu)?], 0)
+    };
+    let seen = run(&poisoned(&k)?, &v)?;
+    assert_eq!(seen.get(19)?.to_vec1::<f32>()?, all.get(19)?.to_vec1::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn attention_refuses_shapes_that_do_not_fit() -> Result<()> {
+    let shape =
+        AttentionShape { sequences: 2, positions: 3, heads: 3, kv_heads: 2, head_dim: 4, window: None };
+    let zeros = |rows, columns| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu);
+    let (q, k) = (zeros(6, 12)?, zeros(6, 8)?);
+    assert!(attention(&q, &k, &k, shape).is_err());
+    let shape = AttentionShape { heads: 4, ..shape };
+    assert!(attention(&q, &k, &k, shape).is_err());
+    assert!(attention(&zeros(6, 16)?, &k, &k, shape).is_ok());
+    assert!(attention(&zeros(6, 16)?, &k, &k, AttentionShape { window: Some(0), ..shape }).is_err());
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (n, v) in [(1, 1), (1, 2), (5, 31), (7, 64), (3, 1001), (100, 512)] {
+        let logits = random.normal(&[n, v], 5.0)?;
+        let targets: Vec<u32> = (0..n).map(|n| (n * 7919 % v) as u32).collect();
+        let targets = Tensor::new(targets, &Device::Cpu)?;
+        let weights = random.normal(&[n], 1.0)?.detach();
+        assert_same(
+            &mut random,
+            &format!("{n} {v}"),
+            &[&logits],
+            || cross_entropy(&logits, &targets, &weights),
+            || cross_entropy_composed(&logits, &targets, &weights),
+            1e-5,
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_refuses_unknown_tokens_and_keeps_nan() -> Result<()> {
+    let (cpu, weights) = (Device::Cpu, Tensor::ones(2, DType::F32, &Device::Cpu)?);
+    let targets = Tensor::new(&[0u32, 3], &cpu)?;
+    let logits = Tensor::zeros((2, 3), DType::F32, &cpu)?;
+    assert!(cross_entropy(&logits, &targets, &weights).is_err());
+    let targets = Tensor::new(&[0u32, 2], &cpu)?;
+    assert!(cross_entropy(&logits, &targets.to_dtype(DType::I64)?, &weights).is_err());
+    let logits = Tensor::new(&[[0f32, f32::NAN, 0.0], [1.0, 2.0, 3.0]], &cpu)?;
+    let losses = cross_entropy(&logits, &targets, &weights)?.to_vec1::<f32>()?;
+    assert!(losses[0].is_nan() && losses[1].is_finite(), "{losses:?}");
+    Ok(())
+}
+
+#[test]
+fn gradients_repeat_bit_for_bit() -> Result<()> {
+    let mut random = Random::new();
+    let shape =
+        AttentionShape { sequences: 3, positions: 70, heads: 4, kv_heads: 2, head_dim: 8, window: None };
+    let (q, w) = (random.normal(&[210, 32], 1.0)?, random.normal(&[32], 1.0)?);
+    let kv = random.normal(&[16, 32], 1.0)?;
+    let run = || -> Result<Vec<Vec<f32>>> {
+        let x = rms_norm(&q, &w, 1e-5)?;
+        let kv = linear(&x, &kv)?;
+        let loss = attention(&x, &kv, &kv, shape)?.sqr()?.sum_all()?;
+        let gradients = loss.backward()?;
+        [&q, &w].iter().map(|x| gradients.get(x).expect("a gradient").flatten_all()?.to_vec1()).collect()
+    };
+    let first = run()?;
+    for _ in 0..5 {
+        assert!(run()? == first, "another run gave other bits");
+    }
+    Ok(())
+}
