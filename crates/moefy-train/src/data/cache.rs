@@ -57,7 +57,8 @@ pub fn default_cache_dir() -> Result<PathBuf> {
 impl TokenCache {
     /// Opens the cache of `source` in `cache_dir`, tokenizing the file first where there is no sound one.
     ///
-    /// `progress` hears the bytes of text tokenized so far and the bytes of the file.
+    /// `progress` hears the bytes of text tokenized so far and the bytes of the file; it is not called where the
+    /// cache is used. Special tokens written out in the text become those tokens, as the tokenizer has it.
     ///
     /// # Errors
     /// Those of [`Documents`]; a file without documents or one that changes meanwhile; a cache folder that cannot
@@ -230,6 +231,7 @@ impl Builder<'_> {
         if stream.offsets.len() == 1 {
             bail!("{}: no documents: the file holds only white space and markers", self.path.display());
         }
+        (self.progress)(bytes, bytes);
         stream.finish(key)
     }
 }

@@ -9,9 +9,9 @@ pub mod pairs;
 pub mod source;
 pub mod tokenizer;
 
-pub use batches::{Batch, Batches, BatchesConfig, Split, WeightedCache};
+pub use batches::{Batch, Batches, BatchesConfig, Origin, Split, WeightedCache};
 pub use cache::{TokenCache, default_cache_dir};
-pub use documents::DocumentBatches;
+pub use documents::{DocumentBatches, DocumentLimits};
 pub use padded::PaddedBatch;
 pub use pairs::{PairScores, Pairs};
 pub use source::{DataSource, TextFormat};
