@@ -63,7 +63,8 @@ impl Setting {
         }
     }
 
-    fn mean(&self) -> f64 {
+    /// The mean over layers.
+    pub fn mean(&self) -> f64 {
         self.sensitivity.iter().sum::<f64>() / self.sensitivity.len().max(1) as f64
     }
 }
