@@ -5,13 +5,15 @@
 
 mod folder;
 mod reader;
-mod writer;
+pub(crate) mod save;
+pub(crate) mod writer;
 
 use dynamoe::config::RouterKind;
 use dynamoe::names;
 
 pub use folder::{StagedFolder, refuse_overlap, write_atomic};
 pub use reader::{Checkpoint, TensorInfo};
+pub use save::{remove_section, save_model, set_section, store_section};
 pub use writer::{DEFAULT_SHARD_BYTES, TensorSpec, Writer, plan_shards, save_tensors};
 
 use crate::hf_config::ModelConfig;
