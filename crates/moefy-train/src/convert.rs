@@ -1,1 +1,291 @@
-//! convert
+//! A dense checkpoint becomes a DynaMoE checkpoint: in every FFN, neurons in descending order of importance, so
+//! that each prefix is an expert, and a fresh router.
+//!
+//! ```text
+//! y = W_down (silu(W_gate x) ∘ (W_up x)) = W_down[:, p] (silu(W_gate[p] x) ∘ (W_up[p] x))   for any order p
+//! ```
+//!
+//! Tensors stream through in chunks; the largest thing in memory is one of an FFN's matrices.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use dynamoe::config::{DynaMoeConfig, FORMAT_VERSION, RouterConfig, RouterKind};
+use dynamoe::names;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, Normal};
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::calibrate::{Calibration, LayerStatistics};
+use crate::checkpoint::save::{CHUNK_BYTES, copy_tensor, write_folder};
+use crate::checkpoint::writer::check_finite;
+use crate::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards, router_tensors, set_section};
+use crate::hf_config::{ModelConfig, read_json};
+
+/// How to convert.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// `H_e` of each expert; [`dynamoe::config::even_widths`] makes the paper's.
+    pub expert_widths: Vec<usize>,
+    /// The routers to add.
+    pub router: RouterConfig,
+    /// Seed of the routers' weights.
+    pub seed: u64,
+    /// The dial's default.
+    pub sensitivity: f64,
+    /// Replace an existing output folder.
+    pub force: bool,
+    /// Largest shard; none keeps the source's shards.
+    pub max_shard_bytes: Option<u64>,
+}
+
+/// Converts `source` into the new folder `out`. Neurons are ordered by the calibration's importance, or without
+/// one by `‖W_gate[j]‖ · ‖W_up[j]‖ · ‖W_down[:, j]‖`. The source is only read.
+///
+/// # Errors
+/// A source that is a DynaMoE checkpoint already or holds values that are not finite, a calibration of another
+/// model, widths that do not fit, an output folder that exists or cannot be written. Nothing is left then.
+pub fn convert(
+    source: &Checkpoint,
+    calibration: Option<&Calibration>,
+    options: &ConvertOptions,
+    out: &Path,
+) -> Result<()> {
+    ensure!(
+        source.config().dynamoe.is_none(),
+        "{}: is a DynaMoE checkpoint already; `export --dense` makes a dense one of it",
+        source.dir().display()
+    );
+    if let Some(calibration) = calibration {
+        calibration.check(source)?;
+    }
+    let mut json = read_json(source.dir())?;
+    let section = DynaMoeConfig {
+        version: FORMAT_VERSION,
+        base_architecture: source.config().architecture.name().to_owned(),
+        base_model_type: json
+            .get("model_type")
+            .and_then(Value::as_str)
+            .context("config.json: \"model_type\": expected a string")?
+            .to_owned(),
+        expert_widths: options.expert_widths.clone(),
+        router: options.router.clone(),
+        sensitivity: options.sensitivity,
+        budgets: Vec::new(),
+    };
+    set_section(&mut json, &section)?;
+    let config = ModelConfig::from_json(&json)?;
+    let plan = plan(source, &config, options.max_shard_bytes)?;
+    write_folder(source, &json, plan, out, options.force, |writer| {
+        for name in source.names().filter(|name| !is_ffn(name)) {
+            let dtype = source.info(name).map_or(Dtype::F32, |info| info.dtype);
+            copy_tensor(source, name, dtype, writer)?;
+        }
+        for layer in 0..config.num_hidden_layers {
+            let statistics = calibration.map(|c| &c.layers[layer]);
+            let compensation = convert_ffn(source, layer, statistics, &section, writer)?;
+            write_router(&config, layer, options.seed, &compensation, writer)?;
+        }
+        Ok(())
+    })
+}
+
+fn is_ffn(name: &str) -> bool {
+    [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ]
+        .iter()
+        .any(|ffn| name.ends_with(&format!(".mlp.{ffn}")))
+}
+
+/// The source's tensors, each router's beside its layer's down_proj.
+fn plan(source: &Checkpoint, config: &ModelConfig, max: Option<u64>) -> Result<Vec<Vec<TensorSpec>>> {
+    let mut shards = source.plan();
+    for (name, shape) in router_tensors(config) {
+        let (layer, _) = name.split_once(".mlp.").context("router tensors are under mlp")?;
+        let down = format!("{layer}.mlp.{}", names::DOWN_PROJ);
+        let shard = source.info(&down).map_or(0, |info| info.shard);
+        shards[shard].push(TensorSpec { name, dtype: Dtype::F32, shape });
+    }
+    Ok(match max {
+        Some(max) => plan_shards(shards.into_iter().flatten().collect(), max),
+        None => shards,
+    })
+}
+
+/// Writes a layer's FFN with its neurons reordered; each expert's compensation but the largest's,
+/// `(E - 1) · D` values.
+fn convert_ffn(
+    source: &Checkpoint,
+    layer: usize,
+    statistics: Option<&LayerStatistics>,
+    section: &DynaMoeConfig,
+    writer: &mut Writer,
+) -> Result<Vec<f32>> {
+    let [gate, up, down] =
+        [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ].map(|name| names::mlp(layer, name));
+    let importance = match statistics {
+        Some(statistics) => statistics.importance.clone(),
+        None => weight_importance(source, &gate, &up, &down)?,
+    };
+    let mut order: Vec<usize> = (0..importance.len()).collect();
+    order.sort_by(|&a, &b| importance[b].total_cmp(&importance[a])); // stable
+    permute_rows(source, &gate, &order, writer)?;
+    permute_rows(source, &up, &order, writer)?;
+
+    let (experts, hidden) = (section.experts() - 1, source.config().hidden_size);
+    let mut compensation = vec![0.0; experts * hidden];
+    let mean: Option<Vec<f32>> = statistics.map(|s| order.iter().map(|&j| s.mean_activation[j]).collect());
+    permute_columns(source, &down, &order, writer, |d, row| {
+        let Some(mean) = &mean else { return };
+        // Σ_{j ≥ H_e} mean_j W_down[d, j], from the last shell inwards
+        let mut sum = 0.0;
+        for e in (0..experts).rev() {
+            let shell = section.expert_widths[e]..section.expert_widths[e + 1];
+            sum += row[shell.clone()]
+                .iter()
+                .zip(&mean[shell])
+                .map(|(w, h)| f64::from(*w) * f64::from(*h))
+                .sum::<f64>();
+            compensation[e * hidden + d] = sum as f32;
+        }
+    })?;
+    Ok(compensation)
+}
+
+/// `‖W_gate[j]‖ · ‖W_up[j]‖ · ‖W_down[:, j]‖` for each neuron.
+fn weight_importance(source: &Checkpoint, gate: &str, up: &str, down: &str) -> Result<Vec<f32>> {
+    let mut importance = vec![1.0; source.config().intermediate_size];
+    for name in [gate, up] {
+        for_rows(source, name, |j, row| {
+            importance[j] *= row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
+        })?;
+    }
+    let mut squares = vec![0.0; importance.len()];
+    for_rows(source, down, |_, row| {
+        squares.iter_mut().zip(row).for_each(|(sum, w)| *sum += f64::from(*w).powi(2));
+    })?;
+    Ok(importance.iter().zip(squares).map(|(a, b)| (a * f64::sqrt(b)) as f32).collect())
+}
+
+/// Calls `each` with the number and the values of every row of a matrix.
+fn for_rows(source: &Checkpoint, name: &str, mut each: impl FnMut(usize, &[f32])) -> Result<()> {
+    for_row_chunks(source, name, |first, bytes, matrix| {
+        let values = decode(bytes, matrix.dtype);
+        values.chunks_exact(matrix.columns).enumerate().for_each(|(i, row)| each(first + i, row));
+        Ok(())
+    })
+}
+
+struct Matrix {
+    dtype: Dtype,
+    columns: usize,
+    row_bytes: usize,
+}
+
+/// Calls `each` with the first row's number and the bytes of runs of whole rows, about [`CHUNK_BYTES`] each,
+/// once their values are known to be finite.
+fn for_row_chunks(
+    source: &Checkpoint,
+    name: &str,
+    mut each: impl FnMut(usize, &[u8], &Matrix) -> Result<()>,
+) -> Result<()> {
+    let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
+    let columns = info.shape[1];
+    let matrix = Matrix { dtype: info.dtype, columns, row_bytes: info.len / info.shape[0] };
+    let rows = (CHUNK_BYTES / matrix.row_bytes).max(1);
+    for first in (0..info.shape[0]).step_by(rows) {
+        let end = info.shape[0].min(first + rows);
+        let bytes = source.read_range(name, first * matrix.row_bytes..end * matrix.row_bytes)?;
+        check_finite(name, &bytes, info.dtype, &info.shape, first * columns)?;
+        each(first, &bytes, &matrix)?;
+    }
+    Ok(())
+}
+
+/// Writes a matrix with row `order[i]` as row `i`.
+fn permute_rows(source: &Checkpoint, name: &str, order: &[usize], writer: &mut Writer) -> Result<()> {
+    let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
+    let bytes = source.read_bytes(name)?;
+    check_finite(name, &bytes, info.dtype, &info.shape, 0)?;
+    let row = bytes.len() / order.len();
+    let mut chunk = Vec::with_capacity(CHUNK_BYTES + row);
+    for &j in order {
+        chunk.extend_from_slice(&bytes[j * row..(j + 1) * row]);
+        if chunk.len() >= CHUNK_BYTES {
+            writer.push(name, &chunk)?;
+            chunk.clear();
+        }
+    }
+    writer.push(name, &chunk)
+}
+
+/// Writes a matrix with column `order[i]` as column `i`; shows every new row to `each`.
+fn permute_columns(
+    source: &Checkpoint,
+    name: &str,
+    order: &[usize],
+    writer: &mut Writer,
+    mut each: impl FnMut(usize, &[f32]),
+) -> Result<()> {
+    let mut permuted = Vec::new();
+    for_row_chunks(source, name, |first, bytes, matrix| {
+        permuted.clear();
+        permuted.reserve(bytes.len());
+        for row in bytes.chunks_exact(matrix.row_bytes) {
+            match matrix.row_bytes / matrix.columns {
+                2 => gather::<2>(row, order, &mut permuted),
+                _ => gather::<4>(row, order, &mut permuted),
+            }
+        }
+        let values = decode(&permuted, matrix.dtype);
+        values.chunks_exact(matrix.columns).enumerate().for_each(|(i, row)| each(first + i, row));
+        writer.push(name, &permuted)
+    })
+}
+
+/// Appends the elements of `row`, each of `N` bytes, in the given order.
+fn gather<const N: usize>(row: &[u8], order: &[usize], out: &mut Vec<u8>) {
+    let (elements, _) = row.as_chunks::<N>();
+    order.iter().for_each(|&j| out.extend_from_slice(&elements[j]));
+}
+
+/// Little-endian F32, F16 or BF16 values as f32.
+fn decode(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
+    let (pairs, _) = bytes.as_chunks::<2>();
+    match dtype {
+        Dtype::F16 => pairs.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::BF16 => pairs.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+        _ => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+    }
+}
+
+/// Writes a layer's router: `fc1.weight ~ N(0, 1/D)`, all else zero, so that every score starts at one half.
+fn write_router(
+    config: &ModelConfig,
+    layer: usize,
+    seed: u64,
+    compensation: &[f32],
+    writer: &mut Writer,
+) -> Result<()> {
+    let Some(dynamoe) = config.dynamoe.as_ref().filter(|d| d.router.kind == RouterKind::Mlp) else {
+        return Ok(());
+    };
+    let (d, r, scores) = (config.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(layer as u64); // a layer's weights do not depend on how many came before
+    let normal = Normal::new(0.0f32, (d as f32).sqrt().recip())?;
+    let fc1: Vec<f32> = (0..r * d).map(|_| normal.sample(&mut rng)).collect();
+    let mut push = |name: &str, values: &[f32]| {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        writer.push(&names::mlp(layer, name), &bytes)
+    };
+    push(names::ROUTER_FC1_WEIGHT, &fc1)?;
+    push(names::ROUTER_FC1_BIAS, &vec![0.0; r])?;
+    push(names::ROUTER_FC2_WEIGHT, &vec![0.0; scores * r])?;
+    push(names::ROUTER_FC2_BIAS, &vec![0.0; scores])?;
+    if dynamoe.router.compensation {
+        push(names::COMPENSATION, compensation)?;
+    }
+    Ok(())
+}

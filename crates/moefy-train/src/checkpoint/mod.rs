@@ -3,12 +3,18 @@
 //! [`Checkpoint`] reads one, [`Writer`] writes the tensors of one, [`StagedFolder`] makes a new folder appear
 //! whole or not at all. docs/checkpoint-format.md specifies what is in it.
 
+mod folder;
 mod reader;
+pub(crate) mod save;
+pub(crate) mod writer;
 
 use dynamoe::config::RouterKind;
 use dynamoe::names;
 
+pub use folder::{StagedFolder, refuse_overlap, write_atomic};
 pub use reader::{Checkpoint, TensorInfo};
+pub use save::{remove_section, save_model, set_section, store_section};
+pub use writer::{DEFAULT_SHARD_BYTES, TensorSpec, Writer, plan_shards, save_tensors};
 
 use crate::hf_config::ModelConfig;
 

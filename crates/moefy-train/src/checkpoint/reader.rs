@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::Metadata};
@@ -269,8 +269,8 @@ fn open_shard(path: &Path, shard: usize) -> Result<(Shard, BTreeMap<String, Tens
     // SAFETY: the map is only read, only its first pages (the header), and is dropped at the end of this
     // function; a file that shrinks meanwhile would end the process, as for every mapped model file.
     let map = unsafe { Mmap::map(&file) }.with_context(|| format!("{}: mapping", path.display()))?;
-    let (header_len, metadata) =
-        SafeTensors::read_metadata(&map).map_err(|error| broken_header(path, &map, &error))?;
+    let (header_len, metadata) = read_header(&map)
+        .with_context(|| format!("{}: broken safetensors file, fetch or export it again", path.display()))?;
     let data = header_len as u64 + 8;
     let tensors = infos(&metadata, shard, data);
     Ok((Shard { path: path.to_path_buf(), file, header_len: data }, tensors))
@@ -291,27 +291,32 @@ fn infos(metadata: &Metadata, shard: usize, data: u64) -> BTreeMap<String, Tenso
     metadata.tensors().into_iter().map(place).collect()
 }
 
-/// One sentence on what is wrong with a file and what to do.
-fn broken_header(path: &Path, map: &[u8], error: &SafeTensorError) -> anyhow::Error {
-    let what = match error {
-        SafeTensorError::InvalidHeaderLength | SafeTensorError::HeaderTooLarge => {
-            let mut len = [0; 8];
-            len.copy_from_slice(&map[..8]);
-            let len = u64::from_le_bytes(len);
-            format!("the header claims {len} bytes, the file has {}", map.len())
+/// Length and content of the header of a mapped safetensors file of 8 bytes or more.
+fn read_header(map: &[u8]) -> Result<(usize, Metadata)> {
+    let mut len = [0; 8];
+    len.copy_from_slice(&map[..8]);
+    let (len, rest) = (u64::from_le_bytes(len), map.len() - 8);
+    let header = usize::try_from(len).ok().and_then(|len| map[8..].get(..len)).with_context(|| {
+        format!("the header claims {len} bytes, {rest} follow in the file: truncated or not safetensors")
+    })?;
+    // safetensors adds up offsets before it compares them with the file's length: bound them first
+    let bounded: Metadata = serde_json::from_slice(header).context("the header is not safetensors JSON")?;
+    for (name, info) in bounded.tensors() {
+        let (end, data) = (info.data_offsets.1, rest - header.len());
+        ensure!(
+            end <= data,
+            "tensor {name} ends at byte {end} of the data, the file holds {data}: truncated"
+        );
+    }
+    SafeTensors::read_metadata(map).map_err(|error| match error {
+        SafeTensorError::MetadataIncompleteBuffer => {
+            anyhow!("the file is longer than the tensors that its header lists")
         }
-        SafeTensorError::MetadataIncompleteBuffer => format!(
-            "the tensors that the header lists do not end where the file ends ({} bytes): truncated or padded",
-            map.len()
-        ),
         SafeTensorError::InvalidOffset(name) => {
-            format!("tensor {name}: its offsets overlap another tensor's, leave a hole or run backwards")
+            anyhow!("tensor {name}: its offsets overlap another tensor's, leave a hole or run backwards")
         }
-        SafeTensorError::TensorInvalidInfo => {
-            "a tensor's offsets do not fit its shape and type, or its type is unknown".to_owned()
-        }
-        SafeTensorError::ValidationOverflow => "a tensor's shape overflows".to_owned(),
-        other => other.to_string(),
-    };
-    anyhow::anyhow!("{}: broken safetensors file: {what}; fetch or export it again", path.display())
+        SafeTensorError::TensorInvalidInfo => anyhow!("a tensor's offsets do not fit its shape and type"),
+        SafeTensorError::ValidationOverflow => anyhow!("a tensor's shape overflows"),
+        other => anyhow!("{other}"),
+    })
 }

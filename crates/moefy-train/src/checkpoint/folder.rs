@@ -1,0 +1,167 @@
+//! Output that appears whole or not at all: written beside its place under a temporary name, synced to disk,
+//! then renamed.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+/// A folder under construction. [`StagedFolder::commit`] puts it in place; dropped before, it is removed.
+/// One left behind by a killed process is a hidden sibling named `.<name>.partial-<pid>…`, safe to delete.
+#[derive(Debug)]
+pub struct StagedFolder {
+    staged: PathBuf,
+    out: PathBuf,
+}
+
+impl StagedFolder {
+    /// Starts a folder that will be `out`. Its parent is created if need be.
+    ///
+    /// # Errors
+    /// `out` is a file, or a folder with something in it and `force` is not given; with `force`, a folder
+    /// without config.json, which no output of this program is; or the place cannot be written.
+    pub fn create(out: &Path, force: bool) -> Result<Self> {
+        // a link to a folder stays, its target is replaced
+        let out = fs::canonicalize(out).or_else(|_| std::path::absolute(out)).context("output folder")?;
+        check_free(&out, force)?;
+        let (parent, name) = split(&out)?;
+        let cannot = || format!("{}: the output folder cannot be created there", out.display());
+        fs::create_dir_all(parent).with_context(cannot)?;
+        let staged = parent.join(temporary_name(&name));
+        if staged.exists() {
+            fs::remove_dir_all(&staged).with_context(cannot)?;
+        }
+        fs::create_dir(&staged).with_context(cannot)?;
+        Ok(Self { staged, out })
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        &self.staged
+    }
+
+    /// Syncs everything to disk and puts the folder in place. What was there before is replaced in one step
+    /// where the filesystem can swap two names, then removed.
+    ///
+    /// # Errors
+    /// A failed sync or rename; the old folder is then as it was.
+    pub fn commit(self) -> Result<()> {
+        let out = self.out.display();
+        sync_tree(&self.staged).with_context(|| format!("{out}: writing to disk"))?;
+        let occupied = fs::read_dir(&self.out).is_ok_and(|mut entries| entries.next().is_some());
+        if occupied { swap(&self.staged, &self.out) } else { fs::rename(&self.staged, &self.out) }
+            .with_context(|| format!("{out}: moving the finished folder into place"))?;
+        let (parent, _) = split(&self.out)?;
+        File::open(parent).and_then(|dir| dir.sync_all()).with_context(|| format!("{out}: syncing"))
+    }
+}
+
+impl Drop for StagedFolder {
+    fn drop(&mut self) {
+        // after a swap this is the old folder, after a plain rename it is gone
+        let _ = fs::remove_dir_all(&self.staged);
+    }
+}
+
+/// Refuses an output that is its own source, lies in it or contains it.
+///
+/// # Errors
+/// If they overlap.
+pub fn refuse_overlap(source: &Path, out: &Path) -> Result<()> {
+    let (Ok(source), Ok(out)) = (fs::canonicalize(source), fs::canonicalize(out)) else {
+        return Ok(()); // an output that does not exist holds no source
+    };
+    ensure!(
+        !source.starts_with(&out) && !out.starts_with(&source),
+        "the output folder {} overlaps the source {}: choose another",
+        out.display(),
+        source.display()
+    );
+    Ok(())
+}
+
+/// Writes a file so that at any moment either its old or its new content is there.
+///
+/// # Errors
+/// The file cannot be written; what was there before is as it was.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let path = std::path::absolute(path).context("output file")?;
+    let (parent, name) = split(&path)?;
+    let temporary = parent.join(temporary_name(&name));
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, &path)?;
+        File::open(parent)?.sync_all()
+    };
+    write().map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        anyhow::Error::new(error).context(format!("{}: cannot be written", path.display()))
+    })
+}
+
+fn check_free(out: &Path, force: bool) -> Result<()> {
+    let Ok(meta) = fs::metadata(out) else { return Ok(()) };
+    ensure!(meta.is_dir(), "{}: a file is in the way of the output folder", out.display());
+    let mut entries = fs::read_dir(out).with_context(|| out.display().to_string())?;
+    if entries.next().is_none() {
+        return Ok(());
+    }
+    if !force {
+        bail!("{}: the output folder exists; give --force to replace it, or another --out", out.display());
+    }
+    ensure!(
+        out.join("config.json").is_file(),
+        "{}: --force replaces only model folders, this one has no config.json; choose another --out",
+        out.display()
+    );
+    Ok(())
+}
+
+/// Parent and last name of an absolute path.
+fn split(path: &Path) -> Result<(&Path, OsString)> {
+    let parts = path.parent().zip(path.file_name());
+    let (parent, name) = parts.with_context(|| format!("{}: not a name for output", path.display()))?;
+    Ok((parent, name.to_owned()))
+}
+
+/// A hidden name that no other output in the making uses.
+fn temporary_name(name: &std::ffi::OsStr) -> OsString {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let mut temporary = OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".partial-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    temporary
+}
+
+/// Exchanges two folders: at once where the filesystem can, else by way of a third name.
+fn swap(new: &Path, old: &Path) -> std::io::Result<()> {
+    if renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE).is_ok() {
+        return Ok(());
+    }
+    let mut aside = new.as_os_str().to_owned();
+    aside.push("-old");
+    fs::rename(old, &aside)?;
+    if let Err(error) = fs::rename(new, old) {
+        fs::rename(&aside, old)?;
+        return Err(error);
+    }
+    fs::rename(&aside, new)
+}
+
+fn sync_tree(dir: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?;
+        } else {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    File::open(dir)?.sync_all()
+}

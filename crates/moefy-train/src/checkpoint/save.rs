@@ -1,0 +1,176 @@
+//! From one checkpoint to another: tensors copied in chunks, config.json edited in place, companion files.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use dynamoe::config::{ARCHITECTURE, DynaMoeConfig, MODEL_TYPE};
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use super::reader::float_dtype;
+use super::writer::{check_finite, to_bytes};
+use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic};
+use crate::hf_config::{ModelConfig, read_json};
+
+/// Bytes of a tensor in memory at a time while it is copied.
+pub(crate) const CHUNK_BYTES: usize = 8 << 20;
+
+/// Beginnings of the names of files that belong to a model besides its weights and config.json.
+const COMPANIONS: [&str; 11] = [
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "generation_config",
+    "chat_template",
+    "LICENSE",
+    "LICENCE",
+    "NOTICE",
+    "USE_POLICY",
+];
+
+impl Checkpoint {
+    /// What its files hold, file by file: the plan that keeps its sharding.
+    pub fn plan(&self) -> Vec<Vec<TensorSpec>> {
+        let mut shards = vec![Vec::new(); self.shards().len()];
+        for name in self.names() {
+            let Some(info) = self.info(name) else { continue };
+            shards[info.shard].push(TensorSpec {
+                name: name.to_owned(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+            });
+        }
+        shards
+    }
+}
+
+/// Makes a config.json that of a DynaMoE model, or updates its section; all other keys stay.
+///
+/// # Errors
+/// A section that does not fit the rest.
+pub fn set_section(config: &mut Value, section: &DynaMoeConfig) -> Result<()> {
+    config["architectures"] = json!([ARCHITECTURE]);
+    config["model_type"] = json!(MODEL_TYPE);
+    config["dynamoe"] = serde_json::to_value(section)?;
+    ModelConfig::from_json(config).map(drop)
+}
+
+/// Makes a DynaMoE model's config.json that of its base again.
+///
+/// # Errors
+/// It is not a DynaMoE model's.
+pub fn remove_section(config: &mut Value) -> Result<()> {
+    let section = DynaMoeConfig::from_config_json(config)?;
+    config["architectures"] = json!([section.base_architecture]);
+    config["model_type"] = json!(section.base_model_type);
+    // shift_remove keeps the order of the keys that stay
+    config.as_object_mut().context("config.json is not an object")?.shift_remove("dynamoe");
+    Ok(())
+}
+
+/// Replaces the `dynamoe` section of the checkpoint in `dir`, such as with a new table of budgets.
+///
+/// # Errors
+/// A section that does not fit the model; config.json cannot be written.
+pub fn store_section(dir: &Path, section: &DynaMoeConfig) -> Result<()> {
+    let mut config = read_json(dir)?;
+    DynaMoeConfig::from_config_json(&config)?;
+    set_section(&mut config, section)?;
+    write_atomic(&dir.join("config.json"), &pretty(&config)?)
+}
+
+/// Writes `weights`, and what else `source` holds, as a new checkpoint in the source's types and sharding,
+/// with `section` (if given) as its `dynamoe` section.
+///
+/// # Errors
+/// A weight that the source does not have or of another shape, a value that is not finite, a failed read or
+/// write. Nothing is left then.
+pub fn save_model(
+    source: &Checkpoint,
+    weights: &BTreeMap<String, Tensor>,
+    section: Option<&DynaMoeConfig>,
+    out: &Path,
+    force: bool,
+) -> Result<()> {
+    for (name, tensor) in weights {
+        let info = source.info(name).with_context(|| {
+            format!("{}: has no tensor {name}, it cannot be saved in its place", source.dir().display())
+        })?;
+        ensure!(info.shape == tensor.dims(), "{name}: expected {:?}, found {:?}", info.shape, tensor.dims());
+    }
+    let mut config = read_json(source.dir())?;
+    if let Some(section) = section {
+        set_section(&mut config, section)?;
+    }
+    write_folder(source, &config, source.plan(), out, force, |writer| {
+        for name in source.names() {
+            let Some(info) = source.info(name) else { continue };
+            match weights.get(name) {
+                Some(tensor) => writer.push_tensor(name, tensor, info.dtype)?,
+                None => copy_tensor(source, name, info.dtype, writer)?,
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A new model folder: config.json, the source's companion files, and the planned tensors, which `fill` pushes.
+pub(crate) fn write_folder(
+    source: &Checkpoint,
+    config: &Value,
+    plan: Vec<Vec<TensorSpec>>,
+    out: &Path,
+    force: bool,
+    fill: impl FnOnce(&mut Writer) -> Result<()>,
+) -> Result<()> {
+    refuse_overlap(source.dir(), out)?;
+    let staged = StagedFolder::create(out, force)?;
+    let mut writer = Writer::create(staged.path(), plan)?;
+    fill(&mut writer)?;
+    writer.finish()?;
+    let path = staged.path().join("config.json");
+    std::fs::write(&path, pretty(config)?).with_context(|| format!("{}: writing", path.display()))?;
+    copy_companions(source.dir(), staged.path())?;
+    staged.commit()
+}
+
+/// Copies a tensor in chunks, converted to `dtype`; checks that its values are finite.
+pub(crate) fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &mut Writer) -> Result<()> {
+    let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
+    let element = (info.dtype.bitsize() / 8).max(1);
+    for start in (0..info.len).step_by(CHUNK_BYTES) {
+        let mut bytes = source.read_range(name, start..info.len.min(start + CHUNK_BYTES))?;
+        check_finite(name, &bytes, info.dtype, &info.shape, start / element)?;
+        if dtype != info.dtype {
+            let stored = float_dtype(info.dtype).with_context(|| format!("tensor {name}: not a float"))?;
+            let chunk = Tensor::from_raw_buffer(&bytes, stored, &[bytes.len() / element], &Device::Cpu)?;
+            bytes = to_bytes(&chunk, dtype).with_context(|| format!("tensor {name}"))?;
+            check_finite(name, &bytes, dtype, &info.shape, start / element)?;
+        }
+        writer.push(name, &bytes)?;
+    }
+    Ok(())
+}
+
+fn copy_companions(from: &Path, to: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(from).with_context(|| from.display().to_string())? {
+        let entry = entry.with_context(|| from.display().to_string())?;
+        let name = entry.file_name();
+        let known = COMPANIONS.iter().any(|start| name.to_string_lossy().starts_with(start));
+        if known && entry.path().is_file() {
+            std::fs::copy(entry.path(), to.join(&name))
+                .with_context(|| format!("{}: copying", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn pretty(config: &Value) -> Result<Vec<u8>> {
+    let mut text = serde_json::to_vec_pretty(config)?;
+    text.push(b'\n');
+    Ok(text)
+}
