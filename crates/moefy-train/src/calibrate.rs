@@ -8,10 +8,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
+use dynamoe::names;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::activations::{self, DenseFfn};
 use crate::checkpoint::{Checkpoint, write_atomic};
+use crate::data::PaddedBatch;
+use crate::model::Backbone;
 
 /// Statistics of one layer's neurons.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -130,4 +134,43 @@ impl Calibration {
         };
         read().with_context(|| format!("{}: not a calibration file", path.display()))
     }
+}
+
+/// Measures a dense model on text. `progress` hears how many of the batches are done.
+///
+/// # Errors
+/// A model that is not dense; no tokens; candle's.
+pub fn calibrate(
+    source: &Checkpoint,
+    batches: &[PaddedBatch],
+    progress: &mut dyn FnMut(usize),
+) -> Result<Calibration> {
+    let config = source.config();
+    ensure!(
+        config.dynamoe.is_none(),
+        "{}: a DynaMoE checkpoint; calibration is of the dense model that it is made from",
+        source.dir().display()
+    );
+    let mut get = |name: &str, shape: &[usize]| source.tensor(name, shape, DType::F32, &Device::Cpu);
+    let backbone = Backbone::from_tensors(config, &mut get)?;
+    let (d, i) = (config.hidden_size, config.intermediate_size);
+    let ffns = (0..config.num_hidden_layers)
+        .map(|layer| {
+            let mut get = |name: &str, shape: [usize; 2]| get(&names::mlp(layer, name), &shape);
+            Ok(DenseFfn {
+                gate_proj: get(names::GATE_PROJ, [i, d])?,
+                up_proj: get(names::UP_PROJ, [i, d])?,
+                down_proj: get(names::DOWN_PROJ, [d, i])?,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let (activations, tokens) = activations::measure(&backbone, &ffns, batches, progress)?;
+    let layers = activations.into_iter().zip(&ffns).map(|(activations, ffn)| {
+        let norms = ffn.down_proj.sqr()?.sum(0)?.sqrt()?.to_vec1::<f32>()?; // (I)
+        Ok(LayerStatistics {
+            importance: activations.mean_abs.iter().zip(norms).map(|(h, norm)| h * norm).collect(),
+            mean_activation: activations.mean,
+        })
+    });
+    Ok(Calibration { layers: layers.collect::<Result<_>>()?, tokens, fingerprint: source.fingerprint()? })
 }

@@ -10,6 +10,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use dynamoe::router::logit;
 use dynamoe::config::{DynaMoeConfig, FORMAT_VERSION, RouterConfig, RouterKind};
 use dynamoe::names;
 use rand::SeedableRng;
@@ -260,7 +261,8 @@ fn decode(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     }
 }
 
-/// Writes a layer's router: `fc1.weight ~ N(0, 1/D)`, all else zero, so that every score starts at one half.
+/// Writes a layer's router: `fc1.weight ~ N(0, 1/D)`, zeros and `fc2.bias = logit(H_e / I)`: until it is
+/// trained, it routes as a static one does.
 fn write_router(
     config: &ModelConfig,
     layer: usize,
@@ -268,22 +270,24 @@ fn write_router(
     compensation: &[f32],
     writer: &mut Writer,
 ) -> Result<()> {
-    let Some(dynamoe) = config.dynamoe.as_ref().filter(|d| d.router.kind == RouterKind::Mlp) else {
-        return Ok(());
-    };
-    let (d, r, scores) = (config.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(layer as u64); // a layer's weights do not depend on how many came before
-    let normal = Normal::new(0.0f32, (d as f32).sqrt().recip())?;
-    let fc1: Vec<f32> = (0..r * d).map(|_| normal.sample(&mut rng)).collect();
+    let Some(dynamoe) = &config.dynamoe else { return Ok(()) };
     let mut push = |name: &str, values: &[f32]| {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         writer.push(&names::mlp(layer, name), &bytes)
     };
-    push(names::ROUTER_FC1_WEIGHT, &fc1)?;
-    push(names::ROUTER_FC1_BIAS, &vec![0.0; r])?;
-    push(names::ROUTER_FC2_WEIGHT, &vec![0.0; scores * r])?;
-    push(names::ROUTER_FC2_BIAS, &vec![0.0; scores])?;
+    if dynamoe.router.kind == RouterKind::Mlp {
+        let (d, r) = (config.hidden_size, dynamoe.router.hidden_size);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(layer as u64); // a layer's weights do not depend on how many came before
+        let normal = Normal::new(0.0f32, (d as f32).sqrt().recip())?;
+        let fc1: Vec<f32> = (0..r * d).map(|_| normal.sample(&mut rng)).collect();
+        let shares = dynamoe.width_shares();
+        let bias: Vec<f32> = shares[..shares.len() - 1].iter().map(|&share| logit(share)).collect();
+        push(names::ROUTER_FC1_WEIGHT, &fc1)?;
+        push(names::ROUTER_FC1_BIAS, &vec![0.0; r])?;
+        push(names::ROUTER_FC2_WEIGHT, &vec![0.0; bias.len() * r])?;
+        push(names::ROUTER_FC2_BIAS, &bias)?;
+    }
     if dynamoe.router.compensation {
         push(names::COMPENSATION, compensation)?;
     }

@@ -1,7 +1,7 @@
 //! Loss against width: the curves of a report.
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
+use candle_core::{DType, Tensor};
 use dynamoe::TrainableFfn;
 
 use crate::data::PaddedBatch;
@@ -77,12 +77,12 @@ fn sorted(name: &str, description: &str, mut points: Vec<Point>) -> Curve {
 pub fn oracle_curve(model: &TrainModel, batches: &[PaddedBatch]) -> Result<Curve> {
     let routed = model.routed()?;
     let config = routed.config();
-    let (d, i, layers) = (config.hidden_size, config.intermediate_size, config.num_hidden_layers);
+    let layers = config.num_hidden_layers;
     let ffn = |layer: usize| -> Result<TrainableFfn> {
         let get = |name: &str| model.tensor(&dynamoe::names::mlp(layer, name));
         let compensation = config.dynamoe.as_ref().is_some_and(|c| c.router.compensation);
         let (gate_proj, up_proj, down_proj) = (
-            get(dynamoe::names::GATE_PROJ)?.reshape((i, d))?,
+            get(dynamoe::names::GATE_PROJ)?,
             get(dynamoe::names::UP_PROJ)?,
             get(dynamoe::names::DOWN_PROJ)?,
         );
@@ -107,7 +107,7 @@ pub fn oracle_curve(model: &TrainModel, batches: &[PaddedBatch]) -> Result<Curve
 
 /// Every `n`-th batch, so that about `tokens` tokens are taken: batches are sorted by length, so the first ones
 /// would not be like the rest.
-fn spread(batches: &[PaddedBatch], tokens: usize) -> Vec<PaddedBatch> {
+pub fn spread(batches: &[PaddedBatch], tokens: usize) -> Vec<PaddedBatch> {
     let all: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
     let step = (all / tokens.max(1)).max(1);
     batches.iter().skip(step / 2).step_by(step).cloned().collect()
@@ -127,14 +127,15 @@ pub fn samples(
 ) -> Result<Vec<Sample>> {
     let full = model.config().intermediate_size as f64;
     let widths = model.widths();
+    let device = model.backbone().output_matrix().device();
     let mut samples = Vec::new();
     // from the middle: batches are sorted by length
     for batch in batches.iter().skip(batches.len() / 2).take(count) {
         let length = batch.weights[..batch.length].iter().filter(|&&w| w > 0.0).count().min(max_tokens);
         let ids = &batch.tokens[..length];
-        let targets = candle_core::Tensor::from_slice(&batch.targets[..length], (1, length), &Device::Cpu)?;
-        let tokens = candle_core::Tensor::from_slice(ids, (1, length), &Device::Cpu)?;
-        let ones = candle_core::Tensor::ones((1, length), DType::F32, &Device::Cpu)?;
+        let targets = Tensor::from_slice(&batch.targets[..length], (1, length), device)?;
+        let tokens = Tensor::from_slice(ids, (1, length), device)?;
+        let ones = Tensor::ones((1, length), DType::F32, device)?;
         let item = batch.items.first().context("a batch holds at least one document")?;
         let source = format!("held-out document {}", item + 1);
         for setting in settings {

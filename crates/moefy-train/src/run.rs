@@ -6,19 +6,24 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dynamoe::{RouterConfig, RouterKind};
 
-use crate::checkpoint::folder::{StagedFolder, write_atomic};
-use crate::checkpoint::writer::{DEFAULT_SHARD_BYTES, save_tensors};
-use crate::checkpoint::{Checkpoint, expected_tensors};
-use crate::data::{Batches, PaddedBatch};
-use crate::evaluate::budget;
+use crate::checkpoint::{Checkpoint, expected_tensors, save_model, write_atomic};
+use crate::cli::{ExpertArgs, measure};
+use crate::convert::convert;
+use crate::curves::{curve, oracle_curve, samples, spread};
+use crate::data::{Batches, DataSource, PaddedBatch, Split};
+use crate::evaluate::cost::Cost;
+use crate::evaluate::{Dial, Setting, budget, pairs_point, point};
+use crate::hub;
 use crate::model::RoutedModel;
-use crate::results::TrainMetrics;
-use crate::train::{Mode, Outcome, TrainConfig, TrainModel, Trainer};
+use crate::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
+use crate::texts::{Scope, TextArgs, Texts, calibration, in_order};
+use crate::train::{Method, Mode, Outcome, TrainConfig, TrainModel, Trainer};
 
 /// Folder of intermediate results within the output.
 pub const TRAINING: &str = "training";
@@ -69,7 +74,7 @@ impl RunFolder {
 
     /// Moves a finished checkpoint's files into place, config.json last: until then no loader takes the folder
     /// for a model.
-    fn publish(&self, staged: &Path) -> Result<()> {
+    pub fn publish(&self, staged: &Path) -> Result<()> {
         let mut names: Vec<_> = fs::read_dir(staged)?
             .map(|entry| Ok(entry?.file_name()))
             .collect::<std::io::Result<_>>()
@@ -144,7 +149,7 @@ impl Finetune<'_> {
 }
 
 /// Writes a trained model, in the types of the checkpoint that it came from, with its table of budgets solved on
-/// `calibration`. Returns the configuration written.
+/// `calibration`. Returns the model as it was written.
 ///
 /// # Errors
 /// The file system's; weights that are not finite.
@@ -153,39 +158,254 @@ pub fn publish(
     source: &Checkpoint,
     model: &TrainModel,
     calibration: &[PaddedBatch],
-) -> Result<crate::hf_config::ModelConfig> {
+) -> Result<RoutedModel> {
     let mut config = model.config().clone();
     let dynamoe = config.dynamoe.as_mut().context("a trained model has a dynamoe section")?;
     dynamoe.budgets = budget::table(&model.routed()?, calibration, &budget::TABLE)?;
+    let mut weights = BTreeMap::new();
+    for (name, _) in expected_tensors(&config) {
+        let tensor = model.tensor(&name)?.to_device(&Device::Cpu)?;
+        weights.insert(name, tensor);
+    }
     let path = folder.training("final");
     if path.exists() {
         fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
     }
-    let staged = StagedFolder::create(&path, false)?;
-    copy_companions(source.dir(), staged.path())?;
-    let mut tensors = BTreeMap::new();
-    for (name, _) in expected_tensors(&config) {
-        tensors.insert(name.clone(), model.tensor(&name)?.to_device(&Device::Cpu)?);
-    }
-    let dtype = |name: &str| source.info(name).map_or(safetensors::Dtype::F32, |info| info.dtype);
-    save_tensors(staged.path(), &tensors, dtype, DEFAULT_SHARD_BYTES)?;
-    let section = serde_json::to_value(&*dynamoe)?;
-    write_atomic(&staged.path().join("config.json"), &with_section(source.dir(), section)?)?;
-    staged.commit()?;
+    save_model(source, &weights, config.dynamoe.as_ref(), &path, false)?;
     folder.publish(&path)?;
-    Ok(config)
+    RoutedModel::from_tensors(&config, &mut |name, _| model.tensor(name))
 }
 
-/// `dir/config.json` with another `dynamoe` section.
+/// Loads a checkpoint for inference, in f32.
 ///
 /// # Errors
-/// A config.json that cannot be read.
-pub fn with_section(dir: &Path, section: serde_json::Value) -> Result<Vec<u8>> {
-    let path = dir.join("config.json");
-    let read = || -> Result<serde_json::Value> { Ok(serde_json::from_slice(&fs::read(&path)?)?) };
-    let mut json = read().with_context(|| format!("reading {}", path.display()))?;
-    json["dynamoe"] = section;
-    let mut bytes = serde_json::to_vec_pretty(&json)?;
-    bytes.push(b'\n');
-    Ok(bytes)
+/// Tensors that are missing or do not fit.
+pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<RoutedModel> {
+    RoutedModel::from_tensors(checkpoint.config(), &mut |name, shape| {
+        checkpoint.tensor(name, shape, DType::F32, device)
+    })
 }
+
+/// All that `run` is told.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Dense model: a folder or a hub id.
+    pub model: String,
+    /// Text to train on.
+    pub data: Vec<DataSource>,
+    /// Text to evaluate on; empty for a held-out part of `data`.
+    pub valid: Vec<DataSource>,
+    /// How the model is cut.
+    pub experts: ExpertArgs,
+    /// How it is trained.
+    pub train: TrainConfig,
+    /// Methods trained alike, for comparison.
+    pub baselines: Vec<Method>,
+    /// Tokens that curves are measured on at most.
+    pub eval_tokens: usize,
+    /// Minimal pairs.
+    pub pairs: Option<PathBuf>,
+    /// How text is read.
+    pub text: TextArgs,
+}
+
+impl Job {
+    /// A job with everything else at its default.
+    pub fn new(model: String, data: Vec<DataSource>) -> Self {
+        #[derive(clap::Parser)]
+        struct Defaults {
+            #[command(flatten)]
+            experts: ExpertArgs,
+            #[command(flatten)]
+            text: TextArgs,
+        }
+        let defaults = <Defaults as clap::Parser>::parse_from(["defaults"]);
+        Self {
+            model,
+            data,
+            valid: Vec::new(),
+            experts: defaults.experts,
+            train: TrainConfig::default(),
+            baselines: Vec::new(),
+            eval_tokens: 200_000,
+            pairs: None,
+            text: defaults.text,
+        }
+    }
+}
+
+/// A running job: what its steps share.
+struct Running<'a> {
+    job: &'a Job,
+    folder: &'a RunFolder,
+    device: &'a Device,
+    stop: &'a AtomicBool,
+    texts: Texts,
+    batches: Batches,
+    held_out: Vec<PaddedBatch>,
+    calibration: Vec<PaddedBatch>,
+}
+
+/// Runs all steps of `job`. A step whose result is in the folder already is not repeated.
+///
+/// # Errors
+/// Those of the steps.
+pub fn run_job(job: &Job, folder: &RunFolder, device: &Device, stop: &AtomicBool) -> Result<Outcome> {
+    let started = Instant::now();
+    let dense = Checkpoint::open(&hub::resolve(&job.model)?)?;
+    let texts = Texts::open(dense.dir(), dense.config(), &job.text)?;
+    let shape = (job.train.batch_size, job.train.sequence_length);
+    let split = if job.valid.is_empty() { Split::Train } else { Split::All };
+    let batches = texts.training(&job.data, split, shape, job.train.seed)?;
+    let held_out = if job.valid.is_empty() {
+        in_order(&texts.training(&job.data, Split::HeldOut, shape, job.train.seed)?)
+    } else {
+        texts.scored(&job.valid, Scope::Documents(512))?
+    };
+    let held_out = spread(&held_out, job.eval_tokens);
+    let calibration = calibration(&batches, CALIBRATION_TOKENS);
+    let run = Running { job, folder, device, stop, texts, batches, held_out, calibration };
+
+    let converted = run.convert(&dense)?;
+    let teacher = load(&dense, device)?;
+    let layers = dense.config().num_hidden_layers;
+    let dense_loss = point(&teacher, &run.held_out, &Setting::uniform(1.0, layers))?.loss;
+    let state = folder.training("state");
+    let (model, outcome, metrics) = run.train(&converted, &teacher, &job.train, &state)?;
+    if outcome != Outcome::Finished {
+        return Ok(outcome);
+    }
+    tracing::info!("solving the dial on training text");
+    let routed = publish(folder, &converted, &model, &run.calibration)?;
+    tracing::info!("measuring the curve on held-out text");
+    let mut report = Report {
+        title: run.title(),
+        dense_loss: Some(dense_loss),
+        curves: vec![curve(&routed, job.train.method, &run.held_out, job.train.seed)?],
+        training: vec![(job.train.method.label().to_owned(), metrics)],
+        samples: run.samples(&routed)?,
+        pairs: run.pairs(&routed)?,
+        ..Report::default()
+    };
+    run.facts(&mut report, &dense, started);
+    crate::report::write(&report, folder.out())?;
+    if job.train.method.has_router() {
+        tracing::info!("searching for the oracle's routes");
+        report.curves.push(oracle_curve(&model, &run.held_out)?);
+    }
+    drop(model);
+    for &method in &job.baselines {
+        let Some((curve, metrics)) = run.baseline(method, &converted, &teacher)? else {
+            return Ok(Outcome::Stopped(job.train.steps()));
+        };
+        if method == Method::Dense {
+            report.dense_finetuned_loss = curve.points.first().map(|point| point.loss);
+        }
+        report.curves.push(curve);
+        report.training.push((method.label().to_owned(), metrics));
+    }
+    run.facts(&mut report, &dense, started);
+    crate::report::write(&report, folder.out())?;
+    Ok(Outcome::Finished)
+}
+
+impl Running<'_> {
+    /// The converted checkpoint, made now unless it is there.
+    fn convert(&self, dense: &Checkpoint) -> Result<Checkpoint> {
+        let converted = self.folder.training("converted");
+        if !converted.join("config.json").is_file() {
+            let measured = measure(dense, &self.calibration)?;
+            let options = self.job.experts.options(dense.config(), self.job.train.seed, false)?;
+            convert(dense, Some(&measured), &options, &converted)?;
+        }
+        Checkpoint::open(&converted)
+    }
+
+    fn train(
+        &self,
+        source: &Checkpoint,
+        teacher: &RoutedModel,
+        config: &TrainConfig,
+        state: &Path,
+    ) -> Result<(TrainModel, Outcome, Vec<TrainMetrics>)> {
+        Finetune {
+            source,
+            teacher: (config.distill > 0.0).then_some(teacher),
+            config,
+            batches: &self.batches,
+            state_dir: Some(state),
+            stop: self.stop,
+            device: self.device,
+        }
+        .run()
+    }
+
+    /// A baseline's curve and training log, trained now unless they are there; none if asked to stop.
+    fn baseline(
+        &self,
+        method: Method,
+        source: &Checkpoint,
+        teacher: &RoutedModel,
+    ) -> Result<Option<(Curve, Vec<TrainMetrics>)>> {
+        let done = self.folder.training(&format!("{method:?}.json").to_lowercase());
+        if let Ok(bytes) = fs::read(&done) {
+            return serde_json::from_slice(&bytes).with_context(|| format!("reading {}", done.display()));
+        }
+        let config = TrainConfig { method, ..self.job.train.clone() };
+        let state = self.folder.training(&format!("{method:?}-state").to_lowercase());
+        let (model, outcome, metrics) = self.train(source, teacher, &config, &state)?;
+        if outcome != Outcome::Finished {
+            return Ok(None);
+        }
+        let curve = curve(&model.routed()?, method, &self.held_out, config.seed)?;
+        write_atomic(&done, &serde_json::to_vec(&(&curve, &metrics))?)?;
+        fs::remove_dir_all(&state).with_context(|| format!("removing {}", state.display()))?;
+        Ok(Some((curve, metrics)))
+    }
+
+    fn settings(&self, model: &RoutedModel, widths: &[f64]) -> Result<Vec<Setting>> {
+        widths.iter().map(|&width| Setting::of(Dial::Budget(width), model)).collect()
+    }
+
+    fn samples(&self, model: &RoutedModel) -> Result<Vec<Sample>> {
+        let settings = self.settings(model, &[0.35, 0.5, 0.65, 0.8, 1.0])?;
+        samples(model, &self.texts, &self.held_out, &settings, 2, 160)
+    }
+
+    fn pairs(&self, model: &RoutedModel) -> Result<Vec<PairsPoint>> {
+        let Some(path) = &self.job.pairs else { return Ok(Vec::new()) };
+        let pairs = self.texts.pairs(path)?;
+        let settings = self.settings(model, &[0.35, 0.5, 0.75, 1.0])?;
+        settings.iter().map(|setting| pairs_point(model, &pairs, setting)).collect()
+    }
+
+    fn title(&self) -> String {
+        let path = Path::new(&self.job.model);
+        let name = path.file_name().map_or_else(|| self.job.model.clone(), |n| n.to_string_lossy().into());
+        format!("DynaMoE of {name}")
+    }
+
+    fn facts(&self, report: &mut Report, dense: &Checkpoint, started: Instant) {
+        let config = dense.config();
+        let train = &self.job.train;
+        let tokens = train.steps() * train.tokens_per_step();
+        let sources: Vec<String> = self.job.data.iter().map(|s| s.path.display().to_string()).collect();
+        let scored: usize = self.held_out.iter().map(|b| b.weights.iter().filter(|&&w| w > 0.0).count()).sum();
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        report.facts = [
+            ("Base model", format!("{} ({:?})", self.job.model, config.architecture)),
+            ("Parameters", format!("{:.0}", Cost::of(config).dense_parameters())),
+            ("Layers × FFN width", format!("{} × {}", config.num_hidden_layers, config.intermediate_size)),
+            ("Training text", sources.join(", ")),
+            ("Tokens trained", format!("{tokens} in {} steps", train.steps())),
+            ("Held-out tokens", scored.to_string()),
+            ("Seed", train.seed.to_string()),
+            ("Time so far", format!("{:.0} s on {threads} processors", started.elapsed().as_secs_f64())),
+        ]
+        .map(|(label, value)| (label.to_owned(), value))
+        .to_vec();
+    }
+}
+
+/// Tokens that calibration reads.
+const CALIBRATION_TOKENS: usize = 32_768;

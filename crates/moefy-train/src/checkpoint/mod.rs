@@ -57,19 +57,19 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// The tensors that a DynaMoE model has beyond its base's, with their shapes; none for a dense model and for
-/// [`RouterKind::Static`].
+/// The tensors that a DynaMoE model has beyond its base's, with their shapes; none for a dense model.
 pub fn router_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let Some(dynamoe) = config.dynamoe.as_ref().filter(|d| d.router.kind == RouterKind::Mlp) else {
-        return Vec::new();
-    };
+    let Some(dynamoe) = &config.dynamoe else { return Vec::new() };
     let (d, r, scores) = (config.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
-    let mut shapes = vec![
-        (names::ROUTER_FC1_WEIGHT, vec![r, d]),
-        (names::ROUTER_FC1_BIAS, vec![r]),
-        (names::ROUTER_FC2_WEIGHT, vec![scores, r]),
-        (names::ROUTER_FC2_BIAS, vec![scores]),
-    ];
+    let mut shapes = Vec::new();
+    if dynamoe.router.kind == RouterKind::Mlp {
+        shapes.extend([
+            (names::ROUTER_FC1_WEIGHT, vec![r, d]),
+            (names::ROUTER_FC1_BIAS, vec![r]),
+            (names::ROUTER_FC2_WEIGHT, vec![scores, r]),
+            (names::ROUTER_FC2_BIAS, vec![scores]),
+        ]);
+    }
     if dynamoe.router.compensation {
         shapes.push((names::COMPENSATION, vec![scores, d]));
     }

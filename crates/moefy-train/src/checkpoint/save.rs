@@ -1,6 +1,6 @@
 //! From one checkpoint to another: tensors copied in chunks, config.json edited in place, companion files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::reader::float_dtype;
 use super::writer::{check_finite, to_bytes};
-use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic};
+use super::{Checkpoint, StagedFolder, TensorSpec, Writer, expected_tensors, refuse_overlap, write_atomic};
 use crate::hf_config::{ModelConfig, read_json};
 
 /// Bytes of a tensor in memory at a time while it is copied.
@@ -84,7 +84,8 @@ pub fn store_section(dir: &Path, section: &DynaMoeConfig) -> Result<()> {
 }
 
 /// Writes `weights`, and what else `source` holds, as a new checkpoint in the source's types and sharding,
-/// with `section` (if given) as its `dynamoe` section.
+/// with `section` (if given) as its `dynamoe` section; router tensors that the section has no use for are left
+/// out.
 ///
 /// # Errors
 /// A weight that the source does not have or of another shape, a value that is not finite, a failed read or
@@ -106,15 +107,19 @@ pub fn save_model(
     if let Some(section) = section {
         set_section(&mut config, section)?;
     }
-    write_folder(source, &config, source.plan(), out, force, |writer| {
-        for name in source.names() {
-            let Some(info) = source.info(name) else { continue };
-            match weights.get(name) {
-                Some(tensor) => writer.push_tensor(name, tensor, info.dtype)?,
-                None => copy_tensor(source, name, info.dtype, writer)?,
-            }
-        }
-        Ok(())
+    let wanted: BTreeSet<String> =
+        expected_tensors(&ModelConfig::from_json(&config)?).into_iter().map(|(name, _)| name).collect();
+    let mut plan = source.plan();
+    for shard in &mut plan {
+        shard.retain(|spec| wanted.contains(&spec.name) || !spec.name.contains(".mlp.router."));
+    }
+    plan.retain(|shard| !shard.is_empty());
+    let specs: Vec<_> = plan.iter().flatten().cloned().collect();
+    write_folder(source, &config, plan, out, force, |writer| {
+        specs.iter().try_for_each(|TensorSpec { name, dtype, .. }| match weights.get(name) {
+            Some(tensor) => writer.push_tensor(name, tensor, *dtype),
+            None => copy_tensor(source, name, *dtype, writer),
+        })
     })
 }
 

@@ -100,8 +100,10 @@ fn ffn(
     let router = Router::load(dynamoe, d, &mut |name, shape| {
         get(name, shape).map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
     })?;
-    let compensation = dynamoe.router.compensation && dynamoe.experts() > 1;
-    let compensation =
-        compensation.then(|| get(names::COMPENSATION, &[dynamoe.experts() - 1, d])).transpose()?;
+    let compensation = dynamoe
+        .router
+        .compensation
+        .then(|| get(names::COMPENSATION, &[dynamoe.experts() - 1, d]))
+        .transpose()?;
     Ok(DynaMoeFfn::new(experts, router, compensation, dynamoe.sensitivity)?)
 }

@@ -1,0 +1,158 @@
+//! Arguments that commands share, and TOML files as arguments.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
+use clap::{Args, ValueEnum};
+use dynamoe::{RouterConfig, RouterKind, config};
+
+use crate::checkpoint::Checkpoint;
+use crate::convert::ConvertOptions;
+use crate::hf_config::ModelConfig;
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    /// The processor
+    Cpu,
+    /// The first NVIDIA GPU; needs a build with `--features cuda`
+    Cuda,
+}
+
+impl DeviceArg {
+    /// Opens the device.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda => Device::new_cuda(0).context(
+                "--device cuda: no GPU can be used; this needs an NVIDIA GPU and a build with `--features cuda`",
+            ),
+        }
+    }
+}
+
+/// How a dense model is cut into experts.
+#[derive(Debug, Clone, Args)]
+pub struct ExpertArgs {
+    /// Nested experts: widths are e/N of the FFN's, in blocks that quantization likes
+    #[arg(long, default_value_t = 4)]
+    pub experts: usize,
+    /// Widths of the experts instead, ascending, ending at the FFN's width
+    #[arg(long, value_delimiter = ',')]
+    pub widths: Vec<usize>,
+    /// Width of a router's hidden layer [default: half the hidden size, 16 to 64]
+    #[arg(long)]
+    pub router_hidden_size: Option<usize>,
+    /// Whether narrow experts add the mean of what they leave out
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub compensation: bool,
+    /// The dial's default in the checkpoint
+    #[arg(long, default_value_t = 0.5)]
+    pub default_sensitivity: f64,
+}
+
+impl ExpertArgs {
+    /// The options for a model.
+    pub fn options(&self, config: &ModelConfig, seed: u64, force: bool) -> Result<ConvertOptions> {
+        let expert_widths = match self.widths.as_slice() {
+            [] => config::even_widths(config.intermediate_size, self.experts)?,
+            widths => widths.to_vec(),
+        };
+        config::check_widths(&expert_widths, config.intermediate_size)?;
+        config::check_dial("sensitivity", self.default_sensitivity)?;
+        let hidden_size = self.router_hidden_size.unwrap_or((config.hidden_size / 2).clamp(16, 64));
+        ensure!(hidden_size > 0, "--router-hidden-size must be 1 or more, found 0");
+        Ok(ConvertOptions {
+            expert_widths,
+            router: RouterConfig { kind: RouterKind::Mlp, hidden_size, compensation: self.compensation },
+            seed,
+            sensitivity: self.default_sensitivity,
+            force,
+            max_shard_bytes: None,
+        })
+    }
+}
+
+/// Opens a model by folder or hub id.
+pub fn open_model(model: &str) -> Result<Checkpoint> {
+    Checkpoint::open(&crate::hub::resolve(model)?)
+}
+
+/// Puts the keys of `--config FILE.toml` in front of the arguments, as flags of the same names; a flag given
+/// wins over its key.
+///
+/// # Errors
+/// A file that cannot be read or is no flat TOML table.
+pub fn from_toml(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
+    let Some(at) = args.iter().position(|arg| arg == "--config") else { return Ok(args) };
+    ensure!(at + 1 < args.len() && at >= 2, "--config needs a command before it and a TOML file after it");
+    let path = PathBuf::from(&args[at + 1]);
+    args.drain(at..at + 2);
+    let text = fs::read_to_string(&path).with_context(|| format!("--config {}", path.display()))?;
+    let table: toml::Table = text.parse().with_context(|| format!("--config {}", path.display()))?;
+    let mut flags = Vec::new();
+    for (key, value) in table {
+        let flag = format!("--{}", key.replace('_', "-"));
+        let given = |arg: &OsString| {
+            arg.to_str().is_some_and(|arg| arg == flag || arg.starts_with(&format!("{flag}=")))
+        };
+        if args.iter().any(given) {
+            continue;
+        }
+        let values = match value {
+            toml::Value::Array(values) => values,
+            value => vec![value],
+        };
+        for value in values {
+            flags.extend(flag_of(&flag, &value).with_context(|| format!("--config {}", path.display()))?);
+        }
+    }
+    args.splice(2..2, flags);
+    Ok(args)
+}
+
+/// One key's value as arguments; a true boolean is the bare flag, except where the flag takes a value.
+fn flag_of(flag: &str, value: &toml::Value) -> Result<Option<OsString>> {
+    Ok(match value {
+        toml::Value::String(text) => Some(format!("{flag}={text}").into()),
+        toml::Value::Integer(number) => Some(format!("{flag}={number}").into()),
+        toml::Value::Float(number) => Some(format!("{flag}={number}").into()),
+        toml::Value::Boolean(value) if flag == "--compensation" => Some(format!("{flag}={value}").into()),
+        toml::Value::Boolean(true) => Some(flag.into()),
+        toml::Value::Boolean(false) => None,
+        other => bail!("{flag}: expected a string, a number, a boolean or a list of them, found {other}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn toml_keys_are_flags_and_flags_win() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "tokens = 5\nlr = 0.1\ndata = ['a.txt', 'b.txt:2']\nforce = true\n").unwrap();
+        let args = ["moefy-train", "run", "--lr", "0.2", "--config", file.path().to_str().unwrap()];
+        let found = from_toml(args.iter().map(OsString::from).collect()).unwrap();
+        let found: Vec<_> = found.iter().map(|arg| arg.to_str().unwrap()).collect();
+        let expected =
+            ["moefy-train", "run", "--data=a.txt", "--data=b.txt:2", "--force", "--tokens=5", "--lr", "0.2"];
+        let (mut found, mut expected) = (found.to_vec(), expected.to_vec());
+        found.sort();
+        expected.sort();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn broken_config_files_are_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "[nested]\na = 1\n").unwrap();
+        let path = file.path().to_str().unwrap();
+        let error = from_toml(["moefy-train", "run", "--config", path].map(OsString::from).to_vec());
+        assert!(format!("{:#}", error.unwrap_err()).contains("--nested"));
+        assert!(from_toml(["moefy-train", "run", "--config", "/no/such"].map(OsString::from).to_vec()).is_err());
+    }
+}

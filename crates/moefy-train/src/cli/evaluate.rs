@@ -1,0 +1,181 @@
+//! `evaluate`: loss, widths and cost along the dial.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use super::args::{DeviceArg, open_model};
+use crate::checkpoint::{Checkpoint, store_section};
+use crate::curves::spread;
+use crate::data::{DataSource, PaddedBatch};
+use crate::evaluate::{Dial, Setting, budget, pairs_point, point};
+use crate::model::RoutedModel;
+use crate::results::{Evaluation, PairsPoint, Point};
+use crate::run::load;
+use crate::texts::{Scope, TextArgs, Texts};
+
+/// Tokens on which a missing budget is solved.
+const SOLVE_TOKENS: usize = 32_768;
+
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// A DynaMoE or dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// Text to score: .txt or .jsonl; may be repeated
+    #[arg(long)]
+    data: Vec<DataSource>,
+    /// Score each document by itself, not packed sequences
+    #[arg(long)]
+    documents: bool,
+    /// Tokens scored of each document at most [default: the model's positions]
+    #[arg(long)]
+    max_tokens: Option<usize>,
+    /// Tokens in a packed sequence
+    #[arg(long, default_value_t = 256)]
+    sequence_length: usize,
+    /// Dial values, 0 to 1 [default: 0, 0.1, … 1 for DynaMoE, 1 for dense models]
+    #[arg(long, value_delimiter = ',')]
+    sensitivity: Vec<f64>,
+    /// Mean widths, 0 to 1
+    #[arg(long, value_delimiter = ',')]
+    budget: Vec<f64>,
+    /// Text on which to solve --budget anew and store it in the checkpoint's table
+    #[arg(long)]
+    calibration_data: Vec<DataSource>,
+    /// Minimal pairs to compare: .jsonl with "good" and "bad"
+    #[arg(long)]
+    pairs: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceArg,
+    #[command(flatten)]
+    text: TextArgs,
+}
+
+pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
+    ensure!(!args.data.is_empty() || args.pairs.is_some(), "nothing to score: give --data or --pairs");
+    let device = args.device.open()?;
+    let mut checkpoint = open_model(&args.model)?;
+    let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text)?;
+    let mut model = load(&checkpoint, &device)?;
+    let scope = if args.documents {
+        Scope::Documents(args.max_tokens.unwrap_or(checkpoint.config().max_position_embeddings))
+    } else {
+        Scope::Packed(args.sequence_length)
+    };
+    let batches = if args.data.is_empty() { Vec::new() } else { texts.scored(&args.data, scope)? };
+    if needs_solving(args, &model) {
+        let text = match args.calibration_data.as_slice() {
+            [] => batches.clone(),
+            sources => texts.scored(sources, scope)?,
+        };
+        store_budgets(args, &checkpoint, &model, &text)?;
+        checkpoint = Checkpoint::open(checkpoint.dir())?;
+        model = load(&checkpoint, &device)?;
+    }
+    let settings = settings(args, &model)?;
+    let mut evaluation = Evaluation {
+        model: args.model.clone(),
+        data: args.data.iter().map(|source| source.path.display().to_string()).collect(),
+        ..Evaluation::default()
+    };
+    let pairs = args.pairs.as_deref().map(|path| texts.pairs(path)).transpose()?;
+    for setting in &settings {
+        if !batches.is_empty() {
+            let point = point(&model, &batches, setting)?;
+            if !args.json {
+                print_point(&point, evaluation.results.is_empty());
+            }
+            evaluation.results.push(point);
+        }
+        if let Some(pairs) = &pairs {
+            evaluation.pairs.push(pairs_point(&model, pairs, setting)?);
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&evaluation)?);
+    } else {
+        print_pairs(&evaluation.pairs);
+    }
+    Ok(())
+}
+
+/// Budgets are solved where text is given for it, and where there is no table to look them up in.
+fn needs_solving(args: &EvaluateArgs, model: &RoutedModel) -> bool {
+    let empty = model.config().dynamoe.as_ref().is_some_and(|config| config.budgets.is_empty());
+    model.config().dynamoe.is_some()
+        && args.budget.iter().any(|&width| width < 1.0)
+        && (empty || !args.calibration_data.is_empty())
+}
+
+fn store_budgets(
+    args: &EvaluateArgs,
+    checkpoint: &Checkpoint,
+    model: &RoutedModel,
+    text: &[PaddedBatch],
+) -> Result<()> {
+    ensure!(!text.is_empty(), "--budget must be solved on text first: give --calibration-data or --data");
+    if args.calibration_data.is_empty() {
+        tracing::warn!(
+            "the checkpoint has no table of budgets: it is solved on --data; --calibration-data avoids that"
+        );
+    }
+    let mut section = model.config().dynamoe.clone().context("only a DynaMoE checkpoint has budgets")?;
+    let found = budget::table(model, &spread(text, SOLVE_TOKENS), &args.budget)?;
+    section.budgets.retain(|row| found.iter().all(|new| (new.width - row.width).abs() > 1e-6));
+    section.budgets.extend(found);
+    section.budgets.sort_by(|a, b| a.width.total_cmp(&b.width));
+    store_section(checkpoint.dir(), &section).context("storing the solved budgets in the checkpoint")
+}
+
+fn settings(args: &EvaluateArgs, model: &RoutedModel) -> Result<Vec<Setting>> {
+    let sensitivities = args.sensitivity.iter().map(|&s| Dial::Sensitivity(s));
+    let budgets = args.budget.iter().map(|&width| Dial::Budget(width));
+    let mut dials: Vec<Dial> = sensitivities.chain(budgets).collect();
+    if dials.is_empty() {
+        let steps = if model.config().dynamoe.is_some() { 0..=10 } else { 10..=10 };
+        dials = steps.map(|tenth| Dial::Sensitivity(f64::from(tenth) / 10.0)).collect();
+    }
+    dials.into_iter().map(|dial| Setting::of(dial, model)).collect()
+}
+
+fn print_point(point: &Point, first: bool) {
+    if first {
+        println!("sensitivity  budget    loss  ± stderr  perplexity  mean width  params  FLOPs  tokens");
+    }
+    let budget = point.budget.map_or_else(|| "     -".into(), |width| format!("{width:6.3}"));
+    println!(
+        "{:11.4}  {budget}  {:6.4}  {:8.4}  {:10.3}  {:10.3}  {:6.3}  {:5.3}  {}",
+        point.sensitivity,
+        point.loss,
+        point.stderr,
+        point.perplexity,
+        point.mean_width,
+        point.active_parameters,
+        point.flops,
+        point.tokens
+    );
+    let layers: Vec<String> = point.width_per_layer.iter().map(|width| format!("{width:.2}")).collect();
+    println!("             width per layer: {}", layers.join(" "));
+}
+
+fn print_pairs(pairs: &[PairsPoint]) {
+    for point in pairs {
+        let fields: Vec<String> =
+            point.by_field.iter().map(|(field, accuracy)| format!("{field} {accuracy:.3}")).collect();
+        println!(
+            "minimal pairs at sensitivity {:.4}: {:.4} ± {:.4} of {} right, mean width {:.3}  {}",
+            point.sensitivity,
+            point.accuracy,
+            point.stderr,
+            point.pairs,
+            point.mean_width,
+            fields.join("  ")
+        );
+    }
+}

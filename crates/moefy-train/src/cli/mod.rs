@@ -1,0 +1,83 @@
+//! The command line: raw arguments, checked, to the library's calls.
+
+mod args;
+mod evaluate;
+mod steps;
+mod whole;
+
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+pub use args::{ExpertArgs, from_toml};
+pub use steps::measure;
+
+/// Turns a pre-trained dense LLM into a DynaMoE checkpoint: nested experts, a router, a dial.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Convert, fine-tune, evaluate and report the embedded demo model
+    Demo(whole::DemoArgs),
+    /// All steps for a model of yours: calibrate, convert, fine-tune, evaluate, report
+    Run(whole::RunArgs),
+    /// Measure a dense model's neurons on text
+    Calibrate(steps::CalibrateArgs),
+    /// Reorder a dense model's neurons and add routers
+    Convert(steps::ConvertCommand),
+    /// Train a converted model
+    Finetune(steps::FinetuneArgs),
+    /// Loss, widths and cost along the dial, of a dense or a DynaMoE model
+    Evaluate(evaluate::EvaluateArgs),
+    /// Rewrite a checkpoint: as a dense model, in another type, in other shards
+    Export(steps::ExportArgs),
+    /// Write report.html from a run's report.json again
+    Report(steps::ReportArgs),
+    /// Say what a checkpoint is
+    Inspect(steps::InspectArgs),
+    /// Train a small dense model from scratch: how the demo's base was made
+    Pretrain(whole::PretrainArgs),
+}
+
+/// Runs the command line.
+///
+/// # Errors
+/// One error that says what was expected, what was found and what to do.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    let cli = Cli::parse_from(from_toml(args.into_iter().collect())?);
+    let stop = stop_on_signal()?;
+    match cli.command {
+        Command::Demo(args) => whole::demo(&args, &stop),
+        Command::Run(args) => whole::run(&args, &stop),
+        Command::Calibrate(args) => steps::calibrate(&args),
+        Command::Convert(args) => steps::convert(&args),
+        Command::Finetune(args) => steps::finetune(&args, &stop),
+        Command::Evaluate(args) => evaluate::evaluate(&args),
+        Command::Export(args) => steps::export(&args),
+        Command::Report(args) => steps::report(&args),
+        Command::Inspect(args) => steps::inspect(&args),
+        Command::Pretrain(args) => whole::pretrain(&args, &stop),
+    }
+}
+
+/// The first Ctrl-C (or SIGTERM) asks long work to save and stop; a second one stops at once.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after the step at hand; again to stop at once");
+    })
+    .context("installing the handler for Ctrl-C")?;
+    Ok(stop)
+}

@@ -1,0 +1,242 @@
+//! The single steps: calibrate, convert, finetune, export, report, inspect.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+
+use super::args::{DeviceArg, ExpertArgs, open_model};
+use crate::calibrate::Calibration;
+use crate::checkpoint::Checkpoint;
+use crate::data::{DataSource, Split};
+use crate::export::ExportOptions;
+use crate::run::{Finetune, RunFolder, load, publish};
+use crate::texts::{TextArgs, Texts, calibration};
+use crate::train::progress::Progress;
+use crate::train::{Outcome, TrainConfig};
+
+/// Tokens that calibration reads unless told otherwise.
+pub const CALIBRATION_TOKENS: usize = 32_768;
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true)]
+    data: Vec<DataSource>,
+    /// Tokens to read
+    #[arg(long, default_value_t = CALIBRATION_TOKENS)]
+    tokens: usize,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = 256)]
+    sequence_length: usize,
+    /// File to write
+    #[arg(long, default_value = "calibration.safetensors")]
+    out: PathBuf,
+    #[command(flatten)]
+    text: TextArgs,
+}
+
+pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
+    let source = open_model(&args.model)?;
+    let texts = Texts::open(source.dir(), source.config(), &args.text)?;
+    let batches = texts.training(&args.data, Split::All, (8, args.sequence_length), 0)?;
+    let measured = measure(&source, &calibration(&batches, args.tokens))?;
+    measured.save(&args.out)?;
+    println!("{}: {} tokens, {} layers", args.out.display(), measured.tokens, measured.layers.len());
+    Ok(())
+}
+
+/// Calibrates with a progress bar.
+pub fn measure(source: &Checkpoint, batches: &[crate::data::PaddedBatch]) -> Result<Calibration> {
+    let mut progress = Progress::new("calibrating", batches.len() as u64, 0);
+    let measured =
+        crate::calibrate::calibrate(source, batches, &mut |done| progress.update(done as u64, ""))?;
+    progress.finish();
+    Ok(measured)
+}
+
+#[derive(Debug, Args)]
+pub struct ConvertCommand {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// What `calibrate` wrote; without it neurons are ordered by their weights alone
+    #[arg(long)]
+    calibration: Option<PathBuf>,
+    /// Folder of the converted checkpoint
+    #[arg(long)]
+    out: PathBuf,
+    #[command(flatten)]
+    experts: ExpertArgs,
+    /// Seed of the routers' weights
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Largest shard in bytes [default: the source's shards]
+    #[arg(long)]
+    max_shard_bytes: Option<u64>,
+    /// Replace an existing output folder
+    #[arg(long)]
+    force: bool,
+}
+
+pub fn convert(args: &ConvertCommand) -> Result<()> {
+    let source = open_model(&args.model)?;
+    let mut options = args.experts.options(source.config(), args.seed, args.force)?;
+    options.max_shard_bytes = args.max_shard_bytes;
+    let calibration = args.calibration.as_deref().map(Calibration::load).transpose()?;
+    crate::convert::convert(&source, calibration.as_ref(), &options, &args.out)?;
+    println!("{}: experts of width {:?}", args.out.display(), options.expert_widths);
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub struct FinetuneArgs {
+    /// Converted model
+    #[arg(long)]
+    model: String,
+    /// Dense model for --distill: a folder or a hub id
+    #[arg(long)]
+    teacher: Option<String>,
+    /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true)]
+    data: Vec<DataSource>,
+    /// Folder of the trained checkpoint
+    #[arg(long)]
+    out: PathBuf,
+    #[command(flatten)]
+    train: TrainConfig,
+    #[command(flatten)]
+    text: TextArgs,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceArg,
+    /// Replace an existing output folder
+    #[arg(long, conflicts_with = "resume")]
+    force: bool,
+    /// Continue an interrupted run in the output folder
+    #[arg(long)]
+    resume: bool,
+}
+
+pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
+    args.train.validate()?;
+    let device = args.device.open()?;
+    let source = open_model(&args.model)?;
+    let texts = Texts::open(source.dir(), source.config(), &args.text)?;
+    let shape = (args.train.batch_size, args.train.sequence_length);
+    let batches = texts.training(&args.data, Split::All, shape, args.train.seed)?;
+    let teacher = match (&args.teacher, args.train.distill > 0.0) {
+        (Some(teacher), true) => Some(load(&open_model(teacher)?, &device)?),
+        (None, true) => anyhow::bail!("--distill needs --teacher, the dense model to learn from"),
+        (_, false) => None,
+    };
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
+    let job = Finetune {
+        source: &source,
+        teacher: teacher.as_ref(),
+        config: &args.train,
+        batches: &batches,
+        state_dir: Some(&folder.training("state")),
+        stop,
+        device: &device,
+    };
+    let (model, outcome, _) = job.run()?;
+    if let Outcome::Stopped(step) = outcome {
+        println!("stopped after step {step}; the same command with --resume continues");
+        return Ok(());
+    }
+    publish(&folder, &source, &model, &calibration(&batches, CALIBRATION_TOKENS))?;
+    println!("{}: trained on {} tokens", args.out.display(), args.train.steps() * args.train.tokens_per_step());
+    Ok(())
+}
+
+/// A type of weights.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DtypeArg {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The checkpoint
+    #[arg(long)]
+    model: String,
+    /// Folder to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Leave the routers out: an ordinary model of the base architecture
+    #[arg(long)]
+    dense: bool,
+    /// Type of the weights [default: as they are]
+    #[arg(long, value_enum)]
+    dtype: Option<DtypeArg>,
+    /// Largest shard in bytes [default: the source's shards]
+    #[arg(long)]
+    max_shard_bytes: Option<u64>,
+    /// Replace an existing output folder
+    #[arg(long)]
+    force: bool,
+}
+
+pub fn export(args: &ExportArgs) -> Result<()> {
+    let dtype = args.dtype.map(|dtype| match dtype {
+        DtypeArg::F32 => safetensors::Dtype::F32,
+        DtypeArg::F16 => safetensors::Dtype::F16,
+        DtypeArg::Bf16 => safetensors::Dtype::BF16,
+    });
+    let options = ExportOptions {
+        dense: args.dense,
+        dtype,
+        max_shard_bytes: args.max_shard_bytes,
+        force: args.force,
+    };
+    crate::export::export(&open_model(&args.model)?, &options, &args.out)?;
+    println!("{}", args.out.display());
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Folder of a run, with report.json in it
+    #[arg(long)]
+    run: PathBuf,
+    /// Folder to write report.html to [default: the same]
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+pub fn report(args: &ReportArgs) -> Result<()> {
+    let path = args.run.join("report.json");
+    let bytes = std::fs::read(&path)
+        .with_context(|| format!("{}: cannot be read; `moefy-train run` writes it", path.display()))?;
+    let report: crate::results::Report =
+        serde_json::from_slice(&bytes).with_context(|| format!("{}: not a report", path.display()))?;
+    let written = crate::report::write(&report, args.out.as_deref().unwrap_or(&args.run))?;
+    println!("{}", written.display());
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The checkpoint's folder
+    model: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn inspect(args: &InspectArgs) -> Result<()> {
+    let inspection = crate::inspect::inspect(&args.model)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&inspection)?);
+    } else {
+        println!("{inspection}");
+    }
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! `run`, `demo` and `pretrain`: several steps in one go.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::args::{DeviceArg, ExpertArgs, open_model};
+use crate::data::DataSource;
+use crate::demo;
+use crate::pretrain::{Pretrain, pretrain as train_dense};
+use crate::run::{Job, RunFolder, run_job};
+use crate::texts::TextArgs;
+use crate::train::{Method, Outcome, TrainConfig};
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true)]
+    data: Vec<DataSource>,
+    /// Text to evaluate on [default: a held-out part of --data]
+    #[arg(long)]
+    valid: Vec<DataSource>,
+    /// Folder of the finished checkpoint and its report
+    #[arg(long)]
+    out: PathBuf,
+    #[command(flatten)]
+    experts: ExpertArgs,
+    #[command(flatten)]
+    train: TrainConfig,
+    /// Baselines trained alike for the report's curves
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["dense", "static", "random"])]
+    baselines: Vec<Method>,
+    /// Train no baselines
+    #[arg(long)]
+    no_baselines: bool,
+    /// Tokens on which curves are measured at most
+    #[arg(long, default_value_t = 200_000)]
+    eval_tokens: usize,
+    /// Minimal pairs for the report: .jsonl with "good" and "bad"
+    #[arg(long)]
+    pairs: Option<PathBuf>,
+    #[command(flatten)]
+    text: TextArgs,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceArg,
+    /// Replace an existing output folder
+    #[arg(long, conflicts_with = "resume")]
+    force: bool,
+    /// Continue an interrupted run in the output folder
+    #[arg(long)]
+    resume: bool,
+    /// TOML file whose keys are these flags
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl RunArgs {
+    fn job(&self) -> Job {
+        Job {
+            model: self.model.clone(),
+            data: self.data.clone(),
+            valid: self.valid.clone(),
+            experts: self.experts.clone(),
+            train: self.train.clone(),
+            baselines: if self.no_baselines { Vec::new() } else { self.baselines.clone() },
+            eval_tokens: self.eval_tokens,
+            pairs: self.pairs.clone(),
+            text: self.text.clone(),
+        }
+    }
+}
+
+pub fn run(args: &RunArgs, stop: &AtomicBool) -> Result<()> {
+    let device = args.device.open()?;
+    args.train.validate()?;
+    open_model(&args.model)?; // before an output folder is made
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
+    let outcome = run_job(&args.job(), &folder, &device, stop)?;
+    say(&folder, outcome);
+    Ok(())
+}
+
+fn say(folder: &RunFolder, outcome: Outcome) {
+    let out = folder.out().display();
+    match outcome {
+        Outcome::Stopped(step) => {
+            println!("stopped after step {step}; the same command with --resume continues");
+        }
+        Outcome::Finished => {
+            println!("report      {}", folder.out().join("report.html").display());
+            println!("checkpoint  {out}");
+            println!("evaluate    moefy-train evaluate --model {out} --data TEXT --budget 0.5,0.75");
+            println!("serve       dynamoe-serve --model {out} --sensitivity 0.5");
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Folder of the finished checkpoint and its report
+    #[arg(long, default_value = "dynamoe-demo")]
+    out: PathBuf,
+    /// Training tokens
+    #[arg(long, default_value_t = demo::TOKENS)]
+    tokens: u64,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Replace an existing output folder
+    #[arg(long, conflicts_with = "resume")]
+    force: bool,
+    /// Continue an interrupted run in the output folder
+    #[arg(long)]
+    resume: bool,
+}
+
+pub fn demo(args: &DemoArgs, stop: &AtomicBool) -> Result<()> {
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
+    let base = demo::write_base(&folder)?;
+    let job = demo::job(&base, args.tokens, args.seed);
+    let outcome = run_job(&job, &folder, &candle_core::Device::Cpu, stop)?;
+    say(&folder, outcome);
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub struct PretrainArgs {
+    /// Folder of the model
+    #[arg(long)]
+    out: PathBuf,
+    /// Text to train on [default: text that this program generates, as for the demo's base]
+    #[arg(long)]
+    data: Vec<DataSource>,
+    #[command(flatten)]
+    shape: Pretrain,
+    #[command(flatten)]
+    train: TrainConfig,
+    #[command(flatten)]
+    text: TextArgs,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceArg,
+    /// Replace an existing output folder
+    #[arg(long, conflicts_with = "resume")]
+    force: bool,
+    /// Continue an interrupted run in the output folder
+    #[arg(long)]
+    resume: bool,
+}
+
+pub fn pretrain(args: &PretrainArgs, stop: &AtomicBool) -> Result<()> {
+    let train = TrainConfig { method: Method::Dense, ..args.train.clone() };
+    train.validate()?;
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
+    let device = args.device.open()?;
+    match train_dense(&args.shape, &train, &args.data, &args.text, &folder, &device, stop)? {
+        Outcome::Stopped(step) => println!("stopped after step {step}; --resume continues"),
+        Outcome::Finished => println!("{}", folder.out().display()),
+    }
+    Ok(())
+}
