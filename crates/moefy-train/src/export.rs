@@ -1,1 +1,89 @@
-//! export
+//! Rewrites a checkpoint: as an ordinary dense model, in another type, in other shards.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use safetensors::Dtype;
+use serde_json::json;
+
+use crate::checkpoint::reader::float_dtype;
+use crate::checkpoint::save::{copy_tensor, write_folder};
+use crate::checkpoint::{Checkpoint, plan_shards, remove_section, router_tensors};
+use crate::hf_config::read_json;
+
+/// What to change.
+#[derive(Debug, Clone, Default)]
+pub struct ExportOptions {
+    /// Leave routers and the `dynamoe` section out: any engine loads the result as the base architecture.
+    pub dense: bool,
+    /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers stay in F32.
+    pub dtype: Option<Dtype>,
+    /// Largest shard; none keeps the source's shards.
+    pub max_shard_bytes: Option<u64>,
+    /// Replace an existing output folder.
+    pub force: bool,
+}
+
+/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_dense(source: &Checkpoint, out: &Path, force: bool) -> Result<()> {
+    export(source, &ExportOptions { dense: true, force, ..ExportOptions::default() }, out)
+}
+
+/// Writes `source` into the new folder `out` as `options` say.
+///
+/// # Errors
+/// `dense` for a model that is dense already, a type that weights cannot have, a value that is not finite or
+/// too large for the type, an output folder that exists or cannot be written. Nothing is left then.
+pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Result<()> {
+    if let Some(dtype) = options.dtype {
+        ensure!(float_dtype(dtype).is_some(), "weights can be F32, F16 or BF16, found {dtype}");
+    }
+    let mut config = read_json(source.dir())?;
+    if options.dense {
+        ensure!(
+            source.config().dynamoe.is_some(),
+            "{}: is a dense model already; --dense is for DynaMoE checkpoints",
+            source.dir().display()
+        );
+        remove_section(&mut config)?;
+    }
+    if let Some(name) = options.dtype.and_then(torch_name) {
+        for key in ["torch_dtype", "dtype"] {
+            if let Some(value) = config.get_mut(key) {
+                *value = json!(name);
+            }
+        }
+    }
+    let routers: HashSet<String> =
+        router_tensors(source.config()).into_iter().map(|(name, _)| name).collect();
+    let mut plan = source.plan();
+    for shard in &mut plan {
+        shard.retain(|spec| !(options.dense && routers.contains(&spec.name)));
+        for spec in shard.iter_mut().filter(|spec| !routers.contains(&spec.name)) {
+            spec.dtype = options.dtype.filter(|_| float_dtype(spec.dtype).is_some()).unwrap_or(spec.dtype);
+        }
+    }
+    plan.retain(|shard| !shard.is_empty());
+    if let Some(max) = options.max_shard_bytes {
+        plan = plan_shards(plan.into_iter().flatten().collect(), max);
+    }
+    let specs: Vec<_> = plan.iter().flatten().cloned().collect();
+    write_folder(source, &config, plan, out, options.force, |writer| {
+        specs.iter().try_for_each(|spec| copy_tensor(source, &spec.name, spec.dtype, writer))
+    })
+    .with_context(|| format!("exporting {}", source.dir().display()))
+}
+
+/// The type's name in config.json's `torch_dtype`.
+fn torch_name(dtype: Dtype) -> Option<&'static str> {
+    match dtype {
+        Dtype::F32 => Some("float32"),
+        Dtype::F16 => Some("float16"),
+        Dtype::BF16 => Some("bfloat16"),
+        _ => None,
+    }
+}

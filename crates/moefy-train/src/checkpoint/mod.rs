@@ -4,7 +4,7 @@
 //! whole or not at all. docs/checkpoint-format.md specifies what is in it.
 
 mod folder;
-mod reader;
+pub(crate) mod reader;
 pub(crate) mod save;
 pub(crate) mod writer;
 
