@@ -58,9 +58,8 @@ pub fn measure(
     }
     ensure!(count > 0, "no tokens to calibrate on: expected at least one document of two tokens");
     let layers = sums.into_iter().flatten().map(|(mean, mean_abs)| {
-        let values = |sum: Tensor| -> Result<Vec<f32>> {
-            Ok((sum.flatten_all()? / count as f64)?.to_vec1()?)
-        };
+        let values =
+            |sum: Tensor| -> Result<Vec<f32>> { Ok((sum.flatten_all()? / count as f64)?.to_vec1()?) };
         Ok(Activations { mean: values(mean)?, mean_abs: values(mean_abs)? })
     });
     Ok((layers.collect::<Result<_>>()?, count))

@@ -156,7 +156,7 @@ pub fn calibrate(
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let ffns = (0..config.num_hidden_layers)
         .map(|layer| {
-            let mut get = |name: &str, shape: [usize; 2]| get(&names::mlp(layer, name), &shape);
+            let get = |name: &str, shape: [usize; 2]| get(&names::mlp(layer, name), &shape);
             Ok(DenseFfn {
                 gate_proj: get(names::GATE_PROJ, [i, d])?,
                 up_proj: get(names::UP_PROJ, [i, d])?,

@@ -10,9 +10,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use dynamoe::router::logit;
 use dynamoe::config::{DynaMoeConfig, FORMAT_VERSION, RouterConfig, RouterKind};
 use dynamoe::names;
+use dynamoe::router::logit;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};

@@ -54,10 +54,16 @@ pub fn curve(model: &RoutedModel, method: Method, batches: &[PaddedBatch], seed:
     };
     let description = match method {
         Method::Dense => "Every token at full width, fine-tuned on the same tokens in the same order.",
-        Method::Static => "One width for all tokens and layers, drawn at random for each training sequence (MatFormer).",
+        Method::Static => {
+            "One width for all tokens and layers, drawn at random for each training sequence (MatFormer)."
+        }
         Method::Random => "Every token of every layer draws its width at random, in training and here.",
-        Method::Similarity => "A router that predicts how similar each expert's output is to the whole FFN's.",
-        Method::Priced => "One checkpoint along its dial; the router is trained through the loss with a price on width.",
+        Method::Similarity => {
+            "A router that predicts how similar each expert's output is to the whole FFN's."
+        }
+        Method::Priced => {
+            "One checkpoint along its dial; the router is trained through the loss with a price on width."
+        }
     };
     Ok(sorted(method.label(), description, points))
 }
@@ -81,11 +87,8 @@ pub fn oracle_curve(model: &TrainModel, batches: &[PaddedBatch]) -> Result<Curve
     let ffn = |layer: usize| -> Result<TrainableFfn> {
         let get = |name: &str| model.tensor(&dynamoe::names::mlp(layer, name));
         let compensation = config.dynamoe.as_ref().is_some_and(|c| c.router.compensation);
-        let (gate_proj, up_proj, down_proj) = (
-            get(dynamoe::names::GATE_PROJ)?,
-            get(dynamoe::names::UP_PROJ)?,
-            get(dynamoe::names::DOWN_PROJ)?,
-        );
+        let (gate_proj, up_proj, down_proj) =
+            (get(dynamoe::names::GATE_PROJ)?, get(dynamoe::names::UP_PROJ)?, get(dynamoe::names::DOWN_PROJ)?);
         let compensation = compensation.then(|| get(dynamoe::names::COMPENSATION)).transpose()?;
         Ok(TrainableFfn { gate_proj, up_proj, down_proj, compensation, widths: routed.widths() })
     };

@@ -1,5 +1,6 @@
 //! `moefy-train`: see `moefy-train --help`.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -11,6 +12,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     match moefy_train::cli::main(std::env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -126,7 +126,8 @@ impl Finetune<'_> {
                 "--mode router needs a method with a router: similarity or priced, found {:?}",
                 self.config.method
             );
-            dynamoe.router = RouterConfig { kind: RouterKind::Static, hidden_size: 0, ..dynamoe.router.clone() };
+            dynamoe.router =
+                RouterConfig { kind: RouterKind::Static, hidden_size: 0, ..dynamoe.router.clone() };
         }
         dynamoe.budgets.clear();
         let model = TrainModel::new(&config, self.config, &mut |name, shape| {
@@ -390,7 +391,8 @@ impl Running<'_> {
         let train = &self.job.train;
         let tokens = train.steps() * train.tokens_per_step();
         let sources: Vec<String> = self.job.data.iter().map(|s| s.path.display().to_string()).collect();
-        let scored: usize = self.held_out.iter().map(|b| b.weights.iter().filter(|&&w| w > 0.0).count()).sum();
+        let scored: usize =
+            self.held_out.iter().map(|b| b.weights.iter().filter(|&&w| w > 0.0).count()).sum();
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         report.facts = [
             ("Base model", format!("{} ({:?})", self.job.model, config.architecture)),

@@ -153,6 +153,8 @@ mod tests {
         let path = file.path().to_str().unwrap();
         let error = from_toml(["moefy-train", "run", "--config", path].map(OsString::from).to_vec());
         assert!(format!("{:#}", error.unwrap_err()).contains("--nested"));
-        assert!(from_toml(["moefy-train", "run", "--config", "/no/such"].map(OsString::from).to_vec()).is_err());
+        assert!(
+            from_toml(["moefy-train", "run", "--config", "/no/such"].map(OsString::from).to_vec()).is_err()
+        );
     }
 }

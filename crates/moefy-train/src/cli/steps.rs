@@ -150,7 +150,11 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
         return Ok(());
     }
     publish(&folder, &source, &model, &calibration(&batches, CALIBRATION_TOKENS))?;
-    println!("{}: trained on {} tokens", args.out.display(), args.train.steps() * args.train.tokens_per_step());
+    println!(
+        "{}: trained on {} tokens",
+        args.out.display(),
+        args.train.steps() * args.train.tokens_per_step()
+    );
     Ok(())
 }
 
@@ -190,12 +194,8 @@ pub fn export(args: &ExportArgs) -> Result<()> {
         DtypeArg::F16 => safetensors::Dtype::F16,
         DtypeArg::Bf16 => safetensors::Dtype::BF16,
     });
-    let options = ExportOptions {
-        dense: args.dense,
-        dtype,
-        max_shard_bytes: args.max_shard_bytes,
-        force: args.force,
-    };
+    let options =
+        ExportOptions { dense: args.dense, dtype, max_shard_bytes: args.max_shard_bytes, force: args.force };
     crate::export::export(&open_model(&args.model)?, &options, &args.out)?;
     println!("{}", args.out.display());
     Ok(())
