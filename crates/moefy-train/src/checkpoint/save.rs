@@ -53,6 +53,8 @@ impl Checkpoint {
 /// # Errors
 /// A section that does not fit the rest.
 pub fn set_section(config: &mut Value, section: &DynaMoeConfig) -> Result<()> {
+    let number = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
+    section.validate(number("intermediate_size"), number("num_hidden_layers"))?; // JSON would lose a NaN
     config["architectures"] = json!([ARCHITECTURE]);
     config["model_type"] = json!(MODEL_TYPE);
     config["dynamoe"] = serde_json::to_value(section)?;
