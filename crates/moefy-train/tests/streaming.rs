@@ -54,6 +54,14 @@ fn peak_resident() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024 / 1_000_000
 }
 
+/// Seconds of CPU that the process has used, in its own code and in the kernel.
+fn cpu_seconds() -> (f64, f64) {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let ticks: Vec<f64> = stat.rsplit(')').next().unwrap().split_whitespace().flat_map(str::parse).collect();
+    // fields 14 and 15, in hundredths; what is left of the line starts with field 3, a letter
+    (ticks[10] / 100.0, ticks[11] / 100.0)
+}
+
 #[test]
 #[ignore = "writes 7 GB"]
 fn a_large_checkpoint_converts_in_little_memory() {
@@ -80,10 +88,12 @@ fn a_large_checkpoint_converts_in_little_memory() {
         force: false,
         max_shard_bytes: None,
     };
-    let start = Instant::now();
+    let (before, start) = (cpu_seconds(), Instant::now());
     let source = Checkpoint::open(&dense).unwrap();
     convert(&source, None, &options, &dir.path().join("out")).unwrap();
     pace("convert", start);
+    let after = cpu_seconds();
+    eprintln!("of it CPU: {:.1} s own, {:.1} s kernel", after.0 - before.0, after.1 - before.1);
     Checkpoint::open(&dir.path().join("out")).unwrap();
     eprintln!("{bytes} bytes, {} shards, peak resident {} MB", source.shards().len(), peak_resident());
     assert!(peak_resident() < 700, "{} MB", peak_resident());
