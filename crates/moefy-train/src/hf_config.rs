@@ -166,18 +166,12 @@ impl ModelConfig {
             num_hidden_layers <= MAX_LAYERS,
             "\"num_hidden_layers\": at most {MAX_LAYERS} expected, found {num_hidden_layers}"
         );
-        let num_attention_heads = keys.size("num_attention_heads")?;
-        let num_key_value_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads);
-        ensure!(
-            num_attention_heads.is_multiple_of(num_key_value_heads),
-            "\"num_attention_heads\" {num_attention_heads} is not a multiple of \"num_key_value_heads\" {num_key_value_heads}"
-        );
-        let max_position_embeddings =
-            keys.optional_size("max_position_embeddings")?.unwrap_or(match architecture {
-                Architecture::Llama => 2048,
-                Architecture::Mistral => 131_072,
-                Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
-            });
+        let (num_attention_heads, num_key_value_heads) = heads(&keys)?;
+        let default_positions = match architecture {
+            Architecture::Llama => 2048,
+            Architecture::Mistral => 131_072,
+            Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
+        };
         let (rope_theta, rope_scaling) = rope(&keys)?;
         let attention_bias = matches!(architecture, Architecture::Llama | Architecture::Qwen3)
             && keys.flag("attention_bias")?;
@@ -190,7 +184,9 @@ impl ModelConfig {
             num_key_value_heads,
             head_dim: head_dim(&keys, architecture, hidden_size, num_attention_heads)?,
             vocab_size: keys.size("vocab_size")?,
-            max_position_embeddings,
+            max_position_embeddings: keys
+                .optional_size("max_position_embeddings")?
+                .unwrap_or(default_positions),
             rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
@@ -221,6 +217,17 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
     let rotary = keys.number("partial_rotary_factor")?.unwrap_or(1.0);
     ensure!(rotary == 1.0, "\"partial_rotary_factor\": only 1 is supported, found {rotary}");
     Ok(())
+}
+
+/// `num_attention_heads` and `num_key_value_heads`.
+fn heads(keys: &Keys) -> Result<(usize, usize)> {
+    let heads = keys.size("num_attention_heads")?;
+    let shared = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
+    ensure!(
+        heads.is_multiple_of(shared),
+        "\"num_attention_heads\" {heads} is not a multiple of \"num_key_value_heads\" {shared}"
+    );
+    Ok((heads, shared))
 }
 
 fn head_dim(keys: &Keys, architecture: Architecture, hidden_size: usize, heads: usize) -> Result<usize> {

@@ -235,6 +235,35 @@ fn static_routing_has_no_tensors() {
 }
 
 #[test]
+fn one_expert_is_the_dense_model() {
+    let (dir, source) = scratch("LlamaForCausalLM", Dtype::BF16, 1);
+    let (out, back) = (dir.path().join("out"), dir.path().join("back"));
+    convert(&source, None, &ConvertOptions { expert_widths: vec![WIDTH], ..options() }, &out).unwrap();
+    let converted = Checkpoint::open(&out).unwrap();
+    assert!(values(&converted, &names::mlp(0, names::ROUTER_FC2_WEIGHT)).is_empty());
+    export_dense(&converted, &back, false).unwrap();
+    assert!(Checkpoint::open(&back).unwrap().names().eq(source.names()));
+}
+
+#[test]
+fn tensors_that_the_model_does_not_read_are_kept() {
+    // such as a layer for predicting several tokens, beyond num_hidden_layers
+    let dir = TempDir::new().unwrap();
+    let dense = dir.path().join("dense");
+    let mut config = common::config("LlamaForCausalLM");
+    config["num_hidden_layers"] = json!(LAYERS + 1);
+    common::write(&dense, &config, Dtype::F32, 2);
+    config["num_hidden_layers"] = json!(LAYERS);
+    std::fs::write(dense.join("config.json"), config.to_string()).unwrap();
+    let source = Checkpoint::open(&dense).unwrap();
+    assert_eq!(inspect(&dense).unwrap().unused_tensors.len(), 9);
+    convert(&source, None, &options(), &dir.path().join("out")).unwrap();
+    let converted = Checkpoint::open(&dir.path().join("out")).unwrap();
+    let extra = names::mlp(LAYERS, names::DOWN_PROJ);
+    assert_eq!(converted.read_bytes(&extra).unwrap(), source.read_bytes(&extra).unwrap());
+}
+
+#[test]
 fn dense_export_undoes_the_conversion() {
     for shards in [1, 3] {
         let (dir, source) = scratch("MistralForCausalLM", Dtype::BF16, shards);

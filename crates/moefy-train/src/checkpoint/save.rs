@@ -164,7 +164,9 @@ fn copy_companions(from: &Path, to: &Path) -> Result<()> {
         let name = entry.file_name();
         let known = COMPANIONS.iter().any(|start| name.to_string_lossy().starts_with(start));
         if known && entry.path().is_file() {
-            std::fs::copy(entry.path(), to.join(&name))
+            // not fs::copy: a read-only original must not make a read-only copy
+            std::fs::read(entry.path())
+                .and_then(|bytes| std::fs::write(to.join(&name), bytes))
                 .with_context(|| format!("{}: copying", entry.path().display()))?;
         }
     }
