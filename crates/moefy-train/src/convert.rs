@@ -7,6 +7,7 @@
 //!
 //! Tensors stream through in chunks; the largest thing in memory is one of an FFN's matrices.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -24,6 +25,8 @@ use crate::checkpoint::save::{CHUNK_BYTES, copy_tensor, write_folder};
 use crate::checkpoint::writer::check_finite;
 use crate::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards, router_tensors, set_section};
 use crate::hf_config::{ModelConfig, read_json};
+
+const FFN: [&str; 3] = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ];
 
 /// How to convert.
 #[derive(Debug, Clone)]
@@ -79,8 +82,10 @@ pub fn convert(
     set_section(&mut json, &section)?;
     let config = ModelConfig::from_json(&json)?;
     let plan = plan(source, &config, options.max_shard_bytes)?;
+    let ffns: HashSet<String> =
+        (0..config.num_hidden_layers).flat_map(|layer| FFN.map(|name| names::mlp(layer, name))).collect();
     write_folder(source, &json, plan, out, options.force, |writer| {
-        for name in source.names().filter(|name| !is_ffn(name)) {
+        for name in source.names().filter(|name| !ffns.contains(*name)) {
             let dtype = source.info(name).map_or(Dtype::F32, |info| info.dtype);
             copy_tensor(source, name, dtype, writer)?;
         }
@@ -91,12 +96,6 @@ pub fn convert(
         }
         Ok(())
     })
-}
-
-fn is_ffn(name: &str) -> bool {
-    [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ]
-        .iter()
-        .any(|ffn| name.ends_with(&format!(".mlp.{ffn}")))
 }
 
 /// The source's tensors, each router's beside its layer's down_proj.
@@ -123,8 +122,7 @@ fn convert_ffn(
     section: &DynaMoeConfig,
     writer: &mut Writer,
 ) -> Result<Vec<f32>> {
-    let [gate, up, down] =
-        [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ].map(|name| names::mlp(layer, name));
+    let [gate, up, down] = FFN.map(|name| names::mlp(layer, name));
     let importance = match statistics {
         Some(statistics) => statistics.importance.clone(),
         None => weight_importance(source, &gate, &up, &down)?,

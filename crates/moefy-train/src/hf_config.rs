@@ -171,18 +171,12 @@ impl ModelConfig {
             num_hidden_layers <= MAX_LAYERS,
             "\"num_hidden_layers\": at most {MAX_LAYERS} expected, found {num_hidden_layers}"
         );
-        let num_attention_heads = keys.size("num_attention_heads")?;
-        let num_key_value_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads);
-        ensure!(
-            num_attention_heads.is_multiple_of(num_key_value_heads),
-            "\"num_attention_heads\" {num_attention_heads} is not a multiple of \"num_key_value_heads\" {num_key_value_heads}"
-        );
-        let max_position_embeddings =
-            keys.optional_size("max_position_embeddings")?.unwrap_or(match architecture {
-                Architecture::Llama => 2048,
-                Architecture::Mistral => 131_072,
-                Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
-            });
+        let (num_attention_heads, num_key_value_heads) = heads(&keys)?;
+        let default_positions = match architecture {
+            Architecture::Llama => 2048,
+            Architecture::Mistral => 131_072,
+            Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
+        };
         let (rope_theta, rope_scaling) = rope(&keys)?;
         let attention_bias = matches!(architecture, Architecture::Llama | Architecture::Qwen3)
             && keys.flag("attention_bias")?;
@@ -195,7 +189,9 @@ impl ModelConfig {
             num_key_value_heads,
             head_dim: head_dim(&keys, architecture, hidden_size, num_attention_heads)?,
             vocab_size: keys.size("vocab_size")?,
-            max_position_embeddings,
+            max_position_embeddings: keys
+                .optional_size("max_position_embeddings")?
+                .unwrap_or(default_positions),
             rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
@@ -226,6 +222,17 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
     let rotary = keys.number("partial_rotary_factor")?.unwrap_or(1.0);
     ensure!(rotary == 1.0, "\"partial_rotary_factor\": only 1 is supported, found {rotary}");
     Ok(())
+}
+
+/// `num_attention_heads` and `num_key_value_heads`.
+fn heads(keys: &Keys) -> Result<(usize, usize)> {
+    let heads = keys.size("num_attention_heads")?;
+    let shared = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
+    ensure!(
+        heads.is_multiple_of(shared),
+        "\"num_attention_heads\" {heads} is not a multiple of \"num_key_value_heads\" {shared}"
+    );
+    Ok((heads, shared))
 }
 
 fn head_dim(keys: &Keys, architecture: Architecture, hidden_size: usize, heads: usize) -> Result<usize> {
@@ -357,5 +364,113 @@ impl<'a> Keys<'a> {
             None => id(v).map(|id| vec![id]),
         })?;
         Ok(ids.unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Only what no default can stand in for, and `keys`.
+    fn parse(architecture: &str, keys: Value) -> Result<ModelConfig> {
+        let mut config = json!({
+            "architectures": [architecture], "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 32,
+        });
+        for (key, value) in keys.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        ModelConfig::from_json(&config)
+    }
+
+    #[test]
+    fn absent_keys_take_the_architectures_defaults() {
+        let llama = parse("LlamaForCausalLM", json!({})).unwrap();
+        assert_eq!((llama.head_dim, llama.num_key_value_heads, llama.rope_theta), (16, 4, 10_000.0));
+        assert_eq!((llama.max_position_embeddings, llama.rms_norm_eps), (2048, 1e-6));
+        assert_eq!(
+            (llama.qkv_bias, llama.o_bias, llama.qk_norm, llama.tie_word_embeddings),
+            (false, false, false, false)
+        );
+        assert_eq!(llama.sliding_window, [None; 4]);
+        assert_eq!((llama.bos_token_id, llama.eos_token_ids), (None, vec![]));
+
+        let mistral = parse("MistralForCausalLM", json!({ "head_dim": null })).unwrap();
+        assert_eq!((mistral.head_dim, mistral.sliding_window), (16, vec![Some(4096); 4]));
+
+        let qwen2 = parse("Qwen2ForCausalLM", json!({ "sliding_window": 8 })).unwrap();
+        assert_eq!((qwen2.head_dim, qwen2.qkv_bias, qwen2.o_bias), (16, true, false));
+        assert_eq!(qwen2.sliding_window, [None; 4], "use_sliding_window is off");
+
+        let qwen3 = parse("Qwen3ForCausalLM", json!({})).unwrap();
+        assert_eq!((qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias), (128, true, false));
+    }
+
+    #[test]
+    fn attention_bias_covers_the_output_projection() {
+        for (architecture, expected) in
+            [("LlamaForCausalLM", true), ("Qwen3ForCausalLM", true), ("MistralForCausalLM", false)]
+        {
+            let config = parse(architecture, json!({ "attention_bias": true })).unwrap();
+            assert_eq!((config.qkv_bias, config.o_bias), (expected, expected), "{architecture}");
+        }
+    }
+
+    #[test]
+    fn windows_belong_to_layers() {
+        let windows = |architecture, keys| parse(architecture, keys).unwrap().sliding_window;
+        assert_eq!(windows("MistralForCausalLM", json!({ "sliding_window": 8 })), [Some(8); 4]);
+        assert_eq!(windows("MistralForCausalLM", json!({ "sliding_window": null })), [None; 4]);
+        let qwen = json!({ "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2 });
+        assert_eq!(windows("Qwen2ForCausalLM", qwen), [None, None, Some(8), Some(8)]);
+        let types = json!(["full_attention", "sliding_attention", "full_attention", "sliding_attention"]);
+        let listed = json!({ "layer_types": types, "sliding_window": 8 });
+        assert_eq!(windows("Qwen3ForCausalLM", listed), [None, Some(8), None, Some(8)]);
+        let error = parse("Qwen3ForCausalLM", json!({ "layer_types": types })).unwrap_err();
+        assert!(error.to_string().contains("\"sliding_window\" is not set"), "{error}");
+    }
+
+    #[test]
+    fn rope_is_read_from_old_and_new_keys() {
+        let rope = |keys| {
+            let config = parse("LlamaForCausalLM", keys).unwrap();
+            (config.rope_theta, config.rope_scaling)
+        };
+        assert_eq!(rope(json!({ "rope_scaling": null, "rope_theta": 5e5 })), (5e5, None));
+        assert_eq!(
+            rope(json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } })),
+            (1e4, Some(RopeScaling::Linear(2.0)))
+        );
+        let llama3 = json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 5e5
+        });
+        let expected = Llama3Rope {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        assert_eq!(
+            rope(json!({ "rope_parameters": llama3 })),
+            (5e5, Some(RopeScaling::Llama3(expected.clone())))
+        );
+        assert_eq!(
+            rope(json!({ "rope_scaling": llama3, "rope_theta": 1e6 })),
+            (5e5, Some(RopeScaling::Llama3(expected)))
+        );
+        assert_eq!(
+            rope(json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 7.0 } })),
+            (7.0, None)
+        );
+    }
+
+    #[test]
+    fn token_ids_come_alone_or_in_lists() {
+        let config = parse("LlamaForCausalLM", json!({ "bos_token_id": 1, "eos_token_id": [2, 3] })).unwrap();
+        assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![2, 3]));
+        let config = parse("LlamaForCausalLM", json!({ "bos_token_id": null, "eos_token_id": 2 })).unwrap();
+        assert_eq!((config.bos_token_id, config.eos_token_ids), (None, vec![2]));
     }
 }

@@ -33,7 +33,7 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
     if !is_hub_id(model) {
         bail!("{model}: no such folder, and not a hub id (org/name) either");
     }
-    fetch(model).with_context(|| {
+    fetch(model, ApiBuilder::from_env()).with_context(|| {
         format!(
             "{model}: no such folder here, and the Hugging Face hub did not deliver it; without a network give a local folder with config.json and *.safetensors"
         )
@@ -49,8 +49,8 @@ fn is_hub_id(model: &str) -> bool {
     model.split_once('/').is_some_and(|(org, name)| plain(org) && plain(name))
 }
 
-fn fetch(model: &str) -> Result<PathBuf> {
-    let repo = ApiBuilder::from_env().build().context("starting the hub client")?.model(model.to_owned());
+fn fetch(model: &str, api: ApiBuilder) -> Result<PathBuf> {
+    let repo = api.build().context("starting the hub client")?.model(model.to_owned());
     let config = get(&repo, "config.json")?;
     let folder = config.parent().context("the hub's cache has no folder")?.to_path_buf();
     let has: Vec<String> = match repo.info() {
@@ -80,4 +80,55 @@ fn fetch(model: &str) -> Result<PathBuf> {
 
 fn get(repo: &ApiRepo, file: &str) -> Result<PathBuf> {
     repo.get(file).with_context(|| format!("fetching {file}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_taken_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(resolve(dir.path().to_str().unwrap()).unwrap(), dir.path());
+        let file = dir.path().join("model.gguf");
+        std::fs::write(&file, "").unwrap();
+        let error = resolve(file.to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("give the model's folder"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_a_hub_id_is_not_asked_for() {
+        for model in ["nothing", "/no/such/folder", "a/b/c", "../x", "org/", "/name", "org/na me", "-x/y", ""]
+        {
+            let error = resolve(model).unwrap_err().to_string();
+            assert!(error.contains("no such folder, and not a hub id"), "{model}: {error}");
+        }
+        assert!(is_hub_id("meta-llama/Llama-3.2-1B"));
+    }
+
+    #[test]
+    fn without_a_network_the_file_asked_for_is_named() {
+        let cache = tempfile::tempdir().unwrap();
+        let api = ApiBuilder::new()
+            .with_endpoint("http://127.0.0.1:9".to_owned()) // the discard port: refused at once
+            .with_cache_dir(cache.path().to_path_buf())
+            .with_token(None);
+        let error = fetch("org/name", api).unwrap_err();
+        assert!(format!("{error:#}").starts_with("fetching config.json: "), "{error:#}");
+    }
+
+    #[test]
+    fn a_model_in_the_cache_needs_no_network() {
+        let cache = tempfile::tempdir().unwrap();
+        let repo = cache.path().join("models--org--name");
+        let folder = repo.join("snapshots/abc");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::create_dir_all(repo.join("refs")).unwrap();
+        std::fs::write(repo.join("refs/main"), "abc").unwrap();
+        std::fs::write(folder.join("config.json"), "{}").unwrap();
+        let api = ApiBuilder::new()
+            .with_endpoint("http://127.0.0.1:9".to_owned())
+            .with_cache_dir(cache.path().to_path_buf());
+        assert_eq!(fetch("org/name", api).unwrap(), folder);
+    }
 }

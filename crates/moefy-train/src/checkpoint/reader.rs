@@ -7,10 +7,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::Metadata};
+use safetensors::{Dtype, tensor::Metadata};
 use sha2::{Digest, Sha256};
 
 use super::expected_tensors;
@@ -18,6 +17,8 @@ use crate::hf_config::ModelConfig;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// The safetensors crate's own limit.
+const MAX_HEADER_LEN: u64 = 100_000_000;
 
 /// Where a tensor is and what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -266,12 +267,9 @@ fn open_shard(path: &Path, shard: usize) -> Result<(Shard, BTreeMap<String, Tens
         meta.len()
     );
     let file = File::open(path).with_context(|| path.display().to_string())?;
-    // SAFETY: the map is only read, only its first pages (the header), and is dropped at the end of this
-    // function; a file that shrinks meanwhile would end the process, as for every mapped model file.
-    let map = unsafe { Mmap::map(&file) }.with_context(|| format!("{}: mapping", path.display()))?;
-    let (header_len, metadata) = read_header(&map)
+    let (header_len, metadata) = read_header(&file, meta.len())
         .with_context(|| format!("{}: broken safetensors file, fetch or export it again", path.display()))?;
-    let data = header_len as u64 + 8;
+    let data = header_len + 8;
     let tensors = infos(&metadata, shard, data);
     Ok((Shard { path: path.to_path_buf(), file, header_len: data }, tensors))
 }
@@ -291,32 +289,22 @@ fn infos(metadata: &Metadata, shard: usize, data: u64) -> BTreeMap<String, Tenso
     metadata.tensors().into_iter().map(place).collect()
 }
 
-/// Length and content of the header of a mapped safetensors file of 8 bytes or more.
-fn read_header(map: &[u8]) -> Result<(usize, Metadata)> {
+/// Length and content of the header of a safetensors file of `file_len` bytes, 8 or more.
+fn read_header(file: &File, file_len: u64) -> Result<(u64, Metadata)> {
     let mut len = [0; 8];
-    len.copy_from_slice(&map[..8]);
-    let (len, rest) = (u64::from_le_bytes(len), map.len() - 8);
-    let header = usize::try_from(len).ok().and_then(|len| map[8..].get(..len)).with_context(|| {
-        format!("the header claims {len} bytes, {rest} follow in the file: truncated or not safetensors")
-    })?;
-    // safetensors adds up offsets before it compares them with the file's length: bound them first
-    let bounded: Metadata = serde_json::from_slice(header).context("the header is not safetensors JSON")?;
-    for (name, info) in bounded.tensors() {
-        let (end, data) = (info.data_offsets.1, rest - header.len());
-        ensure!(
-            end <= data,
-            "tensor {name} ends at byte {end} of the data, the file holds {data}: truncated"
-        );
-    }
-    SafeTensors::read_metadata(map).map_err(|error| match error {
-        SafeTensorError::MetadataIncompleteBuffer => {
-            anyhow!("the file is longer than the tensors that its header lists")
-        }
-        SafeTensorError::InvalidOffset(name) => {
-            anyhow!("tensor {name}: its offsets overlap another tensor's, leave a hole or run backwards")
-        }
-        SafeTensorError::TensorInvalidInfo => anyhow!("a tensor's offsets do not fit its shape and type"),
-        SafeTensorError::ValidationOverflow => anyhow!("a tensor's shape overflows"),
-        other => anyhow!("{other}"),
-    })
+    file.read_exact_at(&mut len, 0)?;
+    let (len, rest) = (u64::from_le_bytes(len), file_len - 8);
+    ensure!(
+        len <= rest.min(MAX_HEADER_LEN),
+        "the header claims {len} bytes, {rest} follow in the file (and at most {MAX_HEADER_LEN} are allowed): truncated or not safetensors"
+    );
+    let mut header = vec![0; len as usize];
+    file.read_exact_at(&mut header, 8)?;
+    // parsing checks every shape and type against its offsets, and that these leave no hole and no overlap
+    let metadata: Metadata = serde_json::from_slice(&header).context("the header is not valid")?;
+    let end = metadata.tensors().values().map(|info| info.data_offsets.1 as u64).max().unwrap_or(0);
+    let data = rest - len;
+    ensure!(end <= data, "the header lists {end} bytes of data, the file holds {data}: truncated");
+    ensure!(end == data, "the header lists {end} bytes of data, the file holds {data}: too long");
+    Ok((len, metadata))
 }

@@ -53,6 +53,8 @@ impl Checkpoint {
 /// # Errors
 /// A section that does not fit the rest.
 pub fn set_section(config: &mut Value, section: &DynaMoeConfig) -> Result<()> {
+    let number = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
+    section.validate(number("intermediate_size"), number("num_hidden_layers"))?; // JSON would lose a NaN
     config["architectures"] = json!([ARCHITECTURE]);
     config["model_type"] = json!(MODEL_TYPE);
     config["dynamoe"] = serde_json::to_value(section)?;
@@ -167,7 +169,9 @@ fn copy_companions(from: &Path, to: &Path) -> Result<()> {
         let name = entry.file_name();
         let known = COMPANIONS.iter().any(|start| name.to_string_lossy().starts_with(start));
         if known && entry.path().is_file() {
-            std::fs::copy(entry.path(), to.join(&name))
+            // not fs::copy: a read-only original must not make a read-only copy
+            std::fs::read(entry.path())
+                .and_then(|bytes| std::fs::write(to.join(&name), bytes))
                 .with_context(|| format!("{}: copying", entry.path().display()))?;
         }
     }
