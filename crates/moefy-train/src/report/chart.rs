@@ -199,7 +199,7 @@ impl Spec {
         let x = Axis::around(marks().map(|m| m.x), self.x_max, 7.0)?;
         let references = self.references.iter().map(|r| r.y);
         let bars = marks().flat_map(|m| [m.y - bar(m), m.y + bar(m)]);
-        let y = Axis::around(bars.chain(references), self.y_max, 5.0)?;
+        let y = Axis::around(bars.chain(references), self.y_max, 7.0)?;
         let drawings = vec![self.draw(&x, &y, wide, "wide", 7.0), self.draw(&x, &y, narrow, "narrow", 4.0)];
         let names: Vec<&str> = self.series.iter().map(|s| s.name.as_str()).collect();
         Some(Figure {
@@ -230,7 +230,7 @@ impl Spec {
         let frame = Frame {
             left: 12.0 + 8.0 * longest as f64,
             top: 34.0,
-            right: size.width - if size.end_labels { 178.0 } else { 10.0 },
+            right: size.width - if size.end_labels { 178.0 } else { 20.0 },
             bottom: size.height - 50.0,
         };
         let sx = |v: f64| frame.left + x.place(v) * (frame.right - frame.left);

@@ -116,7 +116,7 @@ pub(super) fn heat_map(report: &Report, scale: &WidthScale) -> Option<HeatMap> {
     let every = [1, 2, 5, 10, 20, 50, 100].into_iter().find(|e| layers.div_ceil(*e) <= 12).unwrap_or(1000);
     let cell = |width: Option<&f64>| HeatCell {
         level: width.and_then(|w| scale.level(*w)),
-        text: width.map_or_else(|| "–".into(), |w| number(w * 100.0, 0)),
+        text: width.filter(|w| w.is_finite()).map_or_else(|| "–".into(), |w| number(w * 100.0, 0)),
     };
     let row = |p: &&Point| HeatRow {
         dial: dial(p.sensitivity),
@@ -170,7 +170,8 @@ pub(super) fn pairs(points: &[PairsPoint]) -> Option<Pairs> {
         width: percent(p.mean_width, 1),
         accuracy: percent(p.accuracy, 1),
         stderr: plus_minus(p.stderr * 100.0, 1),
-        bar: format!("{:.1}", ((p.accuracy - 0.5) * 200.0).clamp(0.0, 100.0)),
+        // In this order NaN gives 0.
+        bar: format!("{:.1}", ((p.accuracy - 0.5) * 200.0).max(0.0).min(100.0)),
         pairs: count(p.pairs),
         by_field: fields.iter().map(|f| in_field(p, f)).collect(),
     };
