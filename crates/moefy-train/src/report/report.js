@@ -39,7 +39,7 @@
     const { width, height } = tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), innerWidth - width - 8);
     const above = box.top - height - 10;
-    const top = above < 8 ? box.bottom + 10 : above;
+    const top = Math.min(above < 8 ? box.bottom + 10 : above, innerHeight - height - 8);
     tip.style.transform = `translate(${Math.round(Math.max(8, left))}px, ${Math.round(top)}px)`;
   };
   // Arrow keys step through `count` items; `show` takes an index.
