@@ -1,28 +1,47 @@
 //! What `evaluate`, `run` and the comparisons measure: the types behind `--json` and the report.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// JSON has no NaN and no infinity: `serde_json` writes them as null, which is read back as NaN here.
+fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// The same for a list.
+fn nulls_are_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+    let values = Vec::<Option<f64>>::deserialize(deserializer)?;
+    Ok(values.into_iter().map(|v| v.unwrap_or(f64::NAN)).collect())
+}
 
 /// One point of the dial, measured on one data set.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// The dial's value: one number, or the mean over layers where a budget set one for each.
+    #[serde(deserialize_with = "null_is_nan")]
     pub sensitivity: f64,
     /// The mean width that was asked for, if one was.
     pub budget: Option<f64>,
     /// Mean loss in nats per token.
+    #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
     /// Standard error of `loss` over documents (or sequences).
+    #[serde(deserialize_with = "null_is_nan")]
     pub stderr: f64,
     /// `exp(loss)`.
+    #[serde(deserialize_with = "null_is_nan")]
     pub perplexity: f64,
     /// Mean FFN width over tokens and layers as a share of the dense width.
+    #[serde(deserialize_with = "null_is_nan")]
     pub mean_width: f64,
     /// The same for each layer.
+    #[serde(deserialize_with = "nulls_are_nan")]
     pub width_per_layer: Vec<f64>,
     /// Parameters a token uses on average, as a share of the dense model's.
+    #[serde(deserialize_with = "null_is_nan")]
     pub active_parameters: f64,
     /// Floating point operations of a token on average, as a share of the dense model's (matrix products
     /// without attention scores).
+    #[serde(deserialize_with = "null_is_nan")]
     pub flops: f64,
     /// Tokens scored.
     pub tokens: usize,
@@ -32,14 +51,18 @@ pub struct Point {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct PairsPoint {
     /// The dial's value.
+    #[serde(deserialize_with = "null_is_nan")]
     pub sensitivity: f64,
     /// Share of pairs whose good sentence has the larger log likelihood.
+    #[serde(deserialize_with = "null_is_nan")]
     pub accuracy: f64,
     /// Standard error of `accuracy`.
+    #[serde(deserialize_with = "null_is_nan")]
     pub stderr: f64,
     /// Pairs scored.
     pub pairs: usize,
     /// Mean FFN width over all tokens scored.
+    #[serde(deserialize_with = "null_is_nan")]
     pub mean_width: f64,
     /// Accuracy by the pairs' `field`, where they have one.
     pub by_field: Vec<(String, f64)>,
@@ -78,16 +101,22 @@ pub struct TrainMetrics {
     /// Tokens seen.
     pub tokens: u64,
     /// Language-model loss of the step, nats per token.
+    #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
     /// All that was minimised: the loss above, distillation, price, router objective.
+    #[serde(deserialize_with = "null_is_nan")]
     pub objective: f64,
     /// Mean FFN width of the step's routing.
+    #[serde(deserialize_with = "null_is_nan")]
     pub mean_width: f64,
     /// Norm of the gradient before clipping.
+    #[serde(deserialize_with = "null_is_nan")]
     pub grad_norm: f64,
     /// Learning rate.
+    #[serde(deserialize_with = "null_is_nan")]
     pub lr: f64,
     /// Tokens per second since the last line.
+    #[serde(deserialize_with = "null_is_nan")]
     pub tokens_per_second: f64,
 }
 
@@ -97,8 +126,10 @@ pub struct SampleToken {
     /// The token's text.
     pub text: String,
     /// Mean FFN width over layers for this token, as a share of the dense width.
+    #[serde(deserialize_with = "null_is_nan")]
     pub width: f64,
     /// Width at each layer.
+    #[serde(deserialize_with = "nulls_are_nan")]
     pub width_per_layer: Vec<f64>,
     /// Loss of predicting this token from those before it, nats; none for the first.
     pub loss: Option<f64>,
@@ -108,6 +139,7 @@ pub struct SampleToken {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// The dial's value.
+    #[serde(deserialize_with = "null_is_nan")]
     pub sensitivity: f64,
     /// Where the text is from, such as `held-out document 3`.
     pub source: String,
