@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use dynamoe::train::TrainableFfn;
 use moefy_train::hf_config::{Architecture, ModelConfig};
-use moefy_train::model::ops::{cross_entropy, linear};
+use moefy_train::model::ops::linear;
 use moefy_train::model::{Backbone, Params};
 
 /// A model's shape and the batch to train it on.
@@ -98,7 +98,7 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
         let hidden = model.forward(&batch, &mut |layer, x| ffns[layer].forward_with(x, &reach, linear))?;
         let weights = Tensor::full(1.0 / tokens as f32, tokens, &Device::Cpu)?;
-        let loss = cross_entropy(&model.logits(&hidden)?, &batch.flatten_all()?, &weights)?.sum_all()?;
+        let loss = model.losses(&hidden, &batch.flatten_all()?, &weights)?.sum_all()?;
         forward.push(start.elapsed().as_secs_f64());
         let gradients = loss.backward()?;
         step.push(start.elapsed().as_secs_f64());
