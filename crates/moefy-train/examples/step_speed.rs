@@ -49,6 +49,7 @@ fn llama([d, i, l, h, k, head_dim, v]: [usize; 7]) -> ModelConfig {
 }
 
 fn main() -> Result<()> {
+    moefy_train::model::keep_freed_memory();
     let runs = std::env::args().nth(1).map_or(Ok(10), |runs| runs.parse()).context("RUNS: a whole number")?;
     let cases = [
         Case {
