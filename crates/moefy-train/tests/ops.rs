@@ -4,8 +4,8 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use moefy_train::model::Rotary;
 use moefy_train::model::ops::{
-    AttentionShape, attention, attention_composed, cross_entropy, cross_entropy_composed, linear, rms_norm,
-    rms_norm_composed, rope, rope_composed,
+    AttentionShape, attention, attention_composed, cross_entropy, cross_entropy_composed, linear,
+    linear_cross_entropy, rms_norm, rms_norm_composed, rope, rope_composed,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -198,6 +198,28 @@ fn cross_entropy_equals_its_composition() -> Result<()> {
             || cross_entropy_composed(&logits, &targets, &weights),
             1e-5,
         )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_cross_entropy_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (n, d, v) in [(1, 1, 2), (5, 8, 64), (1, 3, 4096), (37, 16, 5000), (64, 24, 8193)] {
+        let (x, w) = (random.normal(&[n, d], 1.0)?, random.normal(&[v, d], 1.0)?);
+        let targets: Vec<u32> = (0..n).map(|n| (n * 7919 % v) as u32).collect();
+        let targets = Tensor::new(targets, &Device::Cpu)?;
+        let weights = random.normal(&[n], 1.0)?.detach();
+        assert_same(
+            &mut random,
+            &format!("{n} {d} {v}"),
+            &[&x, &w],
+            || linear_cross_entropy(&x, &w, &targets, &weights),
+            || cross_entropy_composed(&x.matmul(&w.t()?)?, &targets, &weights),
+            1e-5,
+        )?;
+        let outside = Tensor::full(v as u32, n, &Device::Cpu)?;
+        assert!(linear_cross_entropy(&x, &w, &outside, &weights).is_err());
     }
     Ok(())
 }

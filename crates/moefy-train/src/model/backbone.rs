@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Result as CandleResult, Tensor};
 
 use super::Rotary;
-use super::ops::{AttentionShape, attention, linear, rms_norm, rope};
+use super::ops::{AttentionShape, attention, linear, linear_cross_entropy, rms_norm, rope};
 use crate::hf_config::ModelConfig;
 
 /// A projection with an optional bias.
@@ -130,6 +130,15 @@ impl Backbone {
     /// Another width than `D`.
     pub fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
         linear(hidden, self.output_matrix())
+    }
+
+    /// `weights · cross_entropy(logits(hidden), targets)` of each token, `(N)`, in nats, for `hidden (N, D)`,
+    /// `targets (N)` u32 and `weights (N)`; saves the logits' time and memory where they are large.
+    ///
+    /// # Errors
+    /// Shapes or dtypes that do not fit, a target outside the vocabulary.
+    pub fn losses(&self, hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> CandleResult<Tensor> {
+        linear_cross_entropy(hidden, self.output_matrix(), targets, weights)
     }
 }
 

@@ -7,12 +7,14 @@
 //! Activations are 2-D, one row for each token, so that every matrix product is one large contiguous one.
 
 mod backbone;
+mod memory;
 pub mod ops;
 mod params;
 mod rotary;
 mod routed;
 
 pub use backbone::Backbone;
+pub use memory::keep_freed_memory;
 pub use params::Params;
 pub use rotary::Rotary;
 pub use routed::RoutedModel;

@@ -13,24 +13,31 @@ use super::cpu::{exp, fusable, max, read, slice, sum};
 /// # Errors
 /// Shapes or dtypes that do not fit, a target outside the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
-    let (n, v) = logits.dims2()?;
+    let shape = logits.dims2()?;
+    if !fusable(&[logits, weights]) || !targets.device().is_cpu() {
+        return cross_entropy_composed(logits, targets, weights);
+    }
+    check(shape, targets, weights)?;
+    let (targets, weights) = (targets.to_vec1()?, weights.to_vec1()?);
+    logits.contiguous()?.apply_op1(CrossEntropy { targets, weights, log_sums: OnceLock::new() })
+}
+
+/// Checks targets and weights against logits `(n, v)`.
+pub(super) fn check((n, v): (usize, usize), targets: &Tensor, weights: &Tensor) -> Result<()> {
     if targets.dims() != [n] || weights.dims() != [n] || targets.dtype() != DType::U32 {
         bail!(
-            "cross_entropy: expected {n} targets of u32 and {n} weights, found {:?} of {:?} and {:?}",
+            "cross entropy: expected {n} targets of u32 and {n} weights, found {:?} of {:?} and {:?}",
             targets.dims(),
             targets.dtype(),
             weights.dims()
         );
     }
-    if !fusable(&[logits, weights]) || !targets.device().is_cpu() {
-        return cross_entropy_composed(logits, targets, weights);
+    match targets.to_vec1::<u32>()?.iter().find(|&&target| target as usize >= v) {
+        Some(target) => {
+            bail!("cross entropy: expected targets below the vocabulary's size {v}, found {target}")
+        }
+        None => Ok(()),
     }
-    let targets = targets.to_vec1::<u32>()?;
-    if let Some(target) = targets.iter().find(|&&target| target as usize >= v) {
-        bail!("cross_entropy: expected targets below the vocabulary's size {v}, found {target}");
-    }
-    let op = CrossEntropy { targets, weights: weights.to_vec1()?, log_sums: OnceLock::new() };
-    logits.contiguous()?.apply_op1(op)
 }
 
 /// [`cross_entropy`] out of candle's operations.

@@ -1,33 +1,47 @@
-//! Matrix product with a weight as checkpoints store it: `y = x Wᵀ`.
+//! Matrix product with a weight as checkpoints store it: `y = x Wᵀ`, `dx = g W`, `dW = gᵀ x`.
 //!
-//! candle's own gradient of `x.matmul(&w.t()?)` is computed for the transposed weight and copied back, number
-//! by number; here `dx = g W` and `dW = gᵀ x` come out as they are needed.
+//! On the CPU faer multiplies: its AVX-512 kernels are twice as fast as candle's AVX2 ones. candle's own
+//! gradient of `x.matmul(&w.t()?)` is moreover computed for the transposed weight and copied back, number by
+//! number.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use super::cpu::{fusable, read, slice};
 
 /// `x (N, in)`, `w (out, in)` → `(N, out)`.
 ///
 /// # Errors
 /// Shapes that do not fit.
 pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let ((_, from), (out, w_from)) = (x.dims2()?, w.dims2()?);
+    if from != w_from {
+        bail!("linear: expected rows of {w_from} numbers for a weight ({out}, {w_from}), found {from}");
+    }
+    if fusable(&[x, w]) {
+        return x.contiguous()?.apply_op2(&w.contiguous()?, Linear);
+    }
     x.apply_op2(w, Linear)
 }
 
-struct Linear;
-
-impl Linear {
-    /// The same on any device: the devices' products take strided operands.
-    fn forward<S: BackendStorage>(&self, x: &S, x_at: &Layout, w: &S, w_at: &Layout) -> Result<(S, Shape)> {
-        let (n, from) = x_at.shape().dims2()?;
-        let (out, w_from) = w_at.shape().dims2()?;
-        if from != w_from {
-            bail!("linear: expected rows of {w_from} numbers for a weight ({out}, {w_from}), found {from}");
-        }
-        let y = x.matmul(w, (1, n, out, from), x_at, &w_at.transpose(0, 1)?)?;
-        Ok((y, Shape::from((n, out))))
-    }
+/// `a b` in row-major order, blocks of rows in parallel. Blocks do not depend on the number of threads, hence
+/// neither do the results.
+fn product(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Vec<f32> {
+    let (rows, columns) = (a.nrows(), b.ncols());
+    let block = (rows / 4).clamp(32, 128);
+    let mut c = vec![0f32; rows * columns];
+    c.par_chunks_mut((block * columns).max(1)).enumerate().for_each(|(index, c)| {
+        let rows = c.len() / columns;
+        let a = a.subrows(index * block, rows);
+        matmul(MatMut::from_row_major_slice_mut(c, rows, columns), Accum::Replace, a, b, 1.0, Par::Seq);
+    });
+    c
 }
+
+struct Linear;
 
 impl CustomOp2 for Linear {
     fn name(&self) -> &'static str {
@@ -41,7 +55,14 @@ impl CustomOp2 for Linear {
         w: &CpuStorage,
         w_at: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.forward(x, x_at, w, w_at)
+        let ((n, from), (out, _)) = (x_at.shape().dims2()?, w_at.shape().dims2()?);
+        let (CpuStorage::F32(_), CpuStorage::F32(_)) = (x, w) else {
+            let y = x.matmul(w, (1, n, out, from), x_at, &w_at.transpose(0, 1)?)?;
+            return Ok((y, Shape::from((n, out))));
+        };
+        let x = MatRef::from_row_major_slice(slice(x, x_at)?, n, from);
+        let w = MatRef::from_row_major_slice(slice(w, w_at)?, out, from);
+        Ok((CpuStorage::F32(product(x, w.transpose())), Shape::from((n, out))))
     }
 
     fn cuda_fwd(
@@ -51,7 +72,9 @@ impl CustomOp2 for Linear {
         w: &CudaStorage,
         w_at: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.forward(x, x_at, w, w_at)
+        let ((n, from), (out, _)) = (x_at.shape().dims2()?, w_at.shape().dims2()?);
+        let y = x.matmul(w, (1, n, out, from), x_at, &w_at.transpose(0, 1)?)?;
+        Ok((y, Shape::from((n, out))))
     }
 
     fn bwd(
@@ -61,8 +84,19 @@ impl CustomOp2 for Linear {
         _y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = if x.track_op() { Some(g.matmul(&w.detach())?) } else { None };
-        let dw = if w.track_op() { Some(g.t()?.matmul(&x.detach())?) } else { None };
-        Ok((dx, dw))
+        let (n, from) = x.dims2()?;
+        let out = w.dim(0)?;
+        let (x_grad, w_grad) = (x.track_op(), w.track_op());
+        if !fusable(&[x, w, g]) {
+            let dx = x_grad.then(|| g.matmul(&w.detach())).transpose()?;
+            return Ok((dx, w_grad.then(|| g.t()?.matmul(&x.detach())).transpose()?));
+        }
+        let (dx, dw) = read([x, w, g], |[x, w, g]| {
+            let g = MatRef::from_row_major_slice(g, n, out);
+            let dx = x_grad.then(|| product(g, MatRef::from_row_major_slice(w, out, from)));
+            Ok((dx, w_grad.then(|| product(g.transpose(), MatRef::from_row_major_slice(x, n, from)))))
+        })?;
+        let tensor = |of: &Tensor, values| Tensor::from_vec(values, of.shape(), of.device());
+        Ok((dx.map(|dx| tensor(x, dx)).transpose()?, dw.map(|dw| tensor(w, dw)).transpose()?))
     }
 }

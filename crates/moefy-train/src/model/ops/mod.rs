@@ -8,11 +8,13 @@ mod attention_cpu;
 mod cpu;
 mod cross_entropy;
 mod linear;
+mod linear_cross_entropy;
 mod rms_norm;
 mod rope;
 
 pub use attention::{AttentionShape, attention, attention_composed};
 pub use cross_entropy::{cross_entropy, cross_entropy_composed};
 pub use linear::linear;
+pub use linear_cross_entropy::linear_cross_entropy;
 pub use rms_norm::{rms_norm, rms_norm_composed};
 pub use rope::{rope, rope_composed};

@@ -1,0 +1,166 @@
+//! How fast a dense model trains on this machine: tokens per second of a forward and a backward pass, without
+//! the optimizer, and the share of time that its matrix products alone take.
+//!
+//! ```text
+//! cargo run -p moefy-train --example step_speed [RUNS [CASE]]
+//! ```
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use dynamoe::train::TrainableFfn;
+use moefy_train::hf_config::{Architecture, ModelConfig};
+use moefy_train::model::ops::linear;
+use moefy_train::model::{Backbone, Params};
+
+/// A model's shape and the batch to train it on.
+struct Case {
+    name: &'static str,
+    config: ModelConfig,
+    sequences: usize,
+    positions: usize,
+}
+
+/// `[D, I, L, H, K, d, V]` of a Llama with tied embeddings.
+fn llama([d, i, l, h, k, head_dim, v]: [usize; 7]) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        hidden_size: d,
+        intermediate_size: i,
+        num_hidden_layers: l,
+        num_attention_heads: h,
+        num_key_value_heads: k,
+        head_dim,
+        vocab_size: v,
+        max_position_embeddings: 512,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10000.0,
+        rope_scaling: None,
+        tie_word_embeddings: true,
+        qkv_bias: false,
+        o_bias: false,
+        qk_norm: false,
+        sliding_window: vec![None; l],
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+        dynamoe: None,
+    }
+}
+
+fn main() -> Result<()> {
+    moefy_train::model::keep_freed_memory();
+    let runs = std::env::args().nth(1).map_or(Ok(10), |runs| runs.parse()).context("RUNS: a whole number")?;
+    let cases = [
+        Case {
+            name: "stories260k",
+            config: llama([64, 172, 5, 8, 4, 8, 512]),
+            sequences: 16,
+            positions: 256,
+        },
+        Case { name: "15M", config: llama([288, 768, 6, 6, 6, 48, 32000]), sequences: 4, positions: 256 },
+    ];
+    let only = std::env::args().nth(2);
+    for case in cases.iter().filter(|case| only.as_deref().is_none_or(|only| only == case.name)) {
+        measure(case, runs)?;
+    }
+    Ok(())
+}
+
+/// Prints the best of `runs` steps and the spread.
+fn measure(case: &Case, runs: usize) -> Result<()> {
+    let tokens = case.sequences * case.positions;
+    let mut params = Params::new();
+    let mut init = |name: &str, shape: &[usize]| -> Result<Tensor> {
+        let scale = if shape.len() == 1 { 0.0 } else { 0.05 };
+        let mean = if shape.len() == 1 { 1.0 } else { 0.0 };
+        Ok(params.insert(name, &Tensor::randn(mean, scale as f32, shape, &Device::Cpu)?)?.as_tensor().clone())
+    };
+    let (d, i, v) = (case.config.hidden_size, case.config.intermediate_size, case.config.vocab_size as f32);
+    let model = Backbone::from_tensors(&case.config, &mut init)?;
+    let ffns = (0..case.config.num_hidden_layers)
+        .map(|layer| {
+            let mut get =
+                |name: &str, shape: &[usize]| init(&format!("model.layers.{layer}.mlp.{name}.weight"), shape);
+            Ok(TrainableFfn {
+                gate_proj: get("gate_proj", &[i, d])?,
+                up_proj: get("up_proj", &[i, d])?,
+                down_proj: get("down_proj", &[d, i])?,
+                compensation: None,
+                widths: vec![i],
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let batch =
+        Tensor::rand(0f32, v, (case.sequences, case.positions), &Device::Cpu)?.to_dtype(DType::U32)?;
+    let reach = Tensor::ones((tokens, 1), DType::F32, &Device::Cpu)?;
+    let (mut forward, mut step, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..runs.max(1) {
+        let (start, cpu_start) = (Instant::now(), cpu_seconds());
+        let hidden = model.forward(&batch, &mut |layer, x| ffns[layer].forward_with(x, &reach, linear))?;
+        let weights = Tensor::full(1.0 / tokens as f32, tokens, &Device::Cpu)?;
+        let loss = model.losses(&hidden, &batch.flatten_all()?, &weights)?.sum_all()?;
+        forward.push(start.elapsed().as_secs_f64());
+        let gradients = loss.backward()?;
+        step.push(start.elapsed().as_secs_f64());
+        cpu.push(cpu_seconds() - cpu_start);
+        anyhow::ensure!(params.iter().all(|(_, var)| gradients.get(var).is_some()), "a gradient is missing");
+    }
+    let products = products(&case.config, tokens, runs)?;
+    let best = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min);
+    let worst = step.iter().copied().fold(0.0, f64::max);
+    println!(
+        "{}: {} parameters, {tokens} tokens a step: {:.0} tokens/s (worst {:.0}), {:.0} ms a step ({:.0} ms of CPU), \
+         forward {:.0} ms, \
+         matrix products {:.0} ms = {:.0} % at {:.0} GFLOP/s",
+        case.name,
+        params.elements(),
+        tokens as f64 / best(&step),
+        tokens as f64 / worst,
+        1e3 * best(&step),
+        1e3 * best(&cpu),
+        1e3 * best(&forward),
+        1e3 * products.seconds,
+        100.0 * products.seconds / best(&step),
+        products.flops / products.seconds / 1e9,
+    );
+    Ok(())
+}
+
+/// User and system time of this process and its threads so far (0 where the system does not tell): on a busy
+/// machine it says more than the clock. Ticks are hundredths of a second.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = |index: usize| after_name.split_whitespace().nth(index).and_then(|n| n.parse::<f64>().ok());
+    (ticks(11).unwrap_or(0.0) + ticks(12).unwrap_or(0.0)) / 100.0
+}
+
+/// What the products of a step take by themselves.
+struct Products {
+    seconds: f64,
+    flops: f64,
+}
+
+/// Times `x Wᵀ`, `g W` and `gᵀ x` for every projection of the model.
+fn products(config: &ModelConfig, tokens: usize, runs: usize) -> Result<Products> {
+    let (d, i, l) = (config.hidden_size, config.intermediate_size, config.num_hidden_layers);
+    let (q, kv) =
+        (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    let projections =
+        [(l, d, q), (2 * l, d, kv), (l, q, d), (2 * l, d, i), (l, i, d), (1, d, config.vocab_size)];
+    let mut total = Products { seconds: 0.0, flops: 0.0 };
+    for (count, from, to) in projections {
+        let random = |rows: usize, columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu);
+        let (x, w) = (Var::from_tensor(&random(tokens, from)?)?, Var::from_tensor(&random(to, from)?)?);
+        let mut best = f64::INFINITY;
+        for _ in 0..runs.max(1) {
+            let start = Instant::now();
+            linear(&x, &w)?.backward()?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        total.seconds += count as f64 * best;
+        total.flops += (count * 6 * tokens * from * to) as f64;
+    }
+    Ok(total)
+}
