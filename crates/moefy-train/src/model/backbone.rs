@@ -189,7 +189,7 @@ fn head_norm(x: Tensor, w: Option<&Tensor>, eps: f64) -> CandleResult<Tensor> {
 /// Rejects what would fail or mislead later.
 fn check(config: &ModelConfig) -> Result<()> {
     let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+    if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
         bail!("num_attention_heads must be a multiple of num_key_value_heads, found {heads} and {kv_heads}");
     }
     if config.head_dim == 0 || !config.head_dim.is_multiple_of(2) {

@@ -57,3 +57,22 @@ impl Params {
         self.vars.values().map(|var| var.elem_count()).sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn parameters_are_f32_unique_and_ordered() {
+        let mut params = Params::new();
+        let tensor = Tensor::ones((2, 3), DType::BF16, &Device::Cpu).unwrap();
+        params.insert("b", &tensor).unwrap();
+        params.insert("a", &tensor).unwrap();
+        assert!(params.insert("b", &tensor).is_err());
+        assert_eq!(params.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(params.get("a").unwrap().dtype(), DType::F32);
+        assert_eq!((params.len(), params.elements(), params.is_empty()), (2, 12, false));
+        assert!(params.get("c").is_none());
+    }
+}

@@ -295,7 +295,7 @@ impl Spec {
         }
         ends.sort_by(|a, b| a.1.total_cmp(&b.1));
         let wanted: Vec<f64> = ends.iter().map(|e| e.1).collect();
-        let places = spread(&wanted, 19.0, frame.top, frame.bottom + 14.0);
+        let places = spread(&wanted, 19.0, frame.top, frame.bottom + 2.0);
         let label = |((px, py, class, name), place): ((f64, f64, String, &str), f64)| Label {
             leader: format!("M{:.1} {py:.1}L{:.1} {place:.1}", px + 7.0, frame.right + 20.0),
             x: unit(frame.right + 25.0),

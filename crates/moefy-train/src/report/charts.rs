@@ -81,26 +81,38 @@ fn dense_models(report: &Report) -> Vec<(&'static str, &'static str, f64)> {
     models.into_iter().filter_map(|(name, class, loss)| Some((name, class, loss?))).collect()
 }
 
-/// The main chart in nats and as perplexity; empty if no curve has a finite point.
-pub(super) fn loss_against_width(report: &Report, styles: &Styles) -> Vec<Figure> {
-    let loss = width_chart(report, styles, "loss", "Loss, nats per token", |p| p.loss, |p| p.stderr, |l| l);
-    // The delta method: d exp(l) = exp(l) dl.
-    let perplexity = |p: &Point| p.loss.exp();
-    let error = |p: &Point| p.stderr * p.loss.exp();
-    let perplexity = width_chart(report, styles, "perplexity", "Perplexity", perplexity, error, f64::exp);
-    [loss, perplexity].into_iter().flatten().collect()
-}
-
-fn width_chart(
-    report: &Report,
-    styles: &Styles,
-    id: &str,
-    y_label: &str,
+/// What the main chart shows over the width.
+struct Quantity {
+    id: &'static str,
+    label: &'static str,
     value: fn(&Point) -> f64,
     error: fn(&Point) -> f64,
     of_loss: fn(f64) -> f64,
-) -> Option<Figure> {
-    let mark = |p: &Point| Mark { x: p.mean_width, y: value(p), stderr: error(p), tip: point_tip(p) };
+}
+
+const LOSS: Quantity = Quantity {
+    id: "loss",
+    label: "Loss, nats per token",
+    value: |p| p.loss,
+    error: |p| p.stderr,
+    of_loss: |loss| loss,
+};
+const PERPLEXITY: Quantity = Quantity {
+    id: "perplexity",
+    label: "Perplexity",
+    value: |p| p.loss.exp(),
+    // The delta method: d exp(l) = exp(l) dl.
+    error: |p| p.stderr * p.loss.exp(),
+    of_loss: f64::exp,
+};
+
+/// The main chart in nats and as perplexity; empty if no curve has a finite point.
+pub(super) fn loss_against_width(report: &Report, styles: &Styles) -> Vec<Figure> {
+    [LOSS, PERPLEXITY].iter().filter_map(|q| width_chart(report, styles, q)).collect()
+}
+
+fn width_chart(report: &Report, styles: &Styles, q: &Quantity) -> Option<Figure> {
+    let mark = |p: &Point| Mark { x: p.mean_width, y: (q.value)(p), stderr: (q.error)(p), tip: point_tip(p) };
     let mut series: Vec<Series> = Vec::new();
     for curve in &report.curves {
         let mut marks: Vec<Mark> = curve.points.iter().map(mark).collect();
@@ -108,12 +120,15 @@ fn width_chart(
         series.push(Series { name: curve.name.clone(), style: styles.of(&curve.name), marks });
     }
     let references = dense_models(report);
-    let references =
-        references.into_iter().map(|(name, class, l)| Reference { name: name.into(), y: of_loss(l), class });
+    let references = references.into_iter().map(|(name, class, l)| Reference {
+        name: name.into(),
+        y: (q.of_loss)(l),
+        class,
+    });
     Spec {
-        id: id.into(),
+        id: q.id.into(),
         x_label: "Mean FFN width".into(),
-        y_label: y_label.into(),
+        y_label: q.label.into(),
         x_text: |v, _| percent(v, 0),
         y_text: number,
         x_max: Some(1.0),

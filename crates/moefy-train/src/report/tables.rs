@@ -170,8 +170,10 @@ pub(super) fn pairs(points: &[PairsPoint]) -> Option<Pairs> {
         width: percent(p.mean_width, 1),
         accuracy: percent(p.accuracy, 1),
         stderr: plus_minus(p.stderr * 100.0, 1),
-        // In this order NaN gives 0.
-        bar: format!("{:.1}", ((p.accuracy - 0.5) * 200.0).max(0.0).min(100.0)),
+        bar: format!(
+            "{:.1}",
+            if p.accuracy.is_nan() { 0.0 } else { (p.accuracy * 200.0 - 100.0).clamp(0.0, 100.0) }
+        ),
         pairs: count(p.pairs),
         by_field: fields.iter().map(|f| in_field(p, f)).collect(),
     };

@@ -142,3 +142,35 @@ pub(super) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
         *y = mul_add(a, x, *y);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_exp() {
+        for step in -8_700..=8_800 {
+            let x = step as f32 / 100.0;
+            let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!(((ours - exact) / exact).abs() < 2e-7, "exp({x}) = {ours}, expected {exact}");
+        }
+        assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_take_every_number_once() {
+        for len in [0, 1, LANES - 1, LANES, LANES + 1, 5 * LANES + 3] {
+            let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            let total = (0..len).sum::<usize>() as f32;
+            assert_eq!(sum(&x, |x| 2.0 * x), 2.0 * total);
+            assert_eq!(dot(&x, &vec![3.0; len]), 3.0 * total);
+            assert_eq!(max(&x), x.last().copied().unwrap_or(f32::NEG_INFINITY));
+            // The largest in every place.
+            for at in 0..len {
+                let mut x = vec![-1.0; len];
+                x[at] = 1.0;
+                assert_eq!(max(&x), 1.0);
+            }
+        }
+    }
+}
