@@ -1,6 +1,21 @@
 //! The layer as it reads on paper: one token at a time, in f64, with no cleverness. Fast paths are tested
 //! against it.
 
+/// A linear map with a bias.
+#[derive(Debug, Clone)]
+pub struct ReferenceLinear {
+    /// `(out, in)`
+    pub weight: Vec<Vec<f64>>,
+    /// `(out)`
+    pub bias: Vec<f64>,
+}
+
+impl ReferenceLinear {
+    fn forward(&self, x: &[f64]) -> Vec<f64> {
+        self.weight.iter().zip(&self.bias).map(|(w, b)| dot(w, x) + b).collect()
+    }
+}
+
 /// Weights as rows of numbers.
 #[derive(Debug, Clone)]
 pub struct ReferenceFfn {
@@ -10,8 +25,10 @@ pub struct ReferenceFfn {
     pub up_proj: Vec<Vec<f64>>,
     /// `(D, I)`
     pub down_proj: Vec<Vec<f64>>,
-    /// `fc1` `(R, D)`, its bias `(R)`, `fc2` `(E-1, R)`, its bias `(E-1)`.
-    pub router: (Vec<Vec<f64>>, Vec<f64>, Vec<Vec<f64>>, Vec<f64>),
+    /// The router's first layer, `(R, D)`.
+    pub fc1: ReferenceLinear,
+    /// The router's second layer, `(E-1, R)`.
+    pub fc2: ReferenceLinear,
     /// `(E-1, D)`, empty for none.
     pub compensation: Vec<Vec<f64>>,
     /// `H_e`.
@@ -29,10 +46,8 @@ fn sigmoid(x: f64) -> f64 {
 impl ReferenceFfn {
     /// The scores of all experts but the largest for one token `x (D)`.
     pub fn scores(&self, x: &[f64]) -> Vec<f64> {
-        let (fc1, b1, fc2, b2) = &self.router;
-        let hidden: Vec<f64> =
-            fc1.iter().zip(b1).map(|(w, b)| dot(w, x) + b).map(|z| z * sigmoid(z)).collect();
-        fc2.iter().zip(b2).map(|(w, b)| sigmoid(dot(w, &hidden) + b)).collect()
+        let hidden: Vec<f64> = self.fc1.forward(x).into_iter().map(|z| z * sigmoid(z)).collect();
+        self.fc2.forward(&hidden).into_iter().map(sigmoid).collect()
     }
 
     /// The expert of one token.

@@ -92,7 +92,7 @@ fn exp(x: f32) -> f32 {
     let r = (x - k * 0.693_359_4) + k * 2.121_944_4e-4;
     let p = r * (r * (r * (r * (r * (1.0 / 720.0) + 1.0 / 120.0) + 1.0 / 24.0) + 1.0 / 6.0) + 0.5) + 1.0;
     let p = p * r + 1.0;
-    p * f32::from_bits(((k as i32 + 127) as u32) << 23)
+    p * f32::from_bits(((k as i32).wrapping_add(127) as u32) << 23)
 }
 
 impl CustomOp3 for MaskedSwiglu {

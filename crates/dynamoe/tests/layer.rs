@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, Linear, Module};
-use dynamoe::reference::ReferenceFfn;
+use dynamoe::reference::{ReferenceFfn, ReferenceLinear};
 use dynamoe::{DynaMoeFfn, NestedExperts, PrefixExperts, Router, Routes, Shell, ShellExperts, TrainableFfn};
 use proptest::prelude::*;
 use rand::seq::SliceRandom;
@@ -79,13 +79,13 @@ impl Layer {
     fn reference(&self) -> ReferenceFfn {
         let rows = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
         let row = |t: Option<&Tensor>| t.unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
-        let router =
-            (rows(self.fc1.weight()), row(self.fc1.bias()), rows(self.fc2.weight()), row(self.fc2.bias()));
+        let linear = |l: &Linear| ReferenceLinear { weight: rows(l.weight()), bias: row(l.bias()) };
         ReferenceFfn {
             gate_proj: rows(&self.gate),
             up_proj: rows(&self.up),
             down_proj: rows(&self.down),
-            router,
+            fc1: linear(&self.fc1),
+            fc2: linear(&self.fc2),
             compensation: rows(&self.compensation),
             widths: self.widths.clone(),
         }

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use super::score::{BatchScore, Score, batch_score, combine, token_losses};
 use crate::data::PaddedBatch;
 use crate::model::RoutedModel;
-use crate::model::ops::{cross_entropy, linear};
+use crate::model::ops::linear;
 use crate::train::objective::reach_of;
 use crate::train::step::rng;
 
@@ -85,8 +85,8 @@ impl Oracle<'_> {
             .model
             .backbone()
             .forward(tokens, &mut |layer, x| self.ffns[layer].forward_with(x, &reach[layer], linear))?;
-        let logits = self.model.logits(&hidden)?;
-        let loss = cross_entropy(&logits, &targets.flatten_all()?, &weights.flatten_all()?)?.sum_all()?;
+        let (targets, weights) = (targets.flatten_all()?, weights.flatten_all()?);
+        let loss = self.model.backbone().losses(&hidden, &targets, &weights)?.sum_all()?;
         let grads = loss.backward()?;
         let rows = |var: &Var| -> Result<_> {
             Ok(grads.get(var).context("the oracle's loss does not depend on a layer")?.to_vec2::<f32>()?)

@@ -7,7 +7,6 @@ use rayon::prelude::*;
 
 use crate::data::{Batch, PaddedBatch};
 use crate::model::RoutedModel;
-use crate::model::ops::cross_entropy;
 use crate::train::objective::{draw, widths_with_mean};
 use crate::train::step::rng;
 
@@ -134,8 +133,7 @@ pub fn token_losses(
     targets: &Tensor,
     weights: &Tensor,
 ) -> Result<Vec<f32>> {
-    let logits = model.logits(hidden)?;
-    let losses = cross_entropy(&logits, &targets.flatten_all()?, &weights.flatten_all()?)?;
+    let losses = model.backbone().losses(hidden, &targets.flatten_all()?, &weights.flatten_all()?)?;
     Ok(losses.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec1()?)
 }
 

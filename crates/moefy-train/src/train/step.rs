@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::config::{Method, Mode, TrainConfig};
 use super::objective::{LayerInput, Objective};
 use crate::hf_config::ModelConfig;
-use crate::model::ops::{cross_entropy, linear};
+use crate::model::ops::linear;
 use crate::model::{Backbone, Params, RoutedModel};
 
 /// Weights of one layer's router: fc1 `(R, D)`, its bias, fc2 `(E-1, R)`, its bias.
@@ -145,13 +145,12 @@ impl TrainModel {
             widths.push(routed.reach.detach().mean(0)?.mul(&shares)?.sum_all()?);
             ffn.forward_with(x, &routed.reach, linear)
         })?;
-        let logits = self.backbone.logits(&hidden)?; // (N, V)
         let targets = targets.flatten_all()?;
         let ones = Tensor::ones(targets.dim(0)?, DType::F32, targets.device())?;
-        let language_model = cross_entropy(&logits, &targets, &ones)?.mean_all()?;
+        let language_model = self.backbone.losses(&hidden, &targets, &ones)?.mean_all()?;
         let mut total = match teacher {
             Some(teacher) => {
-                let distilled = distillation(&logits, teacher, tokens)?;
+                let distilled = distillation(&self.backbone.logits(&hidden)?, teacher, tokens)?;
                 ((&language_model * (1.0 - train.distill))? + (distilled * train.distill)?)?
             }
             None => language_model.clone(),
