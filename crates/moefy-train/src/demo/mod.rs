@@ -3,7 +3,7 @@
 //! The base was made by
 //!
 //! ```text
-//! moefy-train pretrain --out DIR --tokens 6000000 --lr 3e-3 --bf16
+//! moefy-train pretrain --out DIR --tokens 4000000 --lr 3e-3 --bf16
 //! ```
 
 pub mod corpus;
