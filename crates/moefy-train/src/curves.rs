@@ -17,11 +17,11 @@ use crate::train::{Method, TrainModel};
 pub const WIDTHS: [f64; 9] = [0.3, 0.375, 0.45, 0.5, 0.55, 0.625, 0.75, 0.875, 0.95];
 
 /// Tokens on which the oracle searches: it takes tens of passes.
-const ORACLE_TOKENS: usize = 12_000;
+const ORACLE_TOKENS: usize = 8_000;
 /// Improvements that the oracle tries for each batch.
-const ORACLE_ROUNDS: usize = 8;
+const ORACLE_ROUNDS: usize = 6;
 /// Prices of a token's whole width, nats.
-const ORACLE_PRICES: [f64; 6] = [0.1, 0.3, 0.6, 1.2, 2.5, 5.0];
+const ORACLE_PRICES: [f64; 5] = [0.2, 0.5, 1.0, 2.0, 4.0];
 
 /// The curve of a trained model of `method` on `batches`; routed models take their dial from the table of
 /// budgets in their configuration.

@@ -202,6 +202,8 @@ pub struct Job {
     pub train: TrainConfig,
     /// Methods trained alike, for comparison.
     pub baselines: Vec<Method>,
+    /// Whether the oracle's curve is searched.
+    pub oracle: bool,
     /// Tokens that curves are measured on at most.
     pub eval_tokens: usize,
     /// Minimal pairs.
@@ -228,6 +230,7 @@ impl Job {
             experts: defaults.experts,
             train: TrainConfig::default(),
             baselines: Vec::new(),
+            oracle: true,
             eval_tokens: 200_000,
             pairs: None,
             text: defaults.text,
@@ -290,7 +293,7 @@ pub fn run_job(job: &Job, folder: &RunFolder, device: &Device, stop: &AtomicBool
     };
     run.facts(&mut report, &dense, started);
     crate::report::write(&report, folder.out())?;
-    if job.train.method.has_router() {
+    if job.oracle && job.train.method.has_router() {
         tracing::info!("searching for the oracle's routes");
         report.curves.push(oracle_curve(&model, &run.held_out)?);
     }

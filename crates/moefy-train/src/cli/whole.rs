@@ -38,6 +38,9 @@ pub struct RunArgs {
     /// Train no baselines
     #[arg(long)]
     no_baselines: bool,
+    /// Leave the oracle's curve out
+    #[arg(long)]
+    no_oracle: bool,
     /// Tokens on which curves are measured at most
     #[arg(long, default_value_t = 200_000)]
     eval_tokens: usize,
@@ -69,6 +72,7 @@ impl RunArgs {
             experts: self.experts.clone(),
             train: self.train.clone(),
             baselines: if self.no_baselines { Vec::new() } else { self.baselines.clone() },
+            oracle: !self.no_oracle,
             eval_tokens: self.eval_tokens,
             pairs: self.pairs.clone(),
             text: self.text.clone(),
