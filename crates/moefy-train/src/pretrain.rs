@@ -30,19 +30,19 @@ pub const DOCUMENTS: usize = 12_000;
 #[derive(Debug, Clone, Args)]
 pub struct Pretrain {
     /// D
-    #[arg(long, default_value_t = 96)]
+    #[arg(long, default_value_t = 64)]
     pub hidden_size: usize,
     /// I
-    #[arg(long, default_value_t = 384)]
+    #[arg(long, default_value_t = 192)]
     pub intermediate_size: usize,
     /// L
     #[arg(long, default_value_t = 4)]
     pub layers: usize,
     /// H
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 4)]
     pub heads: usize,
     /// K
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     pub kv_heads: usize,
     /// V: tokens of the byte-level BPE that is trained on the text
     #[arg(long, default_value_t = 768)]

@@ -150,7 +150,8 @@ impl Finetune<'_> {
 }
 
 /// Writes a trained model, in the types of the checkpoint that it came from, with its table of budgets solved on
-/// `calibration`. Returns the model as it was written.
+/// `calibration`. Routers trained with a price have their scores rescaled first, so that the dial's range is
+/// that of the widths (see [`budget::dial_scale`]). Returns the model as it was written.
 ///
 /// # Errors
 /// The file system's; weights that are not finite.
@@ -158,8 +159,17 @@ pub fn publish(
     folder: &RunFolder,
     source: &Checkpoint,
     model: &TrainModel,
+    method: Method,
     calibration: &[PaddedBatch],
 ) -> Result<RoutedModel> {
+    if method == Method::Priced {
+        match budget::dial_scale(&model.routed()?, calibration)? {
+            Some((scale, shift)) => model.rescale_routers(scale, shift)?,
+            None => {
+                tracing::warn!("the routers know few widths: the dial keeps the scale it was trained with")
+            }
+        }
+    }
     let mut config = model.config().clone();
     let dynamoe = config.dynamoe.as_mut().context("a trained model has a dynamoe section")?;
     dynamoe.budgets = budget::table(&model.routed()?, calibration, &budget::TABLE)?;
@@ -280,7 +290,7 @@ pub fn run_job(job: &Job, folder: &RunFolder, device: &Device, stop: &AtomicBool
         return Ok(outcome);
     }
     tracing::info!("solving the dial on training text");
-    let routed = publish(folder, &converted, &model, &run.calibration)?;
+    let routed = publish(folder, &converted, &model, job.train.method, &run.calibration)?;
     tracing::info!("measuring the curve on held-out text");
     let mut report = Report {
         title: run.title(),

@@ -149,7 +149,7 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
         println!("stopped after step {step}; the same command with --resume continues");
         return Ok(());
     }
-    publish(&folder, &source, &model, &calibration(&batches, CALIBRATION_TOKENS))?;
+    publish(&folder, &source, &model, args.train.method, &calibration(&batches, CALIBRATION_TOKENS))?;
     println!(
         "{}: trained on {} tokens",
         args.out.display(),

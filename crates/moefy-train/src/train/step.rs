@@ -117,6 +117,21 @@ impl TrainModel {
         RoutedModel::from_tensors(&self.config, &mut |name, _| self.tensor(name))
     }
 
+    /// Replaces every router's logits by `scale · logit + shift`: the same routes at another place of the dial.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn rescale_routers(&self, scale: f64, shift: f64) -> Result<()> {
+        for (name, var) in self.params.iter() {
+            if name.ends_with(names::ROUTER_FC2_WEIGHT) {
+                var.set(&(var.as_detached_tensor() * scale)?)?;
+            } else if name.ends_with(names::ROUTER_FC2_BIAS) {
+                var.set(&((var.as_detached_tensor() * scale)? + shift)?)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The losses of one batch: `tokens` and `targets (B, T)` u32. `streams` numbers the step and the batch
     /// within it, for the dials and the noise.
     ///
