@@ -3,7 +3,7 @@
 //! The base was made by
 //!
 //! ```text
-//! moefy-train pretrain --out DIR --tokens 4000000 --lr 3e-3 --bf16
+//! moefy-train pretrain --out DIR --tokens 4000000 --lr 4e-3 --bf16
 //! ```
 
 pub mod corpus;
@@ -36,7 +36,7 @@ const TEXTS: [(&str, u64, usize); 2] = [("train.txt", 1001, 2500), ("valid.txt",
 /// # Errors
 /// The file system's.
 pub fn write_base(folder: &RunFolder) -> Result<PathBuf> {
-    let dir = folder.training("base");
+    let dir = folder.training("demo-base");
     fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
     for (name, bytes) in BASE {
         fs::write(dir.join(name), bytes).with_context(|| format!("writing {name}"))?;
