@@ -1,9 +1,8 @@
 //! The server under test: exactly `dynamoe-serve`.
 
-use clap::Parser;
-use dynamoe_mistralrs::serve::{Options, run};
+use std::process::ExitCode;
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    run(Options::parse()).await
+async fn main() -> ExitCode {
+    dynamoe_mistralrs::serve::main().await
 }

@@ -1,9 +1,8 @@
 //! `dynamoe-serve`: mistral.rs's OpenAI-compatible server with DynaMoE models in it.
 
-use clap::Parser;
-use dynamoe_mistralrs::serve::{Options, run};
+use std::process::ExitCode;
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    run(Options::parse()).await
+async fn main() -> ExitCode {
+    dynamoe_mistralrs::serve::main().await
 }

@@ -13,7 +13,7 @@ mod error;
 mod metrics;
 mod options;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use axum::{
@@ -21,6 +21,7 @@ use axum::{
     extract::DefaultBodyLimit,
     routing::{get, post},
 };
+use clap::Parser;
 use mistralrs_server_core::{
     mistralrs_for_server_builder::MistralRsForServerBuilder,
     mistralrs_server_router_builder::MistralRsServerRouterBuilder, types::SharedMistralRsState,
@@ -48,7 +49,18 @@ impl App {
     }
 }
 
-/// The whole of `dynamoe-serve`: logs to stderr, loads, says on stdout where it listens, serves until SIGTERM or SIGINT.
+/// The whole of `dynamoe-serve`, from the command line to the exit code.
+pub async fn main() -> ExitCode {
+    match run(Options::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs to stderr, loads, says on stdout where it listens, serves until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// A port that is taken, a model that cannot be loaded, a listener that fails.

@@ -1,8 +1,11 @@
 //! The command line of `dynamoe-serve`.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, ensure};
 use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
 use dynamoe::config::check_dial;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
@@ -116,8 +119,15 @@ impl Options {
         if let Some(file) = &self.config {
             return Ok(ModelSelected::Toml { file: file.display().to_string() });
         }
+        let model_id = self.model.clone().ok_or_else(|| anyhow!("--model or --config is needed"))?;
+        // the hub is asked only for what can be an id there
+        let is_path = model_id.starts_with(['.', '/', '~']) || model_id.matches(['/', '\\']).count() > 1;
+        ensure!(
+            !is_path || Path::new(&model_id).is_dir(),
+            "{model_id} is not a folder; an id on the hub looks like ORGANISATION/NAME"
+        );
         Ok(ModelSelected::Run {
-            model_id: self.model.clone().ok_or_else(|| anyhow!("--model or --config is needed"))?,
+            model_id,
             tokenizer_json: None,
             dtype: self.dtype,
             topology: None,
@@ -168,6 +178,9 @@ mod tests {
     fn a_model_or_a_toml_file_is_needed_and_loopback_is_the_default() {
         assert!(parse("").is_err() && parse("--model m --config c.toml").is_err());
         assert!(matches!(parse("--config c.toml").unwrap().model_selected(), Ok(ModelSelected::Toml { .. })));
+        assert!(parse("--model org/name").unwrap().model_selected().is_ok());
+        let error = parse("--model ./nowhere").unwrap().model_selected().unwrap_err().to_string();
+        assert!(error.contains("./nowhere is not a folder"), "{error}");
         assert!(parse("--model m").unwrap().host.is_loopback());
         assert!(parse("--model m --max-seqs 0").is_err());
     }
