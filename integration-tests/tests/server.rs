@@ -13,7 +13,7 @@ use std::{
 
 use http::{Server, chat, completion, with};
 use serde_json::{Value, json};
-use support::{Checkpoints, SMALL, checkpoints};
+use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints};
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
@@ -72,6 +72,11 @@ fn full_width_says_what_the_dense_model_says() {
     assert_eq!(dense.get("/v1/dynamoe").status(), 404);
 }
 
+/// A text that ends within the bytes of a letter: a whole answer shows a replacement, a stream waits for the rest.
+fn without_half_letter(text: &str) -> &str {
+    text.trim_end_matches('\u{fffd}')
+}
+
 #[test]
 fn streaming_says_the_same() {
     let checkpoints = llama();
@@ -82,14 +87,14 @@ fn streaming_says_the_same() {
         let events = server.stream(CHAT, &body);
         let pieces: String =
             events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
-        assert_eq!(pieces, content_of(&whole));
+        assert_eq!(without_half_letter(&pieces), without_half_letter(content_of(&whole)));
         assert_eq!(width_of(events.last().unwrap()), width_of(&whole));
 
         let body = with(completion("Tell me a story", 24), "sensitivity", sensitivity);
         let whole = server.json(TEXT, &body);
         let events = server.stream(TEXT, &body);
         let pieces: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
-        assert_eq!(pieces, text_of(&whole));
+        assert_eq!(without_half_letter(&pieces), without_half_letter(text_of(&whole)));
         assert_eq!(width_of(events.last().unwrap()), width_of(&whole));
     }
 }
@@ -195,7 +200,7 @@ fn bad_requests_get_a_message_and_do_no_harm() {
     bad(with(with(chat("x", 1), "sensitivity", 0.5), "budget", 0.5), "not both");
     bad(json!({"model": "default"}), "messages");
     bad(with(chat("x", 1), "model", "another"), "another");
-    bad(with(chat("x", 1), "max_tokens", "many"), "max_tokens");
+    bad(with(chat("x", 1), "max_tokens", "many"), "many");
 
     let post = |body: &'static str| {
         let request = server.client.post(format!("{}{CHAT}", server.url));
@@ -204,8 +209,10 @@ fn bad_requests_get_a_message_and_do_no_harm() {
     for body in ["", "{", "[]", "null", "{\"messages\": 1e999}"] {
         assert_eq!(post(body).status(), 400, "{body:?}");
     }
-    let huge = server.post(CHAT, &chat(&"x".repeat(2 << 20), 1));
-    assert_eq!(huge.status(), 413);
+    // the server does not read on, so the client may find the connection closed before it finds the answer
+    let huge = chat(&"x".repeat(2 << 20), 1);
+    let huge = server.client.post(format!("{}{CHAT}", server.url)).json(&huge).send();
+    assert!(huge.map_or_else(|error| error.is_request(), |response| response.status() == 413));
     // what upstream does not know, it ignores
     server.json(CHAT, &with(chat("x", 1), "no_such_field", 1));
     is_well(&server);
@@ -222,13 +229,15 @@ fn open_stream(server: &Server, tokens: usize) -> TcpStream {
     stream
 }
 
-fn read_until(stream: &mut TcpStream, text: &str) {
-    let (mut read, mut buffer) = (String::new(), [0; 4096]);
+/// Reads on from what was `read` before until `text` has come.
+fn read_until(stream: &mut TcpStream, mut read: String, text: &str) -> String {
+    let mut buffer = [0; 4096];
     while !read.contains(text) {
         let count = stream.read(&mut buffer).unwrap();
         assert!(count > 0, "the stream ended before {text:?}: {read}");
         read.push_str(&String::from_utf8_lossy(&buffer[..count]));
     }
+    read
 }
 
 #[test]
@@ -237,7 +246,7 @@ fn a_cancelled_stream_stops_computing() {
     let server = Server::start(&checkpoints.dynamoe(), &[]);
     for _ in 0..4 {
         let mut stream = open_stream(&server, 400);
-        read_until(&mut stream, "data: ");
+        read_until(&mut stream, String::new(), "data: ");
     }
     let tokens = || {
         let metrics = server.get("/metrics").text().unwrap();
@@ -272,12 +281,13 @@ fn clients_that_never_read_do_not_hold_up_others() {
 
 #[test]
 fn sigterm_lets_requests_finish() {
-    let checkpoints = llama();
+    let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 12); // slow enough to be caught in flight
     let mut server = Server::start(&checkpoints.dynamoe(), &["--drain-seconds", "60"]);
-    let mut stream = open_stream(&server, 200);
-    read_until(&mut stream, "data: ");
+    let mut stream = open_stream(&server, 450);
+    let begun = read_until(&mut stream, String::new(), "data: ");
+    assert!(!begun.contains("[DONE]"));
     server.terminate();
-    read_until(&mut stream, "[DONE]");
+    read_until(&mut stream, begun, "[DONE]");
     drop(stream);
     assert!(server.ended_well());
 }

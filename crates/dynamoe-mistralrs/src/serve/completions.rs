@@ -149,16 +149,17 @@ async fn complete(
 /// Passes the engine's answers on as events until the last one or until the client is gone, which drops
 /// `answers`, and thereby ends the request in the engine.
 async fn forward(mut answers: Receiver<Answer>, usage: Option<Usage>, events: Sender<Event>) {
+    let mut before = None;
     loop {
         let answer = tokio::select! {
             answer = answers.recv() => answer,
             () = events.closed() => return,
         };
-        let answer = answer.ok_or_else(|| ApiError::internal("the engine stopped answering"));
-        let (json, last) = match answer.and_then(|answer| answer_json(answer, usage.as_ref())) {
-            Ok(told) => told,
-            Err(error) => (error.body(), true),
+        let told = match answer {
+            Some(answer) => answer_json(answer, usage.as_ref()),
+            None => without_last_word(before.take(), usage.as_ref()),
         };
+        let (json, last) = told.unwrap_or_else(|error| (error.body(), true));
         if events.send(Event::default().data(json.to_string())).await.is_err() {
             return;
         }
@@ -166,7 +167,16 @@ async fn forward(mut answers: Receiver<Answer>, usage: Option<Usage>, events: Se
             let _ = events.send(Event::default().data("[DONE]")).await;
             return;
         }
+        before = Some(json);
     }
+}
+
+/// The end of a stream whose last token completes no letter: the engine sends nothing for it. As in OpenAI's API,
+/// a last chunk without choices then tells the usage.
+fn without_last_word(before: Option<Value>, usage: Option<&Usage>) -> ApiResult<(Value, bool)> {
+    let mut chunk = before.ok_or_else(|| ApiError::internal("the engine did not answer"))?;
+    chunk["choices"] = json!([]);
+    Ok((Usage::tell(usage, chunk)?, true))
 }
 
 /// One of the engine's answers as JSON, and whether it is the last one.
