@@ -179,6 +179,17 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
     }
 }
 
+impl<X: Clone> Clone for DynaMoeFfn<X> {
+    fn clone(&self) -> Self {
+        Self {
+            experts: self.experts.clone(),
+            router: self.router.clone(),
+            compensation: self.compensation.clone(),
+            sensitivity: AtomicU64::new(self.sensitivity.load(Ordering::Relaxed)),
+        }
+    }
+}
+
 impl<X: NestedExperts> Module for DynaMoeFfn<X> {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         Ok(self.forward_routed(x, &[self.sensitivity()])?.0)

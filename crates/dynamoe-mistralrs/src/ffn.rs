@@ -1,0 +1,153 @@
+//! The DynaMoE FFN where mistral.rs expects an MLP.
+
+use std::{sync::Arc, time::Instant};
+
+use anyhow::{Result, ensure};
+use candle_core::{D, DType, Device, Tensor};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, Routes, ShellExperts, names, router::logit};
+use mistralrs_core::{
+    layers::Activation,
+    plugin::{AnyMoeTrainableLayer, MlpLayer},
+    row_data::row_data,
+};
+use mistralrs_quant::QuantMethod;
+
+use crate::{
+    dial::{LoadedModel, RequestDial},
+    weights::{LayerWeights, Projection},
+};
+
+/// Replaces a loaded model's MLPs (one for each layer, first layer first) by the FFNs of a DynaMoE checkpoint;
+/// `weights` says where each is read from.
+///
+/// Returns the model's handle and the tensors that the model has beyond the engine's projections, under their
+/// names in the checkpoint: an engine that writes the model has to write these too.
+///
+/// # Errors
+/// MLPs, weights and `config` that do not fit each other; tensors that are missing or of another shape.
+pub fn swap_ffns(
+    mlps: Vec<&mut Box<dyn MlpLayer>>,
+    config: &DynaMoeConfig,
+    weights: Vec<LayerWeights>,
+) -> Result<(Arc<LoadedModel>, Vec<(String, Tensor)>)> {
+    let layers = mlps.len();
+    ensure!(layers == weights.len(), "expected weights for {layers} layers, found {}", weights.len());
+    config.validate(config.intermediate_size(), layers)?;
+    let model = LoadedModel::register(config.clone(), layers)?;
+    let mut tensors = Vec::new();
+    for (layer, (mlp, weights)) in mlps.into_iter().zip(weights).enumerate() {
+        let hidden_size = mlp.get_params().first().copied().unwrap_or(0);
+        let activation = mlp.hidden_act();
+        let ffn = weights.read(config, hidden_size, activation.try_into()?)?;
+        tensors.extend(router_tensors(layer, &ffn));
+        *mlp = Box::new(EngineFfn {
+            ffn,
+            model: Arc::clone(&model),
+            layer,
+            params: [hidden_size, config.intermediate_size()],
+            activation,
+        });
+    }
+    Ok((model, tensors))
+}
+
+/// Router and compensation of a layer under their names in the checkpoint.
+fn router_tensors<X: NestedExperts>(layer: usize, ffn: &DynaMoeFfn<X>) -> Vec<(String, Tensor)> {
+    let mut tensors = Vec::new();
+    if let Router::Mlp { fc1, fc2 } = ffn.router() {
+        tensors.push((names::ROUTER_FC1_WEIGHT, Some(fc1.weight())));
+        tensors.push((names::ROUTER_FC1_BIAS, fc1.bias()));
+        tensors.push((names::ROUTER_FC2_WEIGHT, Some(fc2.weight())));
+        tensors.push((names::ROUTER_FC2_BIAS, fc2.bias()));
+    }
+    tensors.push((names::COMPENSATION, ffn.compensation()));
+    let named = |(name, tensor): (&str, Option<&Tensor>)| Some((names::mlp(layer, name), tensor?.clone()));
+    tensors.into_iter().filter_map(named).collect()
+}
+
+#[derive(Clone)]
+struct EngineFfn {
+    ffn: DynaMoeFfn<ShellExperts<Projection>>,
+    model: Arc<LoadedModel>,
+    layer: usize,
+    params: [usize; 2],
+    activation: Activation,
+}
+
+impl EngineFfn {
+    /// Chooses the experts of `x (T, D)`, whose tokens belong to the rows of a batch in equal shares.
+    fn route(&self, x: &Tensor, dials: &[Option<&RequestDial>]) -> candle_core::Result<Routes> {
+        let tokens = x.dim(0)?;
+        let default = self.model.sensitivities()[self.layer];
+        let of_row = |dial: &Option<&RequestDial>| dial.map_or(default, |dial| dial.sensitivity(self.layer));
+        let rows: Vec<f64> = dials.iter().map(of_row).collect();
+        if rows.iter().all(|&sensitivity| sensitivity >= 1.0) {
+            return Ok(Routes(vec![self.ffn.experts().widths().len() - 1; tokens]));
+        }
+        let share = tokens / rows.len();
+        let thresholds: Vec<f32> = rows.iter().flat_map(|&s| std::iter::repeat_n(logit(s), share)).collect();
+        Ok(Routes(self.ffn.router().experts(x, &thresholds)?))
+    }
+
+    fn count(&self, dials: &[Option<&RequestDial>], routes: &Routes) {
+        let widths = self.ffn.experts().widths();
+        let share = routes.0.len() / dials.len();
+        for (dial, experts) in dials.iter().zip(routes.0.chunks_exact(share)) {
+            if let Some(dial) = dial {
+                dial.count(share, experts.iter().map(|&expert| widths[expert]).sum());
+            }
+        }
+    }
+}
+
+impl MlpLayer for EngineFfn {
+    /// `xs (batch, sequence, D)`: prompts come one by one or in batches of equal length, decoding as `(batch, 1, D)`.
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        let batch = xs.dim(0)?;
+        let x = xs.reshape(((), xs.dim(D::Minus1)?))?; // (T, D)
+        let rows = row_data();
+        // the engine's dummy runs have no requests
+        let serving = rows.len() == batch;
+        let dials: Vec<Option<&RequestDial>> = match serving {
+            true => rows.iter().map(|row| RequestDial::of_row(row, self.model.layers())).collect(),
+            false => vec![None; batch],
+        };
+        let start = Instant::now();
+        let routes = self.route(&x, &dials)?;
+        if serving {
+            self.model.counters().count(self.layer, &routes.0, start.elapsed());
+            self.count(&dials, &routes);
+        }
+        self.ffn.forward_with(&x, &routes)?.reshape(xs.shape())
+    }
+
+    fn get_isq_layers(&mut self) -> Vec<&mut Arc<dyn QuantMethod>> {
+        let shells = self.ffn.experts_mut().shells_mut().iter_mut();
+        shells.flat_map(|s| [&mut s.gate_proj.0, &mut s.up_proj.0, &mut s.down_proj.0]).collect()
+    }
+
+    fn clone(&self) -> Box<dyn MlpLayer> {
+        Box::new(Clone::clone(self))
+    }
+
+    fn get_params(&self) -> &[usize] {
+        &self.params
+    }
+
+    fn hidden_act(&self) -> Activation {
+        self.activation
+    }
+
+    fn new_added_delta(&self, _: Vec<Option<Tensor>>) -> candle_core::Result<Box<dyn MlpLayer>> {
+        candle_core::bail!(
+            "a DynaMoE FFN cannot take LoRA deltas: merge them into the dense model, then convert"
+        )
+    }
+
+    fn dtype_device(&self) -> (DType, Device) {
+        let first = self.ffn.experts().shells().first();
+        first.map_or((DType::F32, Device::Cpu), |shell| shell.gate_proj.0.dtype_and_device())
+    }
+}
+
+impl AnyMoeTrainableLayer for EngineFfn {}

@@ -1,0 +1,107 @@
+//! `/v1/dynamoe`: the dial of requests that bring none.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use axum::{
+    Json,
+    body::Bytes,
+    extract::{ConnectInfo, State},
+    http::{HeaderMap, StatusCode, header::AUTHORIZATION},
+};
+use serde_json::{Value, json};
+
+use super::{
+    App,
+    completions::take_dial,
+    error::{ApiError, ApiResult},
+};
+use crate::dial::{Dial, LoadedModel};
+
+/// `GET /v1/dynamoe`.
+pub(super) async fn show(State(app): State<App>) -> ApiResult<Json<Value>> {
+    let model = model(&app)?;
+    Ok(Json(describe(&model)))
+}
+
+/// `PUT /v1/dynamoe` with `{"sensitivity": …}` or `{"budget": …}`.
+pub(super) async fn set(
+    State(app): State<App>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> ApiResult<Json<Value>> {
+    let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    may_set(app.token.as_deref(), authorization, peer)?;
+    let mut body: Value = serde_json::from_slice(&body)
+        .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))?;
+    let dial = take_dial(&mut body)?.ok_or_else(|| {
+        ApiError::bad_request("the body must hold sensitivity or budget, a number from 0 to 1")
+    })?;
+    let model = model(&app)?;
+    model.set_dial(dial).map_err(ApiError::bad_request)?;
+    tracing::info!("the default dial is {dial:?} now");
+    Ok(Json(describe(&model)))
+}
+
+fn model(app: &App) -> ApiResult<Arc<LoadedModel>> {
+    app.model().ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "the model is dense: it has no dial"))
+}
+
+/// With a token, whoever presents it may set the dial; without, whoever is on this machine.
+fn may_set(token: Option<&str>, authorization: Option<&str>, peer: SocketAddr) -> ApiResult<()> {
+    let presented = authorization.and_then(|value| value.strip_prefix("Bearer "));
+    match token {
+        Some(token) if presented.is_some_and(|presented| same(presented.as_bytes(), token.as_bytes())) => {
+            Ok(())
+        }
+        Some(_) => {
+            Err(ApiError::new(StatusCode::UNAUTHORIZED, "setting the default dial needs the bearer token"))
+        }
+        None if peer.ip().to_canonical().is_loopback() => Ok(()),
+        None => Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "setting the default dial over the network needs a server that was started with --token",
+        )),
+    }
+}
+
+/// Compares without telling by the time it takes how much is right.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+}
+
+fn describe(model: &LoadedModel) -> Value {
+    let config = model.config();
+    let (sensitivity, budget) = match model.dial() {
+        Dial::Sensitivity(sensitivity) => (Some(sensitivity), None),
+        Dial::Budget(budget) => (None, Some(budget)),
+    };
+    json!({
+        "sensitivity": sensitivity,
+        "budget": budget,
+        "layer_sensitivities": model.sensitivities().as_ref(),
+        "base_architecture": config.base_architecture,
+        "expert_widths": config.expert_widths,
+        "budgets": config.budgets,
+        "mean_ffn_width": model.counters().mean_width(&config.expert_widths),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_network_needs_a_token_and_this_machine_only_if_there_is_one() {
+        let status = |token, authorization, peer: &str| {
+            may_set(token, authorization, peer.parse().unwrap()).map_err(|error| error.status.as_u16())
+        };
+        assert_eq!(status(None, None, "127.0.0.1:9"), Ok(()));
+        assert_eq!(status(None, None, "[::ffff:127.0.0.1]:9"), Ok(()));
+        assert_eq!(status(None, Some("Bearer x"), "10.0.0.7:9"), Err(403));
+        assert_eq!(status(Some("secret"), Some("Bearer secret"), "10.0.0.7:9"), Ok(()));
+        for wrong in [None, Some("Bearer secreT"), Some("Bearer secret "), Some("secret"), Some("Bearer ")] {
+            assert_eq!(status(Some("secret"), wrong, "127.0.0.1:9"), Err(401), "{wrong:?}");
+        }
+    }
+}

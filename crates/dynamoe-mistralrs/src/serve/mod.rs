@@ -1,0 +1,192 @@
+//! mistral.rs's OpenAI-compatible server with the dial in it: what the binary `dynamoe-serve` is made of.
+//!
+//! | route | |
+//! | --- | --- |
+//! | `POST /v1/chat/completions`, `/v1/completions` | mistral.rs's, and a body may hold `sensitivity` or `budget` |
+//! | `GET`, `PUT /v1/dynamoe` | shows and sets the dial of requests that bring none |
+//! | `GET /metrics` | Prometheus text |
+//! | everything else | mistral.rs's |
+
+mod completions;
+mod default_dial;
+mod error;
+mod metrics;
+mod options;
+
+use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    routing::{get, post},
+};
+use clap::Parser;
+use mistralrs_server_core::{
+    mistralrs_for_server_builder::MistralRsForServerBuilder,
+    mistralrs_server_router_builder::MistralRsServerRouterBuilder, types::SharedMistralRsState,
+};
+use tokio::net::TcpListener;
+use tracing_subscriber::EnvFilter;
+
+pub use options::Options;
+
+use crate::dial::{LoadedModel, loaded};
+
+/// What the handlers share.
+#[derive(Clone)]
+struct App {
+    engine: SharedMistralRsState,
+    /// Whoever presents it may set the default dial from anywhere.
+    token: Option<Arc<str>>,
+    requests: Arc<metrics::Requests>,
+}
+
+impl App {
+    /// The DynaMoE model that is served, if the model is one.
+    fn model(&self) -> Option<Arc<LoadedModel>> {
+        loaded().pop()
+    }
+}
+
+/// The whole of `dynamoe-serve`, from the command line to the exit code.
+pub async fn main() -> ExitCode {
+    match run(Options::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs to stderr, loads, says on stdout where it listens, serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// A port that is taken, a model that cannot be loaded, a listener that fails.
+pub async fn run(options: Options) -> Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+
+    // bound first: a port that is taken is known before a large model is read
+    let listener = TcpListener::bind((options.host, options.port))
+        .await
+        .with_context(|| format!("cannot listen at {}, port {}", options.host, options.port))?;
+    let stop = stop_signal()?;
+    let engine = load(&options).await?;
+    let router = router(engine, &options).await?;
+    println!("dynamoe-serve listens at http://{}", listener.local_addr()?);
+    serve(listener, router, stop, Duration::from_secs(options.drain_seconds)).await
+}
+
+/// Loads the model that `options` names.
+///
+/// # Errors
+/// Whatever keeps mistral.rs from loading it; a dial that the model does not have.
+pub async fn load(options: &Options) -> Result<SharedMistralRsState> {
+    let engine = MistralRsForServerBuilder::new()
+        .with_model(options.model_selected()?)
+        .with_max_seqs(options.max_seqs)
+        .with_in_situ_quant_optional(options.isq.clone())
+        .with_chat_template_optional(options.chat_template.clone())
+        .with_prefix_cache_n(options.prefix_cache)
+        .with_cpu(options.cpu)
+        .set_paged_attn(options.paged_attn)
+        .build()
+        .await
+        .with_context(|| format!("cannot load {}", options.source()))?;
+    let model = loaded().pop();
+    match (&model, options.dial()) {
+        (Some(model), Some(dial)) => model.set_dial(dial)?,
+        (None, Some(_)) => {
+            bail!(
+                "--sensitivity and --budget set the dial of a DynaMoE model, but the model that was loaded is dense"
+            )
+        }
+        (_, None) => {}
+    }
+    if let Some(model) = model {
+        // the engine's dummy run is no request
+        model.counters().reset();
+    }
+    Ok(engine)
+}
+
+/// All routes over a loaded model.
+///
+/// # Errors
+/// mistral.rs's, if it cannot build its own.
+pub async fn router(engine: SharedMistralRsState, options: &Options) -> Result<Router> {
+    let limit = options.max_body_mib * 1024 * 1024;
+    let upstream = MistralRsServerRouterBuilder::new()
+        .with_mistralrs(Arc::clone(&engine))
+        .with_max_body_limit(limit)
+        .build()
+        .await?;
+    let app = App { engine, token: options.token().map(Arc::from), requests: Arc::default() };
+    Ok(Router::new()
+        .route("/v1/chat/completions", post(completions::chat))
+        .route("/v1/completions", post(completions::text))
+        .route("/v1/dynamoe", get(default_dial::show).put(default_dial::set))
+        .route("/metrics", get(metrics::show))
+        .layer(DefaultBodyLimit::max(limit))
+        .with_state(app)
+        .fallback_service(upstream))
+}
+
+/// Serves until `stop` is done, then lets requests in flight finish, for `drain` at most.
+///
+/// # Errors
+/// The listener's.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    stop: impl Future<Output = ()> + Send + 'static,
+    drain: Duration,
+) -> Result<()> {
+    let (stopping, stopped) = tokio::sync::oneshot::channel();
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum::serve(listener, service).with_graceful_shutdown(async move {
+        stop.await;
+        tracing::info!("stopping: requests in flight have {} s to finish", drain.as_secs());
+        let _ = stopping.send(());
+    });
+    let timeout = async move {
+        match stopped.await {
+            Ok(()) => tokio::time::sleep(drain).await,
+            // the server ended by itself
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        result = server => result.context("the server failed"),
+        () = timeout => {
+            tracing::warn!("requests were still in flight after {} s: closing their connections", drain.as_secs());
+            Ok(())
+        }
+    }
+}
+
+/// Done on SIGTERM or SIGINT.
+///
+/// # Errors
+/// The system's, if it does not take the handlers.
+pub fn stop_signal() -> Result<impl Future<Output = ()> + Send + 'static> {
+    #[cfg(unix)]
+    let mut terminate = {
+        use tokio::signal::unix::{SignalKind, signal};
+        signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?
+    };
+    Ok(async move {
+        #[cfg(unix)]
+        let terminated = async {
+            terminate.recv().await;
+        };
+        #[cfg(not(unix))]
+        let terminated = std::future::pending::<()>();
+        tokio::select! {
+            () = terminated => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+    })
+}

@@ -1,0 +1,187 @@
+//! The command line of `dynamoe-serve`.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Result, anyhow, ensure};
+use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
+use dynamoe::config::check_dial;
+use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
+
+use crate::dial::Dial;
+
+/// Serves a DynaMoE (or dense) model over an OpenAI-compatible API.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "dynamoe-serve", version)]
+#[command(group(ArgGroup::new("source").required(true).args(["model", "config"])))]
+pub struct Options {
+    /// The model: a folder, or an id on the Hugging Face hub
+    #[arg(long, value_name = "DIR|HUB_ID")]
+    pub model: Option<String>,
+    /// A TOML file that selects the model as mistral.rs documents it (with arch = "dynamoe", or none)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["from_uqff", "write_uqff", "dtype", "max_seq_len"])]
+    pub config: Option<PathBuf>,
+
+    /// The dial of requests that bring none, from 0 (smallest expert) to 1 (dense FFN) [default: the checkpoint's]
+    #[arg(long, value_parser = dial_value, conflicts_with = "budget")]
+    pub sensitivity: Option<f64>,
+    /// The same by mean FFN width, as a share of the dense width, through the checkpoint's table of budgets
+    #[arg(long, value_parser = dial_value)]
+    pub budget: Option<f64>,
+
+    /// Quantize while loading: q4k, q8_0, hqq4, …, or a number of bits
+    #[arg(long, value_name = "TYPE")]
+    pub isq: Option<String>,
+    /// Load quantized weights from this UQFF file instead of quantizing
+    #[arg(long, value_name = "FILE")]
+    pub from_uqff: Option<String>,
+    /// Write the quantized weights to this UQFF file after loading
+    #[arg(long, value_name = "FILE")]
+    pub write_uqff: Option<PathBuf>,
+    /// Type of the unquantized weights: auto, bf16, f16 or f32
+    #[arg(long, default_value = "auto", value_parser = dtype)]
+    pub dtype: ModelDType,
+    /// Jinja chat template, if the model's own is missing or to be replaced
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<String>,
+
+    /// Address to listen at; anything but loopback opens the server to the network
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen at; 0 takes a free one
+    #[arg(long, default_value_t = 8080)]
+    pub port: u16,
+    /// Bearer token that PUT /v1/dynamoe asks for; without one, only this machine may set the default dial
+    /// [default: the environment's DYNAMOE_TOKEN]
+    #[arg(long)]
+    pub token: Option<String>,
+
+    /// Requests that run at the same time; more wait
+    #[arg(long, default_value_t = 16, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub max_seqs: usize,
+    /// Longest prompt to plan memory for
+    #[arg(long, default_value_t = AutoDeviceMapParams::DEFAULT_MAX_SEQ_LEN)]
+    pub max_seq_len: usize,
+    /// Prompts to keep keys and values of, for requests that begin alike; 0 turns it off
+    #[arg(long, default_value_t = 16)]
+    pub prefix_cache: usize,
+    /// Paged attention: true or false [default: true on CUDA]
+    #[arg(long)]
+    pub paged_attn: Option<bool>,
+    /// Run on the CPU even where there is an accelerator
+    #[arg(long)]
+    pub cpu: bool,
+    /// Largest request body, in MiB
+    #[arg(long, default_value_t = 16)]
+    pub max_body_mib: usize,
+    /// How long requests in flight may take to finish after SIGTERM or SIGINT
+    #[arg(long, default_value_t = 30)]
+    pub drain_seconds: u64,
+}
+
+fn dial_value(text: &str) -> Result<f64> {
+    let value = text.parse().map_err(|_| anyhow!("expected a number from 0 to 1"))?;
+    check_dial("the dial", value)?;
+    Ok(value)
+}
+
+fn dtype(text: &str) -> Result<ModelDType> {
+    text.parse().map_err(|error: String| anyhow!(error))
+}
+
+impl Options {
+    /// The default dial, if one was given.
+    pub fn dial(&self) -> Option<Dial> {
+        self.sensitivity.map(Dial::Sensitivity).or(self.budget.map(Dial::Budget))
+    }
+
+    /// The token, from the command line or the environment.
+    pub(super) fn token(&self) -> Option<String> {
+        self.token.clone().or_else(|| std::env::var("DYNAMOE_TOKEN").ok()).filter(|token| !token.is_empty())
+    }
+
+    /// What the model is loaded from, for messages.
+    pub(super) fn source(&self) -> String {
+        match (&self.model, &self.config) {
+            (Some(model), _) => model.clone(),
+            (None, Some(file)) => file.display().to_string(),
+            (None, None) => "nothing".into(),
+        }
+    }
+
+    /// The engine's way to say which model to load.
+    ///
+    /// # Errors
+    /// Neither a model nor a TOML file.
+    pub(super) fn model_selected(&self) -> Result<ModelSelected> {
+        if let Some(file) = &self.config {
+            return Ok(ModelSelected::Toml { file: file.display().to_string() });
+        }
+        let model_id = self.model.clone().ok_or_else(|| anyhow!("--model or --config is needed"))?;
+        // the hub is asked only for what can be an id there
+        let is_path = model_id.starts_with(['.', '/', '~']) || model_id.matches(['/', '\\']).count() > 1;
+        ensure!(
+            !is_path || Path::new(&model_id).is_dir(),
+            "{model_id} is not a folder; an id on the hub looks like ORGANISATION/NAME"
+        );
+        Ok(ModelSelected::Run {
+            model_id,
+            tokenizer_json: None,
+            dtype: self.dtype,
+            topology: None,
+            organization: None,
+            write_uqff: self.write_uqff.clone(),
+            from_uqff: self.from_uqff.clone(),
+            imatrix: None,
+            calibration_file: None,
+            max_edge: None,
+            max_seq_len: self.max_seq_len,
+            max_batch_size: self.max_seqs,
+            max_num_images: None,
+            max_image_length: None,
+            hf_cache_path: None,
+            matformer_config_path: None,
+            matformer_slice_name: None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Options, String> {
+        let words = std::iter::once("dynamoe-serve").chain(line.split_whitespace());
+        Options::try_parse_from(words).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn the_dial_is_one_number_from_0_to_1() {
+        assert_eq!(parse("--model m").unwrap().dial(), None);
+        assert_eq!(parse("--model m --sensitivity 0.9").unwrap().dial(), Some(Dial::Sensitivity(0.9)));
+        assert_eq!(parse("--model m --budget 0.5").unwrap().dial(), Some(Dial::Budget(0.5)));
+        for wrong in ["--sensitivity 1.1", "--sensitivity=-0.1", "--budget NaN", "--budget half"] {
+            assert!(parse(&format!("--model m {wrong}")).unwrap_err().contains("from 0 to 1"), "{wrong}");
+        }
+        assert!(parse("--model m --budget 0.5 --sensitivity 0.5").is_err());
+    }
+
+    #[test]
+    fn a_model_or_a_toml_file_is_needed_and_loopback_is_the_default() {
+        assert!(parse("").is_err() && parse("--model m --config c.toml").is_err());
+        assert!(matches!(parse("--config c.toml").unwrap().model_selected(), Ok(ModelSelected::Toml { .. })));
+        assert!(parse("--model org/name").unwrap().model_selected().is_ok());
+        let error = parse("--model ./nowhere").unwrap().model_selected().unwrap_err().to_string();
+        assert!(error.contains("./nowhere is not a folder"), "{error}");
+        assert!(parse("--model m").unwrap().host.is_loopback());
+        assert!(parse("--model m --max-seqs 0").is_err());
+    }
+}

@@ -1,0 +1,129 @@
+//! Reads a layer's FFN: shells as slices of the dense matrices, router and compensation in full precision.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Activation, Linear, Module};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, Router, Shell, ShellExperts, names};
+use mistralrs_quant::{
+    DummyLayer, IsqType, QuantMethod, QuantMethodConfig, Shard, ShardedVarBuilder, UnquantLinear,
+    apply_immediate_isq, immediate_isq_match,
+};
+
+/// One of the engine's projections, quantized or not, as a candle module over rows.
+#[derive(Debug, Clone)]
+pub(crate) struct Projection(pub Arc<dyn QuantMethod>);
+
+impl Module for Projection {
+    /// `x (rows, in)` → `(rows, out)`; the engine's projections expect a batch dimension.
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.forward_autocast(&x.unsqueeze(0)?)?.squeeze(0)
+    }
+}
+
+/// Where the FFN of one layer is read from.
+pub struct LayerWeights {
+    /// The layer's FFN, `model.layers.N.mlp`, in the type and on the device that its matrices are read to.
+    pub vb: ShardedVarBuilder,
+    /// Where the layer runs.
+    pub device: Device,
+}
+
+impl LayerWeights {
+    /// Reads the layer's FFN.
+    pub(crate) fn read(
+        &self,
+        config: &DynaMoeConfig,
+        hidden_size: usize,
+        activation: Activation,
+    ) -> Result<DynaMoeFfn<ShellExperts<Projection>>> {
+        let mut start = 0;
+        let mut shells = Vec::with_capacity(config.experts());
+        for (shell, &end) in config.expert_widths.iter().enumerate() {
+            shells.push(self.shell(shell, start..end, hidden_size, config.intermediate_size())?);
+            start = end;
+        }
+        let experts = ShellExperts::new(shells, activation, &config.expert_widths)?;
+        let mut get = |name: &str, shape: &[usize]| Ok(self.full_precision(name, shape)?);
+        let router = Router::load(config, hidden_size, &mut get)?;
+        let compensation = match config.router.compensation && config.experts() > 1 {
+            true => Some(self.full_precision(names::COMPENSATION, &[config.experts() - 1, hidden_size])?),
+            false => None,
+        };
+        Ok(DynaMoeFfn::new(experts, router, compensation, config.sensitivity)?)
+    }
+
+    fn full_precision(&self, name: &str, shape: &[usize]) -> candle_core::Result<Tensor> {
+        self.vb.clone().set_dtype(DType::F32).set_device(self.device.clone()).get(shape, name)
+    }
+
+    /// The neurons `neurons` of the dense FFN, as three projections of their own.
+    fn shell(
+        &self,
+        shell: usize,
+        neurons: std::ops::Range<usize>,
+        hidden_size: usize,
+        intermediate_size: usize,
+    ) -> Result<Shell<Projection>> {
+        let (offset, len) = (neurons.start, neurons.len());
+        let projection = |matrix: &str| -> Result<Projection> {
+            // neurons are rows of gate and up, columns of down
+            let (dim, shape, columns) = match matrix {
+                "down_proj" => (1, (hidden_size, intermediate_size), len),
+                _ => (0, (intermediate_size, hidden_size), hidden_size),
+            };
+            let from = self.vb.pp(matrix);
+            if !from.contains_tensor("weight") {
+                // a UQFF file will fill it
+                return Ok(Projection(Arc::new(DummyLayer::new(QuantMethodConfig::Dummy)?)));
+            }
+            let to = self.vb.pp("shells").pp(shell).pp(matrix);
+            let quantization = immediate_isq_match(&to);
+            // what is quantized while loading is read by the host
+            let from = if quantization.is_some() { from.set_device(Device::Cpu) } else { from };
+            if let Some(fallback) = quantization.and_then(|isq| fallback(isq.ty, columns)) {
+                tracing::warn!("{}: {columns} columns do not fit {fallback}", to.prefix());
+            }
+            let slice = Shard::Offset { dim, offset, len };
+            let weight = from.get_with_hints(shape, "weight", slice)?.force_contiguous()?;
+            let linear = UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(weight, None)))?;
+            Ok(Projection(apply_immediate_isq(Arc::new(linear), to)?))
+        };
+        Ok(Shell {
+            gate_proj: projection("gate_proj")?,
+            up_proj: projection("up_proj")?,
+            down_proj: projection("down_proj")?,
+        })
+    }
+}
+
+/// What the engine uses instead of a K-quant, in words, for rows of a length that K-quants cannot hold.
+fn fallback(isq: IsqType, columns: usize) -> Option<String> {
+    let instead = match isq {
+        IsqType::Q2K | IsqType::Q3K => "Q4_0",
+        IsqType::Q4K => "Q4_1",
+        IsqType::Q5K => "Q5_0",
+        IsqType::Q6K => "Q5_1",
+        IsqType::Q8K => "Q8_1",
+        _ => return None,
+    };
+    match columns {
+        c if c.is_multiple_of(256) => None,
+        c if c.is_multiple_of(32) => Some(format!("{isq:?} (a multiple of 256), so {instead} is used")),
+        _ => Some(format!("{isq:?} (a multiple of 256), nor {instead} (of 32), so f32 is used")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_k_quant_that_does_not_fit_says_what_is_used() {
+        assert_eq!(fallback(IsqType::Q4K, 512), None);
+        assert_eq!(fallback(IsqType::Q8_0, 33), None);
+        assert!(fallback(IsqType::Q4K, 160).unwrap().ends_with("so Q4_1 is used"));
+        assert!(fallback(IsqType::Q6K, 161).unwrap().ends_with("so f32 is used"));
+    }
+}

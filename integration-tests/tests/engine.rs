@@ -1,0 +1,251 @@
+//! DynaMoE models in the real engine: full width equals the dense model, routed logits equal the trainer's,
+//! quantization and UQFF keep both.
+
+mod support;
+
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use dynamoe_mistralrs::{Dial, LoadedModel, loaded};
+use mistralrs::{IsqType, Model, ModelDType, RequestBuilder, TextMessageRole, TextModelBuilder};
+use moefy_train::{hf_config::ModelConfig, model::RoutedModel};
+use std::sync::Arc;
+use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints, largest_difference, numbers};
+use tokio::sync::Mutex;
+
+/// Models are loaded one at a time: [`loaded`] tells the newest one.
+static LOADING: Mutex<()> = Mutex::const_new(());
+
+const PROMPT: &str = "The quick brown fox jumps over the lazy dog.";
+
+struct Engine {
+    model: Model,
+    handle: Option<Arc<LoadedModel>>,
+}
+
+async fn build(builder: TextModelBuilder) -> Engine {
+    let _one = LOADING.lock().await;
+    let before = loaded();
+    let model = builder.with_force_cpu().with_dtype(ModelDType::F32).build().await.unwrap();
+    let handle = loaded().into_iter().find(|model| !before.iter().any(|other| Arc::ptr_eq(other, model)));
+    Engine { model, handle }
+}
+
+fn plain(folder: &str) -> TextModelBuilder {
+    TextModelBuilder::new(folder).with_prefix_cache_n(None)
+}
+
+impl Engine {
+    fn handle(&self) -> &Arc<LoadedModel> {
+        self.handle.as_ref().expect("a DynaMoE model")
+    }
+
+    /// Logits of every prompt token, the tokens, and the mean width used.
+    async fn logits(&self, dial: Option<Dial>) -> (Vec<f32>, Vec<u32>, Option<f64>) {
+        let request = RequestBuilder::new().add_message(TextMessageRole::User, PROMPT);
+        let dial = dial.map(|dial| self.handle().request(dial).unwrap());
+        let request = match &dial {
+            Some(dial) => request.add_logits_processor(dial.processor()),
+            None => request,
+        };
+        let (chunks, tokens) = self.model.send_raw_chat_request(request).await.unwrap();
+        let width = dial.and_then(|dial| dial.mean_width(self.handle().config().intermediate_size()));
+        (chunks.iter().flat_map(numbers).collect(), tokens, width)
+    }
+
+    async fn text(&self, prompt: &str, dial: Dial) -> String {
+        let dial = self.handle().request(dial).unwrap();
+        let request = RequestBuilder::new()
+            .set_deterministic_sampler()
+            .set_sampler_max_len(12)
+            .add_logits_processor(dial.processor())
+            .add_message(TextMessageRole::User, prompt);
+        let answer = self.model.send_chat_request(request).await.unwrap();
+        answer.choices[0].message.content.clone().unwrap_or_default()
+    }
+}
+
+/// The trainer's logits for the engine's tokens.
+fn trainers_logits(checkpoints: &Checkpoints, tokens: &[u32], sensitivity: &[f64]) -> Vec<f32> {
+    let config = ModelConfig::from_json(&checkpoints.config).unwrap();
+    let model = RoutedModel::from_tensors(&config, &mut |name, shape| checkpoints.get(name, shape)).unwrap();
+    let tokens = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let (hidden, _) = model.forward(&tokens, sensitivity).unwrap();
+    numbers(&model.logits(&hidden).unwrap())
+}
+
+async fn full_width_equals_dense(architecture: &str) -> (Checkpoints, Engine) {
+    let checkpoints = checkpoints(architecture, SMALL, 1);
+    let (dense, _, _) = build(plain(&checkpoints.dense())).await.logits(None).await;
+    let engine = build(plain(&checkpoints.dynamoe())).await;
+    let (full, _, width) = engine.logits(Some(Dial::Sensitivity(1.0))).await;
+    assert_eq!(width, Some(1.0));
+    let difference = largest_difference(&dense, &full);
+    println!("{architecture}: dense and full width differ by {difference:e}");
+    assert!(difference <= 1e-5, "{architecture}: {difference}");
+
+    let (narrow, _, width) = engine.logits(Some(Dial::Sensitivity(0.0))).await;
+    assert_eq!(width, Some(0.25));
+    assert!(largest_difference(&dense, &narrow) > 1e-2, "{architecture}: the dial has no effect");
+    (checkpoints, engine)
+}
+
+async fn routed_equals_the_trainers(architecture: &str) {
+    let (checkpoints, engine) = full_width_equals_dense(architecture).await;
+    for sensitivity in [0.0, 0.4, 0.5, 0.6, 1.0] {
+        let (ours, tokens, width) = engine.logits(Some(Dial::Sensitivity(sensitivity))).await;
+        let theirs = trainers_logits(&checkpoints, &tokens, &[sensitivity; SMALL.layers]);
+        let difference = largest_difference(&ours, &theirs);
+        println!("{architecture} at {sensitivity}: mean width {width:?}, difference {difference:e}");
+        assert!(difference <= 1e-4, "{architecture} at {sensitivity}: {difference}");
+        if sensitivity == 0.5 {
+            assert!(
+                width.is_some_and(|width| width > 0.3 && width < 0.95),
+                "routes are all alike: {width:?}"
+            );
+        }
+    }
+    let (ours, tokens, _) = engine.logits(Some(Dial::Budget(0.5))).await;
+    let theirs = trainers_logits(&checkpoints, &tokens, &[0.3, 0.4]);
+    assert!(largest_difference(&ours, &theirs) <= 1e-4, "{architecture}: a budget, layer by layer");
+}
+
+#[tokio::test]
+async fn llama() {
+    routed_equals_the_trainers("LlamaForCausalLM").await;
+}
+
+#[tokio::test]
+async fn mistral() {
+    routed_equals_the_trainers("MistralForCausalLM").await;
+}
+
+#[tokio::test]
+async fn qwen2() {
+    routed_equals_the_trainers("Qwen2ForCausalLM").await;
+}
+
+#[tokio::test]
+async fn qwen3() {
+    routed_equals_the_trainers("Qwen3ForCausalLM").await;
+}
+
+// the trainer does not know these
+
+#[tokio::test]
+async fn smollm3() {
+    full_width_equals_dense("SmolLM3ForCausalLM").await;
+}
+
+#[tokio::test]
+async fn gemma() {
+    full_width_equals_dense("GemmaForCausalLM").await;
+}
+
+#[tokio::test]
+async fn gemma2() {
+    full_width_equals_dense("Gemma2ForCausalLM").await;
+}
+
+/// Shell widths that fit the blocks of a quantization give the very blocks of the dense matrices.
+async fn quantized_equals_dense_quantized(isq: IsqType) {
+    let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 2);
+    let (exact, _, _) = build(plain(&checkpoints.dense())).await.logits(None).await;
+    let (dense, _, _) = build(plain(&checkpoints.dense()).with_isq(isq)).await.logits(None).await;
+    let engine = build(plain(&checkpoints.dynamoe()).with_isq(isq)).await;
+    let (full, _, _) = engine.logits(Some(Dial::Sensitivity(1.0))).await;
+    let (error, difference) = (largest_difference(&exact, &dense), largest_difference(&dense, &full));
+    println!("{isq:?}: quantization moves dense logits by {error:e}, full width by {difference:e} more");
+    assert!(error > 1e-3, "{isq:?} quantized nothing");
+    assert!(difference <= 1e-3, "{isq:?}: {difference}");
+}
+
+#[tokio::test]
+async fn q8_0_equals_dense_quantized() {
+    quantized_equals_dense_quantized(IsqType::Q8_0).await;
+}
+
+#[tokio::test]
+async fn q4k_equals_dense_quantized() {
+    quantized_equals_dense_quantized(IsqType::Q4K).await;
+}
+
+#[tokio::test]
+async fn uqff_round_trip() {
+    let checkpoints = checkpoints("Qwen3ForCausalLM", FOR_K_QUANTS, 3);
+    let folder = checkpoints.folder().join("uqff");
+    let writer = plain(&checkpoints.dynamoe()).with_isq(IsqType::Q8_0).write_uqff(folder.join("q8_0.uqff"));
+    let written = build(writer).await;
+    let read =
+        build(plain(&folder.display().to_string()).from_uqff(vec![PathBuf::from("q8_0-0.uqff")])).await;
+    for sensitivity in [0.0, 0.5, 1.0] {
+        let (before, _, width) = written.logits(Some(Dial::Sensitivity(sensitivity))).await;
+        let (after, _, width_after) = read.logits(Some(Dial::Sensitivity(sensitivity))).await;
+        assert_eq!(width, width_after, "routers are kept in full precision");
+        assert_eq!(largest_difference(&before, &after), 0.0, "at {sensitivity}");
+    }
+}
+
+#[tokio::test]
+async fn quantizing_again_keeps_the_dial() {
+    let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 4);
+    let engine = build(plain(&checkpoints.dynamoe())).await;
+    let (exact, _, width) = engine.logits(Some(Dial::Sensitivity(0.0))).await;
+    engine.model.re_isq_model(IsqType::Q8_0).await.unwrap();
+    let (quantized, _, width_after) = engine.logits(Some(Dial::Sensitivity(0.0))).await;
+    assert_eq!((width, width_after), (Some(0.25), Some(0.25)));
+    let difference = largest_difference(&exact, &quantized);
+    assert!(difference > 0.0 && difference < 0.5, "{difference}");
+}
+
+/// A prefix that was computed at one dial must not serve another, and must serve its own.
+#[tokio::test]
+async fn the_prefix_cache_is_kept_apart_by_the_dial() {
+    let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 5);
+    let without = build(plain(&checkpoints.dynamoe())).await;
+    let with = build(TextModelBuilder::new(checkpoints.dynamoe()).with_prefix_cache_n(Some(16))).await;
+    let longer = format!("{PROMPT} And then?");
+    for dial in [Dial::Sensitivity(0.0), Dial::Sensitivity(1.0), Dial::Sensitivity(0.5)] {
+        assert_eq!(with.text(PROMPT, dial).await, without.text(PROMPT, dial).await);
+        assert_eq!(with.text(&longer, dial).await, without.text(&longer, dial).await, "{dial:?}");
+    }
+    // tokens that came from the cache are not computed again: the hit shows in what a request counts
+    let tokens = |engine: &Engine| -> u64 {
+        engine.handle().counters().layers().iter().flat_map(|layer| layer.tokens.clone()).sum()
+    };
+    assert!(tokens(&with) < tokens(&without), "the cache was never hit");
+}
+
+#[tokio::test]
+async fn the_default_dial_is_the_checkpoints_and_can_be_set() {
+    let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 6);
+    let engine = build(plain(&checkpoints.dynamoe())).await;
+    let handle = engine.handle();
+    assert_eq!(handle.dial(), Dial::Sensitivity(0.5));
+    for dial in [Dial::Sensitivity(0.5), Dial::Sensitivity(0.0), Dial::Budget(0.75)] {
+        handle.set_dial(dial).unwrap();
+        let (default, _, _) = engine.logits(None).await;
+        let (explicit, _, _) = engine.logits(Some(dial)).await;
+        assert_eq!(default, explicit, "{dial:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_broken_checkpoint_says_what_is_wrong() {
+    let _one = LOADING.lock().await;
+    let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 7);
+    let path = PathBuf::from(checkpoints.dynamoe()).join("config.json");
+    let error = |change: fn(&mut serde_json::Value)| {
+        let mut config = checkpoints.config.clone();
+        change(&mut config);
+        std::fs::write(&path, config.to_string()).unwrap();
+        let builder = plain(&checkpoints.dynamoe()).with_force_cpu().with_dtype(ModelDType::F32);
+        async move { format!("{:#}", builder.build().await.map(|_| ()).unwrap_err()) }
+    };
+    let widths = error(|config| config["dynamoe"]["expert_widths"] = vec![64, 32].into()).await;
+    assert!(widths.contains("expert_widths"), "{widths}");
+    let router = error(|config| config["dynamoe"]["router"]["hidden_size"] = 9.into()).await;
+    assert!(router.contains("router.fc1.weight"), "{router}");
+    let base = error(|config| config["dynamoe"]["base_architecture"] = "PhiForCausalLM".into()).await;
+    assert!(base.contains("PhiForCausalLM"), "{base}");
+}

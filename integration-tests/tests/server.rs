@@ -1,0 +1,304 @@
+//! `dynamoe-serve` over real HTTP.
+
+#[path = "support/http.rs"]
+mod http;
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use http::{Server, chat, completion, with};
+use serde_json::{Value, json};
+use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints};
+
+const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
+
+fn llama() -> Checkpoints {
+    checkpoints("LlamaForCausalLM", SMALL, 11)
+}
+
+fn text_of(answer: &Value) -> &str {
+    answer["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("no text in {answer}"))
+}
+
+fn content_of(answer: &Value) -> &str {
+    answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("no content in {answer}"))
+}
+
+fn width_of(answer: &Value) -> f64 {
+    answer["usage"]["mean_ffn_width"].as_f64().unwrap_or_else(|| panic!("no width in {answer}"))
+}
+
+/// The server must still answer.
+fn is_well(server: &Server) {
+    let answer = server.json(TEXT, &with(completion("still here?", 2), "sensitivity", 1.0));
+    assert_eq!(width_of(&answer), 1.0);
+}
+
+#[test]
+fn the_dial_of_a_request_shows_in_its_usage() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    for (sensitivity, width) in [(0.0, 0.25), (1.0, 1.0)] {
+        let answer = server.json(CHAT, &with(chat("Hello", 8), "sensitivity", sensitivity));
+        assert_eq!(width_of(&answer), width);
+        let answer = server.json(TEXT, &with(completion("Hello", 8), "sensitivity", sensitivity));
+        assert_eq!(width_of(&answer), width);
+        assert!(answer["usage"]["completion_tokens"].as_u64().unwrap() > 0);
+    }
+    let middle = width_of(&server.json(TEXT, &with(completion("Hello", 8), "sensitivity", 0.5)));
+    assert!(middle > 0.25 && middle < 1.0, "{middle}");
+    assert_eq!(width_of(&server.json(TEXT, &with(completion("Hello", 8), "budget", 1.0))), 1.0);
+}
+
+#[test]
+fn full_width_says_what_the_dense_model_says() {
+    let checkpoints = llama();
+    let dense = Server::start(&checkpoints.dense(), &[]);
+    let ours = Server::start(&checkpoints.dynamoe(), &["--sensitivity", "1"]);
+    for prompt in ["Once upon a time", "fn main() {", "1, 2, 3"] {
+        let (theirs, ours) = (dense.json(CHAT, &chat(prompt, 16)), ours.json(CHAT, &chat(prompt, 16)));
+        assert_eq!(content_of(&theirs), content_of(&ours));
+        assert_eq!(theirs["usage"]["mean_ffn_width"], Value::Null);
+    }
+    let refused = dense.post(CHAT, &with(chat("x", 1), "sensitivity", 0.5));
+    assert_eq!(refused.status(), 400);
+    assert!(refused.text().unwrap().contains("dense"));
+    assert_eq!(dense.get("/v1/dynamoe").status(), 404);
+}
+
+/// A text that ends within the bytes of a letter: a whole answer shows a replacement, a stream waits for the rest.
+fn without_half_letter(text: &str) -> &str {
+    text.trim_end_matches('\u{fffd}')
+}
+
+#[test]
+fn streaming_says_the_same() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    for sensitivity in [0.0, 0.5, 1.0] {
+        let body = with(chat("Tell me a story", 24), "sensitivity", sensitivity);
+        let whole = server.json(CHAT, &body);
+        let events = server.stream(CHAT, &body);
+        let pieces: String =
+            events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
+        assert_eq!(without_half_letter(&pieces), without_half_letter(content_of(&whole)));
+        assert_eq!(width_of(events.last().unwrap()), width_of(&whole));
+
+        let body = with(completion("Tell me a story", 24), "sensitivity", sensitivity);
+        let whole = server.json(TEXT, &body);
+        let events = server.stream(TEXT, &body);
+        let pieces: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+        assert_eq!(without_half_letter(&pieces), without_half_letter(text_of(&whole)));
+        assert_eq!(width_of(events.last().unwrap()), width_of(&whole));
+    }
+}
+
+#[test]
+fn concurrent_requests_with_mixed_dials_say_what_they_say_alone() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--max-seqs", "16"]);
+    let requests: Vec<Value> = (0..16)
+        .map(|i| {
+            let sensitivity = [0.0, 0.4, 0.5, 0.6, 1.0][i % 5];
+            with(completion(["Once upon", "In the end,"][i % 2], 24), "sensitivity", sensitivity)
+        })
+        .collect();
+    let answer = |body: &Value| {
+        let answer = server.json(TEXT, body);
+        (text_of(&answer).to_owned(), width_of(&answer))
+    };
+    let alone: Vec<_> = requests.iter().map(answer).collect();
+    let together: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = requests.iter().map(|body| scope.spawn(move || answer(body))).collect();
+        running.into_iter().map(|request| request.join().unwrap()).collect()
+    });
+    for ((alone, together), body) in alone.iter().zip(&together).zip(&requests) {
+        assert_eq!(alone.0, together.0, "{body}");
+    }
+}
+
+#[test]
+fn the_default_dial_is_shown_and_set() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--sensitivity", "0.9"]);
+    let shown: Value = server.get("/v1/dynamoe").json().unwrap();
+    assert_eq!(shown["sensitivity"], 0.9);
+    assert_eq!(shown["expert_widths"], json!([64, 128, 192, 256]));
+    let set =
+        |body: Value| server.client.put(format!("{}/v1/dynamoe", server.url)).json(&body).send().unwrap();
+    assert_eq!(set(json!({"sensitivity": 0})).status(), 200);
+    assert_eq!(width_of(&server.json(TEXT, &completion("Hello", 4))), 0.25);
+    assert_eq!(set(json!({"budget": 0.75})).status(), 200);
+    let shown: Value = server.get("/v1/dynamoe").json().unwrap();
+    assert_eq!((&shown["budget"], &shown["sensitivity"]), (&json!(0.75), &Value::Null));
+    assert_eq!(shown["layer_sensitivities"], json!([0.5, 0.6]));
+    for wrong in [json!({}), json!({"sensitivity": 2}), json!({"budget": "x"}), json!([])] {
+        assert_eq!(set(wrong.clone()).status(), 400, "{wrong}");
+    }
+    let shown: Value = server.get("/v1/dynamoe").json().unwrap();
+    assert_eq!(shown["budget"], 0.75);
+}
+
+#[test]
+fn a_token_guards_the_default_dial() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--token", "open sesame"]);
+    let put = || server.client.put(format!("{}/v1/dynamoe", server.url)).json(&json!({"sensitivity": 0}));
+    assert_eq!(put().send().unwrap().status(), 401);
+    assert_eq!(put().bearer_auth("wrong").send().unwrap().status(), 401);
+    assert_eq!(put().bearer_auth("open sesame").send().unwrap().status(), 200);
+}
+
+#[test]
+fn metrics_count_tokens_by_layer_and_expert() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--prefix-cache", "0"]);
+    server.json(TEXT, &with(completion("Hello", 8), "sensitivity", 0.0));
+    assert_eq!(server.post(TEXT, &with(completion("x", 1), "budget", 7)).status(), 400);
+    let metrics = server.get("/metrics").text().unwrap();
+    let value = |name: &str| -> f64 {
+        let line = metrics.lines().find(|line| line.starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {metrics}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    for layer in 0..2 {
+        let labels = |expert| format!("{{layer=\"{layer}\",expert=\"{expert}\"");
+        // five bytes, a beginning token perhaps, and all but the last of the tokens that were generated
+        assert!(value(&format!("dynamoe_ffn_tokens_total{}", labels(0))) >= 5.0);
+        assert_eq!(value(&format!("dynamoe_ffn_tokens_total{}", labels(3))), 0.0);
+        assert!(value(&format!("dynamoe_router_seconds_total{{layer=\"{layer}\"")) > 0.0);
+    }
+    assert_eq!(value("dynamoe_mean_ffn_width"), 0.25);
+    assert_eq!(value("dynamoe_default_sensitivity"), 0.5);
+    assert_eq!(value("dynamoe_requests_total{route=\"/v1/completions\",status=\"200\"}"), 1.0);
+    assert_eq!(value("dynamoe_requests_total{route=\"/v1/completions\",status=\"400\"}"), 1.0);
+}
+
+#[test]
+fn bad_requests_get_a_message_and_do_no_harm() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--max-body-mib", "1"]);
+    let bad = |body: Value, word: &str| {
+        let response = server.post(CHAT, &body);
+        let (status, text) = (response.status(), response.text().unwrap());
+        assert!(status.is_client_error(), "{body}: {status} {text}");
+        let json: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}"));
+        let message = json["error"]["message"].as_str().unwrap();
+        assert!(message.contains(word), "{body}: {message:?} does not say {word:?}");
+    };
+    for dial in ["sensitivity", "budget"] {
+        for value in [json!(1.01), json!(-0.01), json!(1e300), json!("0.5"), json!(true), json!({})] {
+            bad(with(chat("x", 1), dial, value), dial);
+        }
+    }
+    bad(with(with(chat("x", 1), "sensitivity", 0.5), "budget", 0.5), "not both");
+    bad(json!({"model": "default"}), "messages");
+    bad(with(chat("x", 1), "model", "another"), "another");
+    bad(with(chat("x", 1), "max_tokens", "many"), "many");
+
+    let post = |body: &'static str| {
+        let request = server.client.post(format!("{}{CHAT}", server.url));
+        request.header("content-type", "application/json").body(body).send().unwrap()
+    };
+    for body in ["", "{", "[]", "null", "{\"messages\": 1e999}"] {
+        assert_eq!(post(body).status(), 400, "{body:?}");
+    }
+    // the server does not read on, so the client may find the connection closed before it finds the answer
+    let huge = chat(&"x".repeat(2 << 20), 1);
+    let huge = server.client.post(format!("{}{CHAT}", server.url)).json(&huge).send();
+    assert!(huge.map_or_else(|error| error.is_request(), |response| response.status() == 413));
+    // what upstream does not know, it ignores
+    server.json(CHAT, &with(chat("x", 1), "no_such_field", 1));
+    is_well(&server);
+}
+
+/// Opens a connection and sends a streaming request by hand.
+fn open_stream(server: &Server, tokens: usize) -> TcpStream {
+    let body = with(completion("Once upon a time", tokens), "stream", true).to_string();
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length:";
+    write!(stream, "{head} {}\r\n\r\n{body}", body.len()).unwrap();
+    stream
+}
+
+/// Reads on from what was `read` before until `text` has come.
+fn read_until(stream: &mut TcpStream, mut read: String, text: &str) -> String {
+    let mut buffer = [0; 4096];
+    while !read.contains(text) {
+        let count = stream.read(&mut buffer).unwrap();
+        assert!(count > 0, "the stream ended before {text:?}: {read}");
+        read.push_str(&String::from_utf8_lossy(&buffer[..count]));
+    }
+    read
+}
+
+#[test]
+fn a_cancelled_stream_stops_computing() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    for _ in 0..4 {
+        let mut stream = open_stream(&server, 400);
+        read_until(&mut stream, String::new(), "data: ");
+    }
+    let tokens = || {
+        let metrics = server.get("/metrics").text().unwrap();
+        let counts = metrics.lines().filter(|line| line.starts_with("dynamoe_ffn_tokens_total"));
+        counts.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum::<f64>()
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut before = tokens();
+    loop {
+        thread::sleep(Duration::from_millis(300));
+        let now = tokens();
+        if now == before {
+            break;
+        }
+        assert!(Instant::now() < deadline, "cancelled requests still run");
+        before = now;
+    }
+    is_well(&server);
+}
+
+#[test]
+fn clients_that_never_read_do_not_hold_up_others() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--max-seqs", "4"]);
+    let silent: Vec<TcpStream> = (0..8).map(|_| open_stream(&server, 300)).collect();
+    let half = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+    (&half).write_all(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{").unwrap();
+    is_well(&server);
+    drop((silent, half));
+    is_well(&server);
+}
+
+#[test]
+fn sigterm_lets_requests_finish() {
+    let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 12); // slow enough to be caught in flight
+    let mut server = Server::start(&checkpoints.dynamoe(), &["--drain-seconds", "60"]);
+    let mut stream = open_stream(&server, 450);
+    let begun = read_until(&mut stream, String::new(), "data: ");
+    assert!(!begun.contains("[DONE]"));
+    server.terminate();
+    read_until(&mut stream, begun, "[DONE]");
+    drop(stream);
+    assert!(server.ended_well());
+}
+
+#[test]
+fn sigterm_does_not_wait_forever() {
+    let checkpoints = llama();
+    let mut server = Server::start(&checkpoints.dynamoe(), &["--drain-seconds", "1"]);
+    let half = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+    (&half).write_all(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{").unwrap();
+    thread::sleep(Duration::from_millis(200));
+    server.terminate();
+    assert!(server.ended_well());
+}

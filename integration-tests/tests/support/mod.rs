@@ -1,0 +1,287 @@
+//! Tiny checkpoints with random weights, written as Hugging Face folders.
+
+#![allow(dead_code)] // each test file uses some of it
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use candle_core::{DType, Device, Tensor};
+use dynamoe::config::{ARCHITECTURE, MODEL_TYPE};
+use rand::SeedableRng;
+use rand_distr::{Distribution, StandardNormal};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Tokens of the byte-level tokenizer: one for each byte, then `<s>` and `</s>`.
+pub const VOCAB_SIZE: usize = 258;
+const ROUTER_HIDDEN_SIZE: usize = 8;
+
+/// The shape of a checkpoint.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub hidden_size: usize,
+    pub expert_widths: [usize; 4],
+    pub layers: usize,
+    pub heads: usize,
+}
+
+/// Fast, and every width fits blocks of 32.
+pub const SMALL: Shape = Shape { hidden_size: 64, expert_widths: [64, 128, 192, 256], layers: 2, heads: 4 };
+/// Every width fits a K-quant's blocks of 256.
+pub const FOR_K_QUANTS: Shape =
+    Shape { hidden_size: 256, expert_widths: [256, 512, 768, 1024], layers: 2, heads: 4 };
+
+/// A dense checkpoint and the DynaMoE checkpoint over the same weights.
+pub struct Checkpoints {
+    folder: TempDir,
+    tensors: BTreeMap<String, Tensor>,
+    /// config.json of the DynaMoE checkpoint.
+    pub config: Value,
+}
+
+impl Checkpoints {
+    pub fn dense(&self) -> String {
+        self.folder.path().join("dense").display().to_string()
+    }
+
+    pub fn dynamoe(&self) -> String {
+        self.folder.path().join("dynamoe").display().to_string()
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A tensor of the DynaMoE checkpoint.
+    pub fn get(&self, name: &str, shape: &[usize]) -> anyhow::Result<Tensor> {
+        let tensor = self.tensors.get(name).ok_or_else(|| anyhow::anyhow!("no tensor {name}"))?;
+        anyhow::ensure!(tensor.dims() == shape, "{name}: {:?}, not {shape:?}", tensor.dims());
+        Ok(tensor.clone())
+    }
+}
+
+/// What sets a base architecture apart from Llama.
+struct Base {
+    model_type: &'static str,
+    qkv_bias: bool,
+    qk_norm: bool,
+    /// Gemma's norms scale by `1 + w`.
+    norm_offset: f64,
+    /// Gemma 2's norms around the FFN.
+    ffn_norms: bool,
+    tied: bool,
+    config: Value,
+}
+
+fn base(architecture: &str) -> Base {
+    let plain = |model_type| Base {
+        model_type,
+        qkv_bias: false,
+        qk_norm: false,
+        norm_offset: 0.0,
+        ffn_norms: false,
+        tied: false,
+        config: json!({"hidden_act": "silu"}),
+    };
+    match architecture {
+        "LlamaForCausalLM" => plain("llama"),
+        "MistralForCausalLM" => {
+            Base { config: json!({"hidden_act": "silu", "sliding_window": null}), ..plain("mistral") }
+        }
+        "Qwen2ForCausalLM" => Base {
+            qkv_bias: true,
+            config: json!({"hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": false,
+                           "max_window_layers": 2}),
+            ..plain("qwen2")
+        },
+        "Qwen3ForCausalLM" => Base {
+            qk_norm: true,
+            config: json!({"hidden_act": "silu", "sliding_window": null, "use_sliding_window": false,
+                           "max_window_layers": 2, "attention_bias": false}),
+            ..plain("qwen3")
+        },
+        "SmolLM3ForCausalLM" => Base {
+            tied: true,
+            config: json!({"hidden_act": "silu", "no_rope_layers": [1, 1], "no_rope_layer_interval": 4,
+                           "attention_bias": false}),
+            ..plain("smollm3")
+        },
+        "GemmaForCausalLM" => Base {
+            norm_offset: -1.0,
+            tied: true,
+            config: json!({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+                           "attention_bias": false}),
+            ..plain("gemma")
+        },
+        "Gemma2ForCausalLM" => Base {
+            norm_offset: -1.0,
+            ffn_norms: true,
+            tied: true,
+            config: json!({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+                           "attention_bias": false, "attn_logit_softcapping": 50.0,
+                           "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16, "sliding_window": 4096}),
+            ..plain("gemma2")
+        },
+        other => panic!("no fixture for {other}"),
+    }
+}
+
+/// Random numbers in the order in which they are asked for.
+struct Numbers(rand_chacha::ChaCha8Rng);
+
+impl Numbers {
+    /// Normal with mean `mean` and standard deviation `deviation`.
+    fn tensor(&mut self, shape: &[usize], mean: f64, deviation: f64) -> Tensor {
+        let normal = |rng: &mut _| -> f64 { StandardNormal.sample(rng) };
+        let count = shape.iter().product();
+        let numbers: Vec<f32> = (0..count).map(|_| (mean + deviation * normal(&mut self.0)) as f32).collect();
+        Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap()
+    }
+
+    /// A matrix that keeps the size of what it maps.
+    fn matrix(&mut self, rows: usize, columns: usize) -> Tensor {
+        self.tensor(&[rows, columns], 0.0, 1.0 / (columns as f64).sqrt())
+    }
+}
+
+/// Writes both checkpoints of a base architecture; equal seeds give equal weights.
+pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
+    let base = base(architecture);
+    let (d, width) = (shape.hidden_size, shape.expert_widths[3]);
+    let (heads, kv_heads, head_dim) = (shape.heads, shape.heads / 2, d / shape.heads);
+    let mut numbers = Numbers(rand_chacha::ChaCha8Rng::seed_from_u64(seed));
+    let mut tensors = BTreeMap::new();
+    let mut add = |name: String, tensor: Tensor| tensors.insert(name, tensor);
+    let norm = |numbers: &mut Numbers, n: usize| numbers.tensor(&[n], 1.0 + base.norm_offset, 0.1);
+
+    add("model.embed_tokens.weight".into(), numbers.tensor(&[VOCAB_SIZE, d], 0.0, 1.0));
+    for layer in 0..shape.layers {
+        let at = |name: &str| format!("model.layers.{layer}.{name}");
+        for (name, rows) in [("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)] {
+            add(at(&format!("self_attn.{name}.weight")), numbers.matrix(rows * head_dim, d));
+            if base.qkv_bias {
+                add(at(&format!("self_attn.{name}.bias")), numbers.tensor(&[rows * head_dim], 0.0, 0.1));
+            }
+        }
+        add(at("self_attn.o_proj.weight"), numbers.matrix(d, heads * head_dim));
+        let mut norms = vec!["input_layernorm", "post_attention_layernorm"];
+        if base.ffn_norms {
+            norms.extend(["pre_feedforward_layernorm", "post_feedforward_layernorm"]);
+        }
+        for name in norms {
+            add(at(&format!("{name}.weight")), norm(&mut numbers, d));
+        }
+        if base.qk_norm {
+            add(at("self_attn.q_norm.weight"), norm(&mut numbers, head_dim));
+            add(at("self_attn.k_norm.weight"), norm(&mut numbers, head_dim));
+        }
+        add(at("mlp.gate_proj.weight"), numbers.matrix(width, d));
+        add(at("mlp.up_proj.weight"), numbers.matrix(width, d));
+        add(at("mlp.down_proj.weight"), numbers.matrix(d, width));
+    }
+    add("model.norm.weight".into(), norm(&mut numbers, d));
+    if !base.tied {
+        add("lm_head.weight".into(), numbers.matrix(VOCAB_SIZE, d));
+    }
+
+    let folder = TempDir::new().unwrap();
+    let dense = config(architecture, &base, shape, [heads, kv_heads, head_dim]);
+    write(&folder.path().join("dense"), &dense, &tensors);
+    for layer in 0..shape.layers {
+        tensors.extend(router(layer, shape, &mut numbers));
+    }
+    let mut config = dense;
+    config["architectures"] = json!([ARCHITECTURE]);
+    config["model_type"] = MODEL_TYPE.into();
+    config["dynamoe"] = json!({
+        "version": 1, "base_architecture": architecture, "base_model_type": base.model_type,
+        "expert_widths": shape.expert_widths, "sensitivity": 0.5,
+        "router": {"kind": "mlp", "hidden_size": ROUTER_HIDDEN_SIZE, "compensation": true},
+        "budgets": [{"width": 0.5, "sensitivity": [0.3, 0.4]}, {"width": 0.75, "sensitivity": [0.5, 0.6]}],
+    });
+    write(&folder.path().join("dynamoe"), &config, &tensors);
+    Checkpoints { folder, tensors, config }
+}
+
+fn config(architecture: &str, base: &Base, shape: Shape, [heads, kv_heads, head_dim]: [usize; 3]) -> Value {
+    let mut config = json!({
+        "architectures": [architecture], "model_type": base.model_type,
+        "hidden_size": shape.hidden_size, "intermediate_size": shape.expert_widths[3], "num_hidden_layers": shape.layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": base.tied, "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32",
+    });
+    let (config, extra) = (config.as_object_mut().unwrap(), base.config.as_object().unwrap());
+    config.extend(extra.clone());
+    Value::Object(config.clone())
+}
+
+/// A router whose scores lie around one half, so that every expert is used at a sensitivity of one half.
+fn router(layer: usize, shape: Shape, numbers: &mut Numbers) -> Vec<(String, Tensor)> {
+    let (d, r, narrower) = (shape.hidden_size, ROUTER_HIDDEN_SIZE, shape.expert_widths.len() - 1);
+    vec![
+        (dynamoe::names::ROUTER_FC1_WEIGHT, numbers.matrix(r, d)),
+        (dynamoe::names::ROUTER_FC1_BIAS, numbers.tensor(&[r], 0.0, 0.1)),
+        (dynamoe::names::ROUTER_FC2_WEIGHT, numbers.tensor(&[narrower, r], 0.0, 1.0)),
+        (dynamoe::names::ROUTER_FC2_BIAS, numbers.tensor(&[narrower], -0.3, 0.1)),
+        (dynamoe::names::COMPENSATION, numbers.tensor(&[narrower, d], 0.0, 0.1)),
+    ]
+    .into_iter()
+    .map(|(name, tensor)| (dynamoe::names::mlp(layer, name), tensor))
+    .collect()
+}
+
+fn write(folder: &Path, config: &Value, tensors: &BTreeMap<String, Tensor>) {
+    fs::create_dir_all(folder).unwrap();
+    let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+    let json = |name: &str, value: &Value| fs::write(folder.join(name), value.to_string()).unwrap();
+    json("config.json", config);
+    json("tokenizer.json", &tokenizer());
+    json(
+        "tokenizer_config.json",
+        &json!({
+            "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true,
+            "chat_template": "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
+        }),
+    );
+}
+
+/// Byte-level BPE without merges: a token is a byte.
+fn tokenizer() -> Value {
+    // GPT-2's letters for bytes: printable ones stand for themselves, the others for 256, 257, …
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut others = 256..;
+    let letter = |byte: u32| if printable(byte) { byte } else { others.next().unwrap() };
+    let letters: Vec<u32> = (0..256).map(letter).collect();
+    let vocab: serde_json::Map<String, Value> = letters
+        .into_iter()
+        .enumerate()
+        .map(|(id, letter)| (char::from_u32(letter).unwrap().to_string(), id.into()))
+        .collect();
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": true})
+    };
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(256, "<s>"), special(257, "</s>")],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab,
+                  "merges": []},
+    })
+}
+
+/// The largest difference of two equally long lists, which must not hold anything but numbers.
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().chain(b).all(|x| x.is_finite()));
+    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+/// All numbers of a tensor, as f32.
+pub fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
