@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use dynamoe_mistralrs::{Dial, LoadedModel, loaded};
-use mistralrs::{IsqType, Model, ModelDType, RequestBuilder, TextMessageRole, TextModelBuilder};
+use mistralrs::{
+    IsqType, Model, ModelDType, RequestBuilder, TextMessageRole, TextModelBuilder, UqffTextModelBuilder,
+};
 use moefy_train::{hf_config::ModelConfig, model::RoutedModel};
 use std::sync::Arc;
 use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints, largest_difference, numbers};
@@ -81,8 +83,9 @@ async fn full_width_equals_dense(architecture: &str) -> (Checkpoints, Engine) {
     let (full, _, width) = engine.logits(Some(Dial::Sensitivity(1.0))).await;
     assert_eq!(width, Some(1.0));
     let difference = largest_difference(&dense, &full);
-    println!("{architecture}: dense and full width differ by {difference:e}");
-    assert!(difference <= 1e-5, "{architecture}: {difference}");
+    let largest = dense.iter().fold(1f32, |largest, x| largest.max(x.abs()));
+    println!("{architecture}: dense and full width differ by {difference:e} in logits of up to {largest}");
+    assert!(difference <= 1e-5 * largest, "{architecture}: {difference}");
 
     let (narrow, _, width) = engine.logits(Some(Dial::Sensitivity(0.0))).await;
     assert_eq!(width, Some(0.25));
@@ -157,7 +160,8 @@ async fn quantized_equals_dense_quantized(isq: IsqType) {
     let (error, difference) = (largest_difference(&exact, &dense), largest_difference(&dense, &full));
     println!("{isq:?}: quantization moves dense logits by {error:e}, full width by {difference:e} more");
     assert!(error > 1e-3, "{isq:?} quantized nothing");
-    assert!(difference <= 1e-3, "{isq:?}: {difference}");
+    // the blocks are the same; sums in another order move an activation to the next step of its own quantization
+    assert!(difference <= 0.02 * error, "{isq:?}: {difference}");
 }
 
 #[tokio::test]
@@ -176,8 +180,8 @@ async fn uqff_round_trip() {
     let folder = checkpoints.folder().join("uqff");
     let writer = plain(&checkpoints.dynamoe()).with_isq(IsqType::Q8_0).write_uqff(folder.join("q8_0.uqff"));
     let written = build(writer).await;
-    let read =
-        build(plain(&folder.display().to_string()).from_uqff(vec![PathBuf::from("q8_0-0.uqff")])).await;
+    let reader = UqffTextModelBuilder::new(folder.display(), vec![PathBuf::from("q8_0-0.uqff")]);
+    let read = build(reader.into_inner().with_prefix_cache_n(None)).await;
     for sensitivity in [0.0, 0.5, 1.0] {
         let (before, _, width) = written.logits(Some(Dial::Sensitivity(sensitivity))).await;
         let (after, _, width_after) = read.logits(Some(Dial::Sensitivity(sensitivity))).await;

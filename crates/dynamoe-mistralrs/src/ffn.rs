@@ -17,11 +17,14 @@ use crate::{
     weights::{LayerWeights, Projection},
 };
 
+/// Tensors under their names in the checkpoint.
+pub type NamedTensors = Vec<(String, Tensor)>;
+
 /// Replaces a loaded model's MLPs (one for each layer, first layer first) by the FFNs of a DynaMoE checkpoint;
 /// `weights` says where each is read from.
 ///
-/// Returns the model's handle and the tensors that the model has beyond the engine's projections, under their
-/// names in the checkpoint: an engine that writes the model has to write these too.
+/// Returns the model's handle and the tensors that the model has beyond the engine's projections: an engine that
+/// writes the model has to write these too.
 ///
 /// # Errors
 /// MLPs, weights and `config` that do not fit each other; tensors that are missing or of another shape.
@@ -29,7 +32,7 @@ pub fn swap_ffns(
     mlps: Vec<&mut Box<dyn MlpLayer>>,
     config: &DynaMoeConfig,
     weights: Vec<LayerWeights>,
-) -> Result<(Arc<LoadedModel>, Vec<(String, Tensor)>)> {
+) -> Result<(Arc<LoadedModel>, NamedTensors)> {
     let layers = mlps.len();
     ensure!(layers == weights.len(), "expected weights for {layers} layers, found {}", weights.len());
     config.validate(config.intermediate_size(), layers)?;
@@ -51,8 +54,8 @@ pub fn swap_ffns(
     Ok((model, tensors))
 }
 
-/// Router and compensation of a layer under their names in the checkpoint.
-fn router_tensors<X: NestedExperts>(layer: usize, ffn: &DynaMoeFfn<X>) -> Vec<(String, Tensor)> {
+/// Router and compensation of a layer.
+fn router_tensors<X: NestedExperts>(layer: usize, ffn: &DynaMoeFfn<X>) -> NamedTensors {
     let mut tensors = Vec::new();
     if let Router::Mlp { fc1, fc2 } = ffn.router() {
         tensors.push((names::ROUTER_FC1_WEIGHT, Some(fc1.weight())));

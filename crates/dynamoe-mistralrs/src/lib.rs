@@ -25,7 +25,7 @@ mod weights;
 
 pub use counters::{Counters, LayerCounts};
 pub use dial::{Dial, LoadedModel, RequestDial, loaded};
-pub use ffn::swap_ffns;
+pub use ffn::{NamedTensors, swap_ffns};
 pub use loader::DynaMoeLoader;
 pub use weights::LayerWeights;
 

@@ -12,14 +12,14 @@ use mistralrs_core::{
 };
 use mistralrs_quant::QuantMethod;
 
-use crate::dial::LoadedModel;
+use crate::{dial::LoadedModel, ffn::NamedTensors};
 
 /// Passes everything on to the dense model, and adds what that does not know of: the tensors of the routers to
 /// what is written, and the default dial to requests that bring none.
 pub(crate) struct DynaMoeModel {
     pub base: Box<dyn NormalModel + Send + Sync>,
     pub handle: Arc<LoadedModel>,
-    pub router_tensors: Vec<(String, Tensor)>,
+    pub router_tensors: NamedTensors,
 }
 
 impl IsqModel for DynaMoeModel {

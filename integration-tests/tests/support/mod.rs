@@ -108,7 +108,7 @@ fn base(architecture: &str) -> Base {
         "GemmaForCausalLM" => Base {
             norm_offset: -1.0,
             tied: true,
-            config: json!({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+            config: json!({"hidden_activation": "gelu_pytorch_tanh",
                            "attention_bias": false}),
             ..plain("gemma")
         },
