@@ -150,9 +150,9 @@ pub fn even_widths(intermediate_size: usize, experts: usize) -> Result<Vec<usize
         let widths: Vec<usize> = (1..=experts)
             .map(|e| (e * intermediate_size).div_ceil(experts).next_multiple_of(block).min(intermediate_size))
             .collect();
-        // a block larger than an eighth of a step would bend the widths away from the paper's
-        let fits =
-            block == 1 || intermediate_size.is_multiple_of(block) || intermediate_size / experts >= 8 * block;
+        // a block that is no part of a step and more than an eighth of it would bend the widths
+        let step = intermediate_size / experts;
+        let fits = step.is_multiple_of(block) || step >= 8 * block;
         if fits && check_widths(&widths, intermediate_size).is_ok() {
             return Ok(widths);
         }

@@ -281,5 +281,6 @@ fn widths_follow_the_paper_in_blocks() {
     assert_eq!(widths(8192, 4), [2048, 4096, 6144, 8192]);
     assert_eq!(widths(11008, 4), [2816, 5632, 8448, 11008]);
     assert_eq!(widths(172, 4), [43, 86, 129, 172]);
+    assert_eq!(widths(192, 4), [48, 96, 144, 192]);
     assert_eq!(widths(512, 4), [128, 256, 384, 512]);
 }
