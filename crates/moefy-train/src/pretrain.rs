@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use rand::Rng;
 use rand_distr::StandardNormal;
+use serde::Serialize;
 use serde_json::json;
 use tokenizers::Tokenizer;
 
@@ -27,7 +28,7 @@ use crate::train::{Outcome, TrainConfig, TrainModel, Trainer};
 pub const DOCUMENTS: usize = 12_000;
 
 /// The shape of a model.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Args, Serialize)]
 pub struct Pretrain {
     /// D
     #[arg(long, default_value_t = 64)]

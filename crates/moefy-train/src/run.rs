@@ -2,6 +2,8 @@
 //!
 //! `OUT` is the finished checkpoint's folder; `OUT/training` keeps what a resumed run needs.
 
+mod folder;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dynamoe::{RouterConfig, RouterKind};
+use serde_json::{Value, json};
 
 use crate::checkpoint::{Checkpoint, expected_tensors, save_model, write_atomic};
 use crate::cli::{ExpertArgs, measure};
@@ -23,71 +26,9 @@ use crate::hub;
 use crate::model::RoutedModel;
 use crate::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::texts::{Scope, TextArgs, Texts, calibration, in_order};
-use crate::train::{Method, Mode, Outcome, TrainConfig, TrainModel, Trainer};
+use crate::train::{Method, Outcome, TrainConfig, TrainModel, Trainer};
 
-/// Folder of intermediate results within the output.
-pub const TRAINING: &str = "training";
-
-/// The output folder of a run.
-pub struct RunFolder {
-    out: PathBuf,
-}
-
-impl RunFolder {
-    /// Prepares `out`. `resume` takes up an interrupted run; `force` removes an earlier one.
-    ///
-    /// # Errors
-    /// A folder that is not empty, with neither; a folder that is not this program's; a place that cannot be
-    /// written.
-    pub fn prepare(out: &Path, force: bool, resume: bool) -> Result<Self> {
-        let training = out.join(TRAINING);
-        let occupied = match fs::read_dir(out) {
-            Ok(mut entries) => entries.next().is_some(),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-            Err(error) => return Err(error).with_context(|| format!("{}: cannot be read", out.display())),
-        };
-        if occupied && !resume {
-            ensure!(
-                force,
-                "{}: the output folder exists and is not empty: choose another, or --resume to continue that run, \
-                 or --force to replace it",
-                out.display()
-            );
-            let ours = training.is_dir() || out.join("config.json").is_file();
-            ensure!(ours, "{}: not a folder that this program wrote; remove it yourself", out.display());
-            fs::remove_dir_all(out).with_context(|| format!("removing {}", out.display()))?;
-        }
-        fs::create_dir_all(&training)
-            .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
-        Ok(Self { out: out.to_owned() })
-    }
-
-    /// The folder of the finished checkpoint.
-    pub fn out(&self) -> &Path {
-        &self.out
-    }
-
-    /// A path among the intermediate results.
-    pub fn training(&self, name: &str) -> PathBuf {
-        self.out.join(TRAINING).join(name)
-    }
-
-    /// Moves a finished checkpoint's files into place, config.json last: until then no loader takes the folder
-    /// for a model.
-    pub fn publish(&self, staged: &Path) -> Result<()> {
-        let mut names: Vec<_> = fs::read_dir(staged)?
-            .map(|entry| Ok(entry?.file_name()))
-            .collect::<std::io::Result<_>>()
-            .with_context(|| format!("reading {}", staged.display()))?;
-        names.sort_by_key(|name| name == "config.json");
-        for name in names {
-            let to = self.out.join(&name);
-            fs::rename(staged.join(&name), &to).with_context(|| format!("writing {}", to.display()))?;
-        }
-        fs::File::open(&self.out)?.sync_all()?;
-        fs::remove_dir_all(staged).with_context(|| format!("removing {}", staged.display()))
-    }
-}
+pub use folder::{RunFolder, TRAINING};
 
 /// A fine-tuning job.
 pub struct Finetune<'a> {
@@ -121,11 +62,6 @@ impl Finetune<'_> {
             )
         };
         if !self.config.method.has_router() {
-            ensure!(
-                self.config.mode == Mode::Full,
-                "--mode router needs a method with a router: similarity or priced, found {:?}",
-                self.config.method
-            );
             dynamoe.router =
                 RouterConfig { kind: RouterKind::Static, hidden_size: 0, ..dynamoe.router.clone() };
         }
@@ -248,6 +184,95 @@ impl Job {
     }
 }
 
+/// What a job reads, opened and checked before anything is written.
+pub struct Inputs {
+    dense: Checkpoint,
+    texts: Texts,
+    batches: Batches,
+    held_out: Vec<PaddedBatch>,
+    calibration: Vec<PaddedBatch>,
+}
+
+impl Inputs {
+    /// Opens the model and the text of `job`.
+    ///
+    /// # Errors
+    /// What is missing, broken or does not fit; options that contradict the model.
+    pub fn open(job: &Job) -> Result<Self> {
+        job.train.validate()?;
+        let dense = Checkpoint::open(&hub::resolve(&job.model)?)?;
+        ensure!(
+            dense.config().dynamoe.is_none(),
+            "{}: is a DynaMoE checkpoint already; `finetune` trains it on, `export --dense` makes a dense one of it",
+            dense.dir().display()
+        );
+        job.experts.options(dense.config(), job.train.seed, false)?;
+        let texts = Texts::open(dense.dir(), dense.config(), &job.text)?;
+        let shape = (job.train.batch_size, job.train.sequence_length);
+        let split = if job.valid.is_empty() { Split::Train } else { Split::All };
+        let batches = texts.training(&job.data, split, shape, job.train.seed)?;
+        let held_out = if job.valid.is_empty() {
+            in_order(&texts.training(&job.data, Split::HeldOut, shape, job.train.seed)?)
+        } else {
+            texts.scored(&job.valid, Scope::Documents(512))?
+        };
+        if let Some(path) = &job.pairs {
+            texts.pairs(path)?;
+        }
+        let held_out = spread(&held_out, job.eval_tokens);
+        let calibration = calibration(&batches, CALIBRATION_TOKENS);
+        Ok(Self { dense, texts, batches, held_out, calibration })
+    }
+
+    /// The folder of the dense model.
+    pub fn model_dir(&self) -> &Path {
+        self.dense.dir()
+    }
+
+    /// All that decides the result of `job`, to be compared when it is resumed.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn describe(&self, job: &Job) -> Result<Value> {
+        let mut told = describe(&self.dense, &job.data, &job.train, &job.text)?;
+        told["valid"] = describe_sources(&job.valid)?;
+        told["experts"] = serde_json::to_value(&job.experts)?;
+        told["eval-tokens"] = job.eval_tokens.into();
+        Ok(told)
+    }
+}
+
+/// All that decides the result of training `model`, to be compared when the run is resumed.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn describe(
+    model: &Checkpoint,
+    data: &[DataSource],
+    train: &TrainConfig,
+    text: &TextArgs,
+) -> Result<Value> {
+    let mut told = serde_json::to_value(train)?;
+    // how often to save and log does not decide the result
+    if let Some(train) = told.as_object_mut() {
+        train.retain(|key, _| key != "save-every" && key != "log-every");
+    }
+    told["model"] = model.fingerprint()?.into();
+    told["data"] = describe_sources(data)?;
+    told["marker"] = text.marker.as_str().into();
+    told["field"] = text.field.as_str().into();
+    Ok(told)
+}
+
+fn describe_sources(sources: &[DataSource]) -> Result<Value> {
+    let describe = |source: &DataSource| -> Result<Value> {
+        let path = source.path.display().to_string();
+        let bytes = fs::metadata(&source.path).with_context(|| path.clone())?.len();
+        Ok(json!({ "path": path, "weight": source.weight, "bytes": bytes }))
+    };
+    sources.iter().map(describe).collect::<Result<Vec<_>>>().map(Value::from)
+}
+
 /// A running job: what its steps share.
 struct Running<'a> {
     job: &'a Job,
@@ -264,20 +289,15 @@ struct Running<'a> {
 ///
 /// # Errors
 /// Those of the steps.
-pub fn run_job(job: &Job, folder: &RunFolder, device: &Device, stop: &AtomicBool) -> Result<Outcome> {
+pub fn run_job(
+    job: &Job,
+    inputs: Inputs,
+    folder: &RunFolder,
+    device: &Device,
+    stop: &AtomicBool,
+) -> Result<Outcome> {
     let started = Instant::now();
-    let dense = Checkpoint::open(&hub::resolve(&job.model)?)?;
-    let texts = Texts::open(dense.dir(), dense.config(), &job.text)?;
-    let shape = (job.train.batch_size, job.train.sequence_length);
-    let split = if job.valid.is_empty() { Split::Train } else { Split::All };
-    let batches = texts.training(&job.data, split, shape, job.train.seed)?;
-    let held_out = if job.valid.is_empty() {
-        in_order(&texts.training(&job.data, Split::HeldOut, shape, job.train.seed)?)
-    } else {
-        texts.scored(&job.valid, Scope::Documents(512))?
-    };
-    let held_out = spread(&held_out, job.eval_tokens);
-    let calibration = calibration(&batches, CALIBRATION_TOKENS);
+    let Inputs { dense, texts, batches, held_out, calibration } = inputs;
     let run = Running { job, folder, device, stop, texts, batches, held_out, calibration };
 
     let converted = run.convert(&dense)?;

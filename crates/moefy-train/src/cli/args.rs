@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
-use clap::{Args, ValueEnum};
+use clap::{Args, Command, ValueEnum};
 use dynamoe::{RouterConfig, RouterKind, config};
+use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::convert::ConvertOptions;
@@ -35,7 +36,8 @@ impl DeviceArg {
 }
 
 /// How a dense model is cut into experts.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct ExpertArgs {
     /// Nested experts: widths are e/N of the FFN's, in blocks that quantization likes
     #[arg(long, default_value_t = 4)]
@@ -82,20 +84,38 @@ pub fn open_model(model: &str) -> Result<Checkpoint> {
 }
 
 /// Puts the keys of `--config FILE.toml` in front of the arguments, as flags of the same names; a flag given
-/// wins over its key.
+/// wins over its key. `cli` knows the flags of each command.
 ///
 /// # Errors
-/// A file that cannot be read or is no flat TOML table.
-pub fn from_toml(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
-    let Some(at) = args.iter().position(|arg| arg == "--config") else { return Ok(args) };
-    ensure!(at + 1 < args.len() && at >= 2, "--config needs a command before it and a TOML file after it");
-    let path = PathBuf::from(&args[at + 1]);
-    args.drain(at..at + 2);
+/// A file that cannot be read or is no flat TOML table; a key that is no flag of the command.
+pub fn from_toml(mut args: Vec<OsString>, cli: &Command) -> Result<Vec<OsString>> {
+    let joined = |arg: &OsString| Some(arg.to_str()?.strip_prefix("--config=")?.to_owned());
+    let found = args.iter().enumerate().find_map(|(at, arg)| match joined(arg) {
+        Some(path) => Some((at, Some(path.into()), 1)),
+        None => (arg == "--config").then(|| (at, args.get(at + 1).cloned(), 2)),
+    });
+    let Some((at, path, taken)) = found else { return Ok(args) };
+    let command = args.get(1).and_then(|name| cli.find_subcommand(name)).filter(|_| at >= 2);
+    let (Some(path), Some(command)) = (path, command) else {
+        bail!("--config needs a command before it and a TOML file after it")
+    };
+    let path = PathBuf::from(path);
+    args.drain(at..at + taken);
     let text = fs::read_to_string(&path).with_context(|| format!("--config {}", path.display()))?;
-    let table: toml::Table = text.parse().with_context(|| format!("--config {}", path.display()))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+        let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+        anyhow!("--config {}: line {line}: {}", path.display(), error.message())
+    })?;
     let mut flags = Vec::new();
     for (key, value) in table {
-        let flag = format!("--{}", key.replace('_', "-"));
+        let name = key.replace('_', "-");
+        ensure!(
+            name != "config" && command.get_arguments().any(|arg| arg.get_long() == Some(name.as_str())),
+            "--config {}: unknown key {key:?}; keys are the flags of `moefy-train {} --help`",
+            path.display(),
+            command.get_name()
+        );
+        let flag = format!("--{name}");
         let given = |arg: &OsString| {
             arg.to_str().is_some_and(|arg| arg == flag || arg.starts_with(&format!("{flag}=")))
         };
@@ -129,14 +149,17 @@ fn flag_of(flag: &str, value: &toml::Value) -> Result<Option<OsString>> {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
+    use crate::cli::Cli;
 
     #[test]
     fn toml_keys_are_flags_and_flags_win() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "tokens = 5\nlr = 0.1\ndata = ['a.txt', 'b.txt:2']\nforce = true\n").unwrap();
         let args = ["moefy-train", "run", "--lr", "0.2", "--config", file.path().to_str().unwrap()];
-        let found = from_toml(args.iter().map(OsString::from).collect()).unwrap();
+        let found = from_toml(args.iter().map(OsString::from).collect(), &Cli::command()).unwrap();
         let found: Vec<_> = found.iter().map(|arg| arg.to_str().unwrap()).collect();
         let expected =
             ["moefy-train", "run", "--data=a.txt", "--data=b.txt:2", "--force", "--tokens=5", "--lr", "0.2"];
@@ -149,12 +172,20 @@ mod tests {
     #[test]
     fn broken_config_files_are_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), "[nested]\na = 1\n").unwrap();
         let path = file.path().to_str().unwrap();
-        let error = from_toml(["moefy-train", "run", "--config", path].map(OsString::from).to_vec());
-        assert!(format!("{:#}", error.unwrap_err()).contains("--nested"));
-        assert!(
-            from_toml(["moefy-train", "run", "--config", "/no/such"].map(OsString::from).to_vec()).is_err()
-        );
+        let joined = format!("--config={path}");
+        let error = |args: &[&str]| {
+            let args = args.iter().map(OsString::from).collect();
+            format!("{:#}", from_toml(args, &Cli::command()).unwrap_err())
+        };
+        fs::write(file.path(), "[lr]\na = 1\n").unwrap();
+        assert!(error(&["moefy-train", "run", "--config", path]).contains("--lr: expected a string"));
+        fs::write(file.path(), "lerning-rate = 1\n").unwrap();
+        for args in [&["moefy-train", "run", "--config", path][..], &["moefy-train", "run", &joined]] {
+            assert!(error(args).contains(&format!("{path}: unknown key \"lerning-rate\"")));
+        }
+        assert!(error(&["moefy-train", "run", "--config", "/no/such"]).contains("/no/such"));
+        assert!(error(&["moefy-train", "run", "--config"]).contains("needs a command"));
+        assert!(error(&["moefy-train", "--config", path, "run"]).contains("needs a command"));
     }
 }

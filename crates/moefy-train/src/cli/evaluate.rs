@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use dynamoe::config::check_dial;
 
 use super::args::{DeviceArg, open_model};
+use super::print;
 use crate::checkpoint::{Checkpoint, store_section};
 use crate::curves::spread;
 use crate::data::{DataSource, PaddedBatch};
@@ -59,6 +61,9 @@ pub struct EvaluateArgs {
 
 pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     ensure!(!args.data.is_empty() || args.pairs.is_some(), "nothing to score: give --data or --pairs");
+    // before a large model is read
+    args.sensitivity.iter().try_for_each(|&s| check_dial("sensitivity", s))?;
+    args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
     let device = args.device.open()?;
     let mut checkpoint = open_model(&args.model)?;
     let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text)?;
@@ -89,7 +94,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         if !batches.is_empty() {
             let point = point(&model, &batches, setting)?;
             if !args.json {
-                print_point(&point, evaluation.results.is_empty());
+                print_point(&point, evaluation.results.is_empty())?;
             }
             evaluation.results.push(point);
         }
@@ -98,9 +103,9 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         }
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&evaluation)?);
+        print(&format_args!("{}", serde_json::to_string_pretty(&evaluation)?))?;
     } else {
-        print_pairs(&evaluation.pairs);
+        print_pairs(&evaluation.pairs)?;
     }
     Ok(())
 }
@@ -144,12 +149,14 @@ fn settings(args: &EvaluateArgs, model: &RoutedModel) -> Result<Vec<Setting>> {
     dials.into_iter().map(|dial| Setting::of(dial, model)).collect()
 }
 
-fn print_point(point: &Point, first: bool) {
+fn print_point(point: &Point, first: bool) -> Result<()> {
     if first {
-        println!("sensitivity  budget    loss  ± stderr  perplexity  mean width  params  FLOPs  tokens");
+        print(&format_args!(
+            "sensitivity  budget    loss  ± stderr  perplexity  mean width  params  FLOPs  tokens"
+        ))?;
     }
     let budget = point.budget.map_or_else(|| "     -".into(), |width| format!("{width:6.3}"));
-    println!(
+    print(&format_args!(
         "{:11.4}  {budget}  {:6.4}  {:8.4}  {:10.3}  {:10.3}  {:6.3}  {:5.3}  {}",
         point.sensitivity,
         point.loss,
@@ -159,16 +166,16 @@ fn print_point(point: &Point, first: bool) {
         point.active_parameters,
         point.flops,
         point.tokens
-    );
+    ))?;
     let layers: Vec<String> = point.width_per_layer.iter().map(|width| format!("{width:.2}")).collect();
-    println!("             width per layer: {}", layers.join(" "));
+    print(&format_args!("             width per layer: {}", layers.join(" ")))
 }
 
-fn print_pairs(pairs: &[PairsPoint]) {
+fn print_pairs(pairs: &[PairsPoint]) -> Result<()> {
     for point in pairs {
         let fields: Vec<String> =
             point.by_field.iter().map(|(field, accuracy)| format!("{field} {accuracy:.3}")).collect();
-        println!(
+        print(&format_args!(
             "minimal pairs at sensitivity {:.4}: {:.4} ± {:.4} of {} right, mean width {:.3}  {}",
             point.sensitivity,
             point.accuracy,
@@ -176,6 +183,7 @@ fn print_pairs(pairs: &[PairsPoint]) {
             point.pairs,
             point.mean_width,
             fields.join("  ")
-        );
+        ))?;
     }
+    Ok(())
 }

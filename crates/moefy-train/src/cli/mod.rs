@@ -6,11 +6,13 @@ mod steps;
 mod whole;
 
 use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 pub use args::{ExpertArgs, from_toml};
 pub use steps::measure;
@@ -52,23 +54,31 @@ enum Command {
 /// # Errors
 /// One error that says what was expected, what was found and what to do.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let cli = Cli::parse_from(from_toml(args.into_iter().collect())?);
-    let stop = stop_on_signal()?;
+    let cli = Cli::parse_from(from_toml(args.into_iter().collect(), &Cli::command())?);
     match cli.command {
-        Command::Demo(args) => whole::demo(&args, &stop),
-        Command::Run(args) => whole::run(&args, &stop),
+        Command::Demo(args) => whole::demo(&args, &*stop_on_signal()?),
+        Command::Run(args) => whole::run(&args, &*stop_on_signal()?),
         Command::Calibrate(args) => steps::calibrate(&args),
         Command::Convert(args) => steps::convert(&args),
-        Command::Finetune(args) => steps::finetune(&args, &stop),
+        Command::Finetune(args) => steps::finetune(&args, &*stop_on_signal()?),
         Command::Evaluate(args) => evaluate::evaluate(&args),
         Command::Export(args) => steps::export(&args),
         Command::Report(args) => steps::report(&args),
         Command::Inspect(args) => steps::inspect(&args),
-        Command::Pretrain(args) => whole::pretrain(&args, &stop),
+        Command::Pretrain(args) => whole::pretrain(&args, &*stop_on_signal()?),
     }
 }
 
-/// The first Ctrl-C (or SIGTERM) asks long work to save and stop; a second one stops at once.
+/// Prints a line to standard output. A reader that has left, as `head` does, ends the program quietly.
+fn print(line: &dyn Display) -> Result<()> {
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => written.context("writing to standard output"),
+    }
+}
+
+/// The first Ctrl-C (or SIGTERM) asks training to save and stop; a second one stops at once. Commands that do
+/// not train have nothing to save and stop at the first.
 fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);

@@ -1,17 +1,18 @@
 //! The single steps: calibrate, convert, finetune, export, report, inspect.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
 use super::args::{DeviceArg, ExpertArgs, open_model};
+use super::print;
 use crate::calibrate::Calibration;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, refuse_overlap};
 use crate::data::{DataSource, Split};
 use crate::export::ExportOptions;
-use crate::run::{Finetune, RunFolder, load, publish};
+use crate::run::{Finetune, RunFolder, describe, load, publish};
 use crate::texts::{TextArgs, Texts, calibration};
 use crate::train::progress::Progress;
 use crate::train::{Outcome, TrainConfig};
@@ -46,7 +47,12 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let batches = texts.training(&args.data, Split::All, (8, args.sequence_length), 0)?;
     let measured = measure(&source, &calibration(&batches, args.tokens))?;
     measured.save(&args.out)?;
-    println!("{}: {} tokens, {} layers", args.out.display(), measured.tokens, measured.layers.len());
+    print(&format_args!(
+        "{}: {} tokens, {} layers",
+        args.out.display(),
+        measured.tokens,
+        measured.layers.len()
+    ))?;
     Ok(())
 }
 
@@ -89,7 +95,7 @@ pub fn convert(args: &ConvertCommand) -> Result<()> {
     options.max_shard_bytes = args.max_shard_bytes;
     let calibration = args.calibration.as_deref().map(Calibration::load).transpose()?;
     crate::convert::convert(&source, calibration.as_ref(), &options, &args.out)?;
-    println!("{}: experts of width {:?}", args.out.display(), options.expert_widths);
+    print(&format_args!("{}: experts of width {:?}", args.out.display(), options.expert_widths))?;
     Ok(())
 }
 
@@ -124,6 +130,8 @@ pub struct FinetuneArgs {
 
 pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
     args.train.validate()?;
+    let read: Vec<&Path> = args.data.iter().map(|data| data.path.as_path()).collect();
+    RunFolder::check(&args.out, args.force, args.resume, &read)?;
     let device = args.device.open()?;
     let source = open_model(&args.model)?;
     let texts = Texts::open(source.dir(), source.config(), &args.text)?;
@@ -134,7 +142,10 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
         (None, true) => anyhow::bail!("--distill needs --teacher, the dense model to learn from"),
         (_, false) => None,
     };
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
+    refuse_overlap(source.dir(), &args.out)?;
+    let mut told = describe(&source, &args.data, &args.train, &args.text)?;
+    told["teacher"] = args.teacher.as_deref().into();
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &read, &told)?;
     let job = Finetune {
         source: &source,
         teacher: teacher.as_ref(),
@@ -146,15 +157,15 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
     };
     let (model, outcome, _) = job.run()?;
     if let Outcome::Stopped(step) = outcome {
-        println!("stopped after step {step}; the same command with --resume continues");
+        print(&format_args!("stopped after step {step}; the same command with --resume continues"))?;
         return Ok(());
     }
     publish(&folder, &source, &model, args.train.method, &calibration(&batches, CALIBRATION_TOKENS))?;
-    println!(
+    print(&format_args!(
         "{}: trained on {} tokens",
         args.out.display(),
         args.train.steps() * args.train.tokens_per_step()
-    );
+    ))?;
     Ok(())
 }
 
@@ -197,7 +208,7 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     let options =
         ExportOptions { dense: args.dense, dtype, max_shard_bytes: args.max_shard_bytes, force: args.force };
     crate::export::export(&open_model(&args.model)?, &options, &args.out)?;
-    println!("{}", args.out.display());
+    print(&format_args!("{}", args.out.display()))?;
     Ok(())
 }
 
@@ -218,7 +229,7 @@ pub fn report(args: &ReportArgs) -> Result<()> {
     let report: crate::results::Report =
         serde_json::from_slice(&bytes).with_context(|| format!("{}: not a report", path.display()))?;
     let written = crate::report::write(&report, args.out.as_deref().unwrap_or(&args.run))?;
-    println!("{}", written.display());
+    print(&format_args!("{}", written.display()))?;
     Ok(())
 }
 
@@ -234,9 +245,9 @@ pub struct InspectArgs {
 pub fn inspect(args: &InspectArgs) -> Result<()> {
     let inspection = crate::inspect::inspect(&args.model)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&inspection)?);
+        print(&format_args!("{}", serde_json::to_string_pretty(&inspection)?))?;
     } else {
-        println!("{inspection}");
+        print(&format_args!("{inspection}"))?;
     }
     Ok(())
 }

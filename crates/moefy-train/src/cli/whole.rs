@@ -1,16 +1,19 @@
 //! `run`, `demo` and `pretrain`: several steps in one go.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use clap::Args;
+use serde_json::json;
 
-use super::args::{DeviceArg, ExpertArgs, open_model};
+use super::args::{DeviceArg, ExpertArgs};
+use super::print;
+use crate::checkpoint::refuse_overlap;
 use crate::data::DataSource;
 use crate::demo;
 use crate::pretrain::{Pretrain, pretrain as train_dense};
-use crate::run::{Job, RunFolder, run_job};
+use crate::run::{Inputs, Job, RunFolder, run_job};
 use crate::texts::TextArgs;
 use crate::train::{Method, Outcome, TrainConfig};
 
@@ -82,27 +85,36 @@ impl RunArgs {
 
 pub fn run(args: &RunArgs, stop: &AtomicBool) -> Result<()> {
     let device = args.device.open()?;
-    args.train.validate()?;
-    open_model(&args.model)?; // before an output folder is made
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
-    let outcome = run_job(&args.job(), &folder, &device, stop)?;
-    say(&folder, outcome);
-    Ok(())
+    let job = args.job();
+    let texts = args.data.iter().chain(&args.valid).map(|source| source.path.as_path());
+    let mut read: Vec<&Path> = texts.chain(args.pairs.as_deref()).collect();
+    RunFolder::check(&args.out, args.force, args.resume, &read)?;
+    let inputs = Inputs::open(&job)?;
+    let model = inputs.model_dir().to_owned();
+    refuse_overlap(&model, &args.out)?;
+    read.push(&model);
+    let told = inputs.describe(&job)?;
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &read, &told)?;
+    let outcome = run_job(&job, inputs, &folder, &device, stop)?;
+    say(&folder, outcome)
 }
 
-fn say(folder: &RunFolder, outcome: Outcome) {
+fn say(folder: &RunFolder, outcome: Outcome) -> Result<()> {
     let out = folder.out().display();
     match outcome {
         Outcome::Stopped(step) => {
-            println!("stopped after step {step}; the same command with --resume continues");
+            print(&format_args!("stopped after step {step}; the same command with --resume continues"))?;
         }
         Outcome::Finished => {
-            println!("report      {}", folder.out().join("report.html").display());
-            println!("checkpoint  {out}");
-            println!("evaluate    moefy-train evaluate --model {out} --data TEXT --budget 0.5,0.75");
-            println!("serve       dynamoe-serve --model {out} --sensitivity 0.5");
+            print(&format_args!("report      {}", folder.out().join("report.html").display()))?;
+            print(&format_args!("checkpoint  {out}"))?;
+            print(&format_args!(
+                "evaluate    moefy-train evaluate --model {out} --data TEXT --budget 0.5,0.75"
+            ))?;
+            print(&format_args!("serve       dynamoe-serve --model {out} --sensitivity 0.5"))?;
         }
     }
+    Ok(())
 }
 
 #[derive(Debug, Args)]
@@ -125,12 +137,12 @@ pub struct DemoArgs {
 }
 
 pub fn demo(args: &DemoArgs, stop: &AtomicBool) -> Result<()> {
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
+    let told = json!({ "demo": env!("CARGO_PKG_VERSION"), "tokens": args.tokens, "seed": args.seed });
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &[], &told)?;
     let base = demo::write_base(&folder)?;
     let job = demo::job(&base, args.tokens, args.seed);
-    let outcome = run_job(&job, &folder, &candle_core::Device::Cpu, stop)?;
-    say(&folder, outcome);
-    Ok(())
+    let outcome = run_job(&job, Inputs::open(&job)?, &folder, &candle_core::Device::Cpu, stop)?;
+    say(&folder, outcome)
 }
 
 #[derive(Debug, Args)]
@@ -161,11 +173,13 @@ pub struct PretrainArgs {
 pub fn pretrain(args: &PretrainArgs, stop: &AtomicBool) -> Result<()> {
     let train = TrainConfig { method: Method::Dense, ..args.train.clone() };
     train.validate()?;
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume)?;
     let device = args.device.open()?;
+    let read: Vec<&Path> = args.data.iter().map(|source| source.path.as_path()).collect();
+    let told = json!({ "data": read, "shape": args.shape, "tokens": train.tokens, "seed": train.seed });
+    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &read, &told)?;
     match train_dense(&args.shape, &train, &args.data, &args.text, &folder, &device, stop)? {
-        Outcome::Stopped(step) => println!("stopped after step {step}; --resume continues"),
-        Outcome::Finished => println!("{}", folder.out().display()),
+        Outcome::Stopped(step) => print(&format_args!("stopped after step {step}; --resume continues"))?,
+        Outcome::Finished => print(&format_args!("{}", folder.out().display()))?,
     }
     Ok(())
 }

@@ -197,6 +197,16 @@ impl TrainConfig {
         for (name, value) in counts {
             ensure!(value > 0, "{name} must be 1 or more, found 0");
         }
+        let step = self.batch_size.checked_mul(self.sequence_length);
+        ensure!(
+            step.and_then(|tokens| tokens.checked_mul(self.accumulation)).is_some(),
+            "--batch-size × --sequence-length × --accumulation is too large"
+        );
+        ensure!(
+            self.mode == Mode::Full || self.method.has_router(),
+            "--mode router needs a --method with a router: similarity or priced, found {:?}",
+            self.method
+        );
         Ok(())
     }
 }
@@ -230,6 +240,8 @@ mod tests {
             TrainConfig { batch_size: 0, ..TrainConfig::default() },
             TrainConfig { ends: 0.6, ..TrainConfig::default() },
             TrainConfig { price_max: 0.01, ..TrainConfig::default() },
+            TrainConfig { batch_size: usize::MAX, ..TrainConfig::default() },
+            TrainConfig { mode: Mode::Router, method: Method::Static, ..TrainConfig::default() },
         ] {
             assert!(wrong.validate().is_err(), "{wrong:?}");
         }

@@ -1,12 +1,13 @@
 //! Checkpoints of a run in progress: f32 weights, moments, step. Written whole or not at all.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
@@ -83,25 +84,44 @@ pub fn restore(
 ) -> Result<Option<u64>> {
     let Some((step, folder)) = list(dir)?.pop() else { return Ok(None) };
     let mut read = || -> Result<()> {
-        let state: State = serde_json::from_slice(&fs::read(folder.join(STATE))?)?;
+        let state = fs::read(folder.join(STATE)).context(STATE)?;
+        let state: State = serde_json::from_slice(&state).context(STATE)?;
         ensure!(state.step == step, "its state is of step {}, its folder of step {step}", state.step);
         ensure!(state.fingerprint == fingerprint, "it was started from another model");
         // how often to save and log may change between runs, all else decides the result
         let same = TrainConfig { save_every: config.save_every, log_every: config.log_every, ..state.config };
-        ensure!(&same == config, "it was started with other options: {same:?}, now {config:?}");
-        let weights = candle_core::safetensors::load(folder.join(PARAMS), &Device::Cpu)?;
+        let other = differences(&serde_json::to_value(same)?, &serde_json::to_value(config)?);
+        ensure!(other.is_empty(), "it was started with other options: {}", other.join(", "));
+        let weights = candle_core::safetensors::load(folder.join(PARAMS), &Device::Cpu).context(PARAMS)?;
         for (name, var) in params.iter() {
             let found = weights.get(name).with_context(|| format!("no tensor {name}"))?;
             var.set(&found.to_device(var.device())?)?;
         }
         let device = params.iter().next().map_or(Device::Cpu, |(_, var)| var.device().clone());
-        let moments = candle_core::safetensors::load(folder.join(MOMENTS), &device)?;
+        let moments = candle_core::safetensors::load(folder.join(MOMENTS), &device).context(MOMENTS)?;
         optimizer.restore(step, BTreeMap::from_iter(moments))
     };
     read().with_context(|| {
-        format!("{}: cannot resume from this checkpoint; use another --out to start anew", folder.display())
+        format!(
+            "{}: cannot resume from this checkpoint; remove it to continue from an earlier one, or use another \
+             --out to start anew",
+            folder.display()
+        )
     })?;
     Ok(Some(step))
+}
+
+/// The keys of two JSON objects whose values differ, as `key: was 1, now 2`.
+pub fn differences(was: &Value, now: &Value) -> Vec<String> {
+    let keys = |object: &Value| -> BTreeSet<String> {
+        object.as_object().map(|map| map.keys().cloned().collect()).unwrap_or_default()
+    };
+    let differ = |key: &String| was.get(key) != now.get(key);
+    let told = |key: String| {
+        let (was, now) = (was.get(&key).unwrap_or(&Value::Null), now.get(&key).unwrap_or(&Value::Null));
+        format!("{key}: was {was}, now {now}")
+    };
+    keys(was).union(&keys(now)).filter(|key| differ(key)).cloned().map(told).collect()
 }
 
 /// Checkpoints under `dir`, oldest first.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, anyhow};
 use candle_core::Tensor;
 
 use super::config::TrainConfig;
@@ -16,7 +16,8 @@ use super::optimizer::{AdamW, Update};
 use super::progress::Progress;
 use super::state;
 use super::step::TrainModel;
-use crate::data::Batches;
+use crate::checkpoint::write_atomic;
+use crate::data::{Batches, Origin};
 use crate::model::RoutedModel;
 use crate::results::TrainMetrics;
 
@@ -136,6 +137,7 @@ impl Trainer<'_> {
         let share = 1.0 / self.config.accumulation as f64;
         let mut report = StepReport { loss: 0.0, objective: 0.0, mean_width: 0.0, grad_norm: 0.0 };
         let mut grads: BTreeMap<String, Tensor> = BTreeMap::new();
+        let mut origins = Vec::new();
         for micro in 0..self.config.accumulation as u64 {
             let batch = self.batches.batch(step * self.config.accumulation as u64 + micro);
             let (tokens, targets) = batch.tensors(self.model.device())?;
@@ -143,14 +145,9 @@ impl Trainer<'_> {
             let loss = self.model.loss(inputs, objective, self.teacher, self.config, (step, micro))?;
             let scalar = |t: &Tensor| -> Result<f64> { Ok(f64::from(t.to_scalar::<f32>()?)) };
             let total = scalar(&loss.objective)?;
+            origins.extend(batch.origins);
             if !total.is_finite() {
-                let from: Vec<String> = batch.origins.iter().map(|o| self.batches.describe(*o)).collect();
-                let good = saved.map_or("none was written yet".into(), |s| format!("that of step {s}"));
-                bail!(
-                    "the loss of step {} is {total}; its batch: {}; last good checkpoint: {good}. Try a smaller --lr",
-                    step + 1,
-                    from.join(", ")
-                );
+                return Err(self.diverged("loss", total, (step, saved), &origins));
             }
             report.objective += share * total;
             report.loss += share * scalar(&loss.language_model)?;
@@ -168,7 +165,7 @@ impl Trainer<'_> {
         let squares = grads.values().map(|grad| Ok(f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?)));
         report.grad_norm = squares.sum::<candle_core::Result<f64>>()?.sqrt();
         if !report.grad_norm.is_finite() {
-            bail!("the gradient of step {} is not finite; try a smaller --lr", step + 1);
+            return Err(self.diverged("gradient's norm", report.grad_norm, (step, saved), &origins));
         }
         let lr = self.config.lr * self.config.lr_share(step);
         let update = Update {
@@ -179,6 +176,26 @@ impl Trainer<'_> {
         };
         optimizer.update(params, &grads, update)?;
         Ok(report)
+    }
+
+    /// What to say of a step whose `what` is not finite.
+    fn diverged(
+        &self,
+        what: &str,
+        value: f64,
+        (step, saved): (u64, Option<u64>),
+        origins: &[Origin],
+    ) -> Error {
+        let from: Vec<String> = origins.iter().map(|o| self.batches.describe(*o)).collect();
+        let good = match (saved, self.state_dir) {
+            (Some(step), Some(dir)) => format!("that of step {step} in {}", dir.display()),
+            _ => "none was written yet".into(),
+        };
+        anyhow!(
+            "the {what} of step {} is {value}; its batch: {}; last good checkpoint: {good}. Try a smaller --lr",
+            step + 1,
+            from.join(", ")
+        )
     }
 }
 
@@ -194,27 +211,21 @@ impl MetricsLog {
         let Some(dir) = dir else { return Ok(Self { file: None, metrics: Vec::new() }) };
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         let path = dir.join("metrics.jsonl");
-        let mut metrics: Vec<TrainMetrics> = Vec::new();
+        let (mut metrics, mut text): (Vec<TrainMetrics>, _) = (Vec::new(), String::new());
         if let Ok(file) = File::open(&path) {
             let lines = BufReader::new(file).lines().map_while(|line| line.ok());
             // a line cut short by a crash is one that the resumed run writes again
             metrics.extend(lines.map_while(|line| serde_json::from_str::<TrainMetrics>(&line).ok()));
             metrics.retain(|m| m.step <= start);
         }
-        let mut log = Self {
-            file: Some((
-                OpenOptions::new()
-                    .create(true)
-                    .write(true)
-                    .truncate(true)
-                    .open(&path)
-                    .with_context(|| format!("{}: cannot be written", path.display()))?,
-                path,
-            )),
-            metrics: Vec::new(),
-        };
-        metrics.into_iter().try_for_each(|m| log.push(m))?;
-        Ok(log)
+        for line in &metrics {
+            text.push_str(&serde_json::to_string(line)?);
+            text.push('\n');
+        }
+        write_atomic(&path, text.as_bytes())?; // a kill here must not lose the lines that are kept
+        let file = OpenOptions::new().append(true).open(&path);
+        let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
+        Ok(Self { file: Some((file, path)), metrics })
     }
 
     fn push(&mut self, metrics: TrainMetrics) -> Result<()> {
