@@ -189,6 +189,9 @@ pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
     for layer in 0..shape.layers {
         tensors.extend(router(layer, shape, &mut numbers));
     }
+    let alternating = |even: f64, odd: f64| -> Vec<f64> {
+        (0..shape.layers).map(|layer| if layer % 2 == 0 { even } else { odd }).collect()
+    };
     let mut config = dense;
     config["architectures"] = json!([ARCHITECTURE]);
     config["model_type"] = MODEL_TYPE.into();
@@ -196,7 +199,7 @@ pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
         "version": 1, "base_architecture": architecture, "base_model_type": base.model_type,
         "expert_widths": shape.expert_widths, "sensitivity": 0.5,
         "router": {"kind": "mlp", "hidden_size": ROUTER_HIDDEN_SIZE, "compensation": true},
-        "budgets": [{"width": 0.5, "sensitivity": [0.3, 0.4]}, {"width": 0.75, "sensitivity": [0.5, 0.6]}],
+        "budgets": [{"width": 0.5, "sensitivity": alternating(0.3, 0.4)}, {"width": 0.75, "sensitivity": alternating(0.5, 0.6)}],
     });
     write(&folder.path().join("dynamoe"), &config, &tensors);
     Checkpoints { folder, tensors, config }
