@@ -1,7 +1,7 @@
 //! Loss, widths and cost of a model along its dial.
 //!
-//! [`score`] measures one routing policy on padded batches; [`budget`] solves the dial for a mean width;
-//! [`oracle`] routes with hindsight; [`Evaluator`] puts them together for a set of texts.
+//! [`mod@score`] measures one routing policy on padded batches; [`budget`] solves the dial for a mean width;
+//! [`oracle`] routes with hindsight; [`cost`] counts parameters and operations.
 
 pub mod budget;
 pub mod cost;

@@ -1,4 +1,4 @@
-//! One self-contained HTML page from the measurements: [`render`] and [`write`].
+//! One self-contained HTML page from the measurements: [`render`] and [`write()`].
 //!
 //! Charts are inline SVG laid out here and drawn by the template, so that the page's style sheet colours them
 //! (light and dark) and the page reads without scripts. The script adds read-outs and the dial. Everything
