@@ -204,7 +204,7 @@ fn compensation_is_the_mean_output_of_the_neurons_left_out() {
 }
 
 #[test]
-fn routers_start_neutral_and_follow_the_seed() {
+fn routers_start_as_static_ones_and_follow_the_seed() {
     let (dir, source) = scratch("LlamaForCausalLM", Dtype::BF16, 1);
     let run = |name: &str, seed: u64| {
         let out = dir.path().join(name);
@@ -220,9 +220,13 @@ fn routers_start_neutral_and_follow_the_seed() {
     assert_ne!(values(&checkpoint, &fc1), values(&checkpoint, &names::mlp(1, names::ROUTER_FC1_WEIGHT)));
     let variance = values(&checkpoint, &fc1).iter().map(|v| v * v).sum::<f32>() / (5 * HIDDEN) as f32;
     assert!((variance * HIDDEN as f32 - 1.0).abs() < 0.5, "{variance}");
-    for name in [names::ROUTER_FC1_BIAS, names::ROUTER_FC2_WEIGHT, names::ROUTER_FC2_BIAS] {
+    for name in [names::ROUTER_FC1_BIAS, names::ROUTER_FC2_WEIGHT] {
         assert!(values(&checkpoint, &names::mlp(0, name)).iter().all(|&v| v == 0.0), "{name}");
     }
+    let shares = checkpoint.config().dynamoe.as_ref().unwrap().width_shares();
+    let expected: Vec<f32> =
+        shares[..shares.len() - 1].iter().map(|share| (share / (1.0 - share)).ln() as f32).collect();
+    assert_eq!(values(&checkpoint, &names::mlp(0, names::ROUTER_FC2_BIAS)), expected);
 }
 
 #[test]
