@@ -25,7 +25,7 @@ use crate::evaluate::{Dial, Setting, budget, pairs_point, point};
 use crate::hub;
 use crate::model::RoutedModel;
 use crate::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
-use crate::texts::{Scope, TextArgs, Texts, calibration, in_order};
+use crate::texts::{CALIBRATION_TOKENS, Scope, TextArgs, Texts, calibration, in_order};
 use crate::train::{Method, Outcome, TrainConfig, TrainModel, Trainer};
 
 pub use folder::{RunFolder, TRAINING};
@@ -441,6 +441,3 @@ impl Running<'_> {
         .to_vec();
     }
 }
-
-/// Tokens that calibration reads.
-const CALIBRATION_TOKENS: usize = 32_768;

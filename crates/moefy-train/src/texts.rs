@@ -16,6 +16,9 @@ use crate::evaluate::score::{BATCH_TOKENS, packed};
 use crate::hf_config::ModelConfig;
 use crate::results::{Sample, SampleToken};
 
+/// Tokens that calibration reads unless told otherwise.
+pub const CALIBRATION_TOKENS: usize = 32_768;
+
 /// How text files are read.
 #[derive(Debug, Clone, Args)]
 pub struct TextArgs {

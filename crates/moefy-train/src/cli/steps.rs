@@ -13,12 +13,9 @@ use crate::checkpoint::{Checkpoint, refuse_overlap};
 use crate::data::{DataSource, Split};
 use crate::export::ExportOptions;
 use crate::run::{Finetune, RunFolder, describe, load, publish};
-use crate::texts::{TextArgs, Texts, calibration};
+use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
 use crate::train::progress::Progress;
 use crate::train::{Outcome, TrainConfig};
-
-/// Tokens that calibration reads unless told otherwise.
-pub const CALIBRATION_TOKENS: usize = 32_768;
 
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
