@@ -767,6 +767,33 @@ fn output_folders_appear_on_commit_only() {
     assert_eq!(contents(dir.path()).len(), 2);
 }
 
+#[test]
+fn leftovers_of_killed_processes_are_removed() {
+    let dir = TempDir::new().unwrap();
+    let mut dead = std::process::Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    let (dead, alive) = (dead.id(), std::process::id());
+    let leave = |name: &str, process: u32| {
+        let path = dir.path().join(format!(".{name}.partial-{process}-0"));
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("weights"), "half").unwrap();
+        path
+    };
+    let (gone, running, other) = (leave("out", dead), leave("out", alive), leave("out2", dead));
+    std::fs::write(dir.path().join(format!(".note.partial-{dead}-3")), "half").unwrap();
+    // Its process is gone from here, but somebody holds it: on another machine that shares the folder, say.
+    let held = dir.path().join(format!(".out.partial-{dead}-1"));
+    std::fs::create_dir(&held).unwrap();
+    let lock = std::fs::File::open(&held).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+
+    StagedFolder::create(&dir.path().join("out"), false).unwrap().commit().unwrap();
+    write_atomic(&dir.path().join("note"), b"whole").unwrap();
+    assert!(!gone.exists());
+    assert!(running.exists() && other.exists() && held.exists());
+    assert_eq!(contents(dir.path()).len(), 5, "{:?}", contents(dir.path()).keys());
+}
+
 /// A small filesystem of its own, gone at the end.
 struct SmallDisk(PathBuf);
 

@@ -1,21 +1,26 @@
 //! Output that appears whole or not at all: written beside its place under a temporary name, synced to disk,
 //! then renamed.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 
 /// A folder under construction. [`StagedFolder::commit`] puts it in place; dropped before, it is removed.
-/// One left behind by a killed process is a hidden sibling named `.<name>.partial-<pid>…`, safe to delete.
+/// One left behind by a killed process is a hidden sibling named `.<name>.partial-<pid>…`; the next output of that
+/// name removes it.
 #[derive(Debug)]
 pub struct StagedFolder {
     staged: PathBuf,
     out: PathBuf,
+    /// Locked while the folder is in the making, so that no other process takes it for a leftover.
+    _lock: File,
 }
 
 impl StagedFolder {
@@ -36,7 +41,10 @@ impl StagedFolder {
             fs::remove_dir_all(&staged).with_context(cannot)?;
         }
         fs::create_dir(&staged).with_context(cannot)?;
-        Ok(Self { staged, out })
+        let lock = File::open(&staged).with_context(cannot)?;
+        let _ = lock_now(&lock); // a file system without locks only keeps leftovers longer
+        remove_leftovers(parent, &name);
+        Ok(Self { staged, out, _lock: lock })
     }
 
     /// Where to write.
@@ -92,8 +100,10 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let path = std::path::absolute(path).context("output file")?;
     let (parent, name) = split(&path)?;
     let temporary = parent.join(temporary_name(&name));
+    remove_leftovers(parent, &name);
     let write = || {
         let mut file = File::create(&temporary)?;
+        let _ = lock_now(&file);
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, &path)?;
@@ -131,12 +141,41 @@ fn split(path: &Path) -> Result<(&Path, OsString)> {
 }
 
 /// A hidden name that no other output in the making uses.
-fn temporary_name(name: &std::ffi::OsStr) -> OsString {
+fn temporary_name(name: &OsStr) -> OsString {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let mut temporary = OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".partial-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    let mut temporary = prefix(name);
+    temporary.push(format!("{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
     temporary
+}
+
+/// What the temporary names of an output begin with, before the process and a counter.
+fn prefix(name: &OsStr) -> OsString {
+    let mut prefix = OsString::from(".");
+    prefix.push(name);
+    prefix.push(".partial-");
+    prefix
+}
+
+/// Locks a file or folder for as long as it is open, unless another process holds the lock.
+fn lock_now(file: &File) -> rustix::io::Result<()> {
+    flock(file, FlockOperation::NonBlockingLockExclusive)
+}
+
+/// Removes what killed processes left of an output `name`: their process is gone and nobody holds the lock.
+/// What cannot be removed stays.
+fn remove_leftovers(parent: &Path, name: &OsStr) {
+    let prefix = prefix(name);
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let process = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes());
+        let process = process.and_then(|rest| str::from_utf8(rest).ok()?.split('-').next()?.parse().ok());
+        let Some(process) = process.and_then(Pid::from_raw) else { continue };
+        let gone = test_kill_process(process) == Err(Errno::SRCH);
+        let free = || File::open(&path).is_ok_and(|file| lock_now(&file).is_ok());
+        if gone && free() {
+            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        }
+    }
 }
 
 /// Exchanges two folders: at once where the filesystem can, else by way of a third name.
