@@ -8,6 +8,7 @@ pub mod config;
 pub mod error;
 pub mod experts;
 pub mod ffn;
+pub mod math;
 pub mod names;
 pub mod reference;
 pub mod router;

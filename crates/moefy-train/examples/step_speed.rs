@@ -1,5 +1,5 @@
-//! How fast a dense model trains on this machine: tokens per second of a forward and a backward pass, without
-//! the optimizer, and the share of time that its matrix products alone take.
+//! How fast a dense model trains on this machine: tokens per second of whole steps (forward, backward, clipping,
+//! AdamW), and the share of time that its matrix products alone take. `benches/jax_step.py` is the same in JAX.
 //!
 //! ```text
 //! cargo run -p moefy-train --example step_speed [RUNS [CASE]]
@@ -11,8 +11,9 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use dynamoe::train::TrainableFfn;
 use moefy_train::hf_config::{Architecture, ModelConfig};
-use moefy_train::model::ops::linear;
-use moefy_train::model::{Backbone, Params};
+use moefy_train::model::ops::{ffn, linear};
+use moefy_train::model::{Backbone, Gradients, Params};
+use moefy_train::train::optimizer::{AdamW, Update};
 
 /// A model's shape and the batch to train it on.
 struct Case {
@@ -67,7 +68,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Prints the best of `runs` steps and the spread.
+/// Prints the median of `runs` steps and the spread.
 fn measure(case: &Case, runs: usize) -> Result<()> {
     let tokens = case.sequences * case.positions;
     let mut params = Params::new();
@@ -94,34 +95,43 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
     let batch =
         Tensor::rand(0f32, v, (case.sequences, case.positions), &Device::Cpu)?.to_dtype(DType::U32)?;
     let reach = Tensor::ones((tokens, 1), DType::F32, &Device::Cpu)?;
-    let (mut forward, mut step, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..runs.max(1) {
+    let (mut optimizer, mut gradients) = (AdamW::new(&params)?, Gradients::new());
+    let (mut forward, mut backward, mut step, mut cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..runs.max(1) + 1 {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
-        let hidden = model.forward(&batch, &mut |layer, x| ffns[layer].forward_with(x, &reach, linear))?;
+        let hidden = model.forward(&batch, &mut |layer, x| ffn(&ffns[layer], x, &reach))?;
         let weights = Tensor::full(1.0 / tokens as f32, tokens, &Device::Cpu)?;
         let loss = model.losses(&hidden, &batch.flatten_all()?, &weights)?.sum_all()?;
         forward.push(start.elapsed().as_secs_f64());
-        let gradients = loss.backward()?;
+        gradients.clear();
+        gradients.add(&loss, &params)?;
+        backward.push(start.elapsed().as_secs_f64() - forward[forward.len() - 1]);
+        let scale = gradients.norm(&params)?.recip().min(1.0);
+        let update = Update { lr: 1e-3, router_lr: 1.0, weight_decay: 0.1, scale };
+        optimizer.update(&params, &gradients, update)?;
         step.push(start.elapsed().as_secs_f64());
         cpu.push(cpu_seconds() - cpu_start);
         anyhow::ensure!(params.iter().all(|(_, var)| gradients.get(var).is_some()), "a gradient is missing");
     }
     let products = products(&case.config, tokens, runs)?;
-    let best = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min);
-    let worst = step.iter().copied().fold(0.0, f64::max);
+    [&mut forward, &mut backward, &mut step, &mut cpu]
+        .into_iter()
+        .for_each(|times| times.sort_by(f64::total_cmp));
+    let median = |times: &[f64]| times[times.len() / 2];
     println!(
-        "{}: {} parameters, {tokens} tokens a step: {:.0} tokens/s (worst {:.0}), {:.0} ms a step ({:.0} ms of CPU), \
-         forward {:.0} ms, \
-         matrix products {:.0} ms = {:.0} % at {:.0} GFLOP/s",
+        "{}: {} parameters, {tokens} tokens a step: {:.0} tokens/s (best {:.0}, worst {:.0}), {:.1} ms a step \
+         ({:.0} ms of CPU): forward {:.1}, backward {:.1}; matrix products alone {:.1} ms = {:.0} % at {:.0} GFLOP/s",
         case.name,
         params.elements(),
-        tokens as f64 / best(&step),
-        tokens as f64 / worst,
-        1e3 * best(&step),
-        1e3 * best(&cpu),
-        1e3 * best(&forward),
+        tokens as f64 / median(&step),
+        tokens as f64 / step[0],
+        tokens as f64 / step[step.len() - 1],
+        1e3 * median(&step),
+        1e3 * median(&cpu),
+        1e3 * median(&forward),
+        1e3 * median(&backward),
         1e3 * products.seconds,
-        100.0 * products.seconds / best(&step),
+        100.0 * products.seconds / median(&step),
         products.flops / products.seconds / 1e9,
     );
     Ok(())

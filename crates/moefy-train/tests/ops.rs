@@ -2,11 +2,13 @@
 //! inputs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use moefy_train::model::Rotary;
+use dynamoe::TrainableFfn;
 use moefy_train::model::ops::{
-    AttentionShape, attention, attention_composed, cross_entropy, cross_entropy_composed, linear,
-    linear_cross_entropy, rms_norm, rms_norm_composed, rope, rope_composed,
+    AttentionShape, Projection, RouterWeights, SelfAttention, attention, attention_composed, cross_entropy,
+    cross_entropy_composed, embedding, ffn, linear, linear_cross_entropy, rms_norm, rms_norm_composed, rope,
+    rope_composed,
 };
+use moefy_train::model::{Gradient, Gradients, Params, Rotary};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -46,6 +48,62 @@ fn assert_same(
         let (a, b) = (a.get(input).expect("a gradient"), b.get(input).expect("a gradient"));
         assert_close(&format!("{what}: gradient {index}"), a, b, tolerance)?;
     }
+    Ok(())
+}
+
+/// Parameters that are made and registered one by one.
+struct Weights<'a> {
+    random: &'a mut Random,
+    params: Params,
+}
+
+impl<'a> Weights<'a> {
+    fn new(random: &'a mut Random) -> Self {
+        Self { random, params: Params::new() }
+    }
+
+    fn add(&mut self, shape: &[usize], scale: f32) -> Tensor {
+        let name = format!("{:02}", self.params.len());
+        let values = self.random.normal(shape, scale).unwrap();
+        self.params.insert(&name, &values).unwrap().as_tensor().clone()
+    }
+}
+
+/// As [`assert_same`], for all of `weights`, with gradients summed by [`Gradients`] over two batches.
+fn assert_same_sums(
+    weights: &mut Weights<'_>,
+    what: &str,
+    fused: impl Fn() -> Result<Tensor>,
+    composed: impl Fn() -> Result<Tensor>,
+    tolerance: f32,
+) -> Result<()> {
+    let (mut sums, mut expected) = (Gradients::new(), Gradients::new());
+    for batch in 0..2 {
+        let (a, b) = (fused()?, composed()?);
+        assert_close(&format!("{what}: value"), &a, &b, tolerance)?;
+        let factors = weights.random.normal(a.dims(), 1.0)?.detach();
+        sums.add(&(a * &factors)?.sum_all()?, &weights.params)?;
+        // The reference takes the sums that candle makes.
+        let store = (b * &factors)?.sum_all()?.backward()?;
+        for (name, var) in weights.params.iter() {
+            let gradient = store.get(var).unwrap_or_else(|| panic!("{what}: no gradient {name}"));
+            let sum = match expected.get(var) {
+                Some(Gradient::Device(sum)) => (sum + gradient)?,
+                _ => gradient.clone(),
+            };
+            expected.set(var, Gradient::Device(sum));
+        }
+        for (name, var) in weights.params.iter() {
+            let Some(Gradient::Host(found)) = sums.get(var) else { panic!("{what}: no gradient {name}") };
+            let Some(Gradient::Device(sum)) = expected.get(var) else { panic!("{what}: no gradient {name}") };
+            let found = Tensor::from_slice(found, var.shape(), &Device::Cpu)?;
+            assert_close(&format!("{what}: gradient {name} after batch {batch}"), &found, sum, tolerance)?;
+        }
+    }
+    let (norm, expected) = (sums.norm(&weights.params)?, expected.norm(&weights.params)?);
+    assert!((norm - expected).abs() <= 1e-4 * expected, "{what}: norm {norm}, expected {expected}");
+    sums.clear();
+    assert!(weights.params.iter().all(|(_, var)| sums.get(var).is_none()));
     Ok(())
 }
 
@@ -235,6 +293,116 @@ fn cross_entropy_refuses_unknown_tokens_and_keeps_nan() -> Result<()> {
     let logits = Tensor::new(&[[0f32, f32::NAN, 0.0], [1.0, 2.0, 3.0]], &cpu)?;
     let losses = cross_entropy(&logits, &targets, &weights)?.to_vec1::<f32>()?;
     assert!(losses[0].is_nan() && losses[1].is_finite(), "{losses:?}");
+    Ok(())
+}
+
+#[test]
+fn embedding_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (v, d, n) in [(1, 1, 3), (7, 5, 1), (50, 16, 300)] {
+        let table = random.normal(&[v, d], 1.0)?;
+        let tokens: Vec<u32> = (0..n).map(|n| (n * 7919 % v) as u32).collect();
+        let tokens = Tensor::new(tokens, &Device::Cpu)?;
+        let composed = || table.index_select(&tokens, 0);
+        assert_same(
+            &mut random,
+            &format!("{v} {d} {n}"),
+            &[&table],
+            || embedding(&table, &tokens),
+            composed,
+            1e-5,
+        )?;
+        assert!(embedding(&table, &Tensor::new(&[v as u32], &Device::Cpu)?).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn self_attention_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    let shapes = [
+        // sequences, positions, heads, kv_heads, head_dim, window, D, with biases and norms of heads
+        (1, 1, 1, 1, 2, None, 3, false),
+        (1, 7, 3, 1, 6, None, 8, true),
+        (2, 33, 4, 2, 8, Some(7), 16, false),
+        (2, 100, 4, 4, 8, None, 32, true),
+        (1, 300, 2, 1, 48, Some(130), 24, true),
+    ];
+    for (sequences, positions, heads, kv_heads, head_dim, window, d, extras) in shapes {
+        let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window };
+        let angles = random.normal(&[positions, head_dim / 2], 3.0)?.detach();
+        let rotary = Rotary { cos: angles.cos()?, sin: angles.sin()? };
+        let mut weights = Weights::new(&mut random);
+        let x = weights.add(&[sequences * positions, d], 1.0);
+        let (q, k) = (heads * head_dim, kv_heads * head_dim);
+        let mut projection = |to: usize, from: usize| Projection {
+            weight: weights.add(&[to, from], 0.3),
+            bias: extras.then(|| weights.add(&[to], 1.0)),
+        };
+        let [q, k, v, o] = [(q, d), (k, d), (k, d), (d, q)].map(|(to, from)| projection(to, from));
+        let [q_norm, k_norm] = [(); 2].map(|()| extras.then(|| weights.add(&[head_dim], 1.0)));
+        let layer = SelfAttention { norm: weights.add(&[d], 1.0), q, k, v, o, q_norm, k_norm, eps: 1e-5 };
+        assert_same_sums(
+            &mut weights,
+            &format!("{shape:?}"),
+            || layer.forward(&x, &rotary, shape),
+            || layer.forward_composed(&x, &rotary, shape),
+            5e-5,
+        )?;
+        // Without Gradients the weights' gradients would be lost.
+        assert!(layer.forward(&x, &rotary, shape)?.sum_all()?.backward().is_err());
+        assert!(layer.forward(&x, &rotary, AttentionShape { heads: heads + 1, ..shape }).is_err());
+        assert!(layer.forward(&x, &rotary, AttentionShape { positions: positions + 1, ..shape }).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn ffn_equals_its_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (n, d, widths, compensated) in [
+        (1, 1, vec![1], false),
+        (3, 5, vec![2, 7], true),
+        (67, 16, vec![8, 16, 24, 32], false),
+        (700, 24, vec![43, 86, 129, 172], true),
+    ] {
+        let (i, e) = (widths[widths.len() - 1], widths.len());
+        let mut weights = Weights::new(&mut random);
+        let x = weights.add(&[n, d], 1.0);
+        let reach = weights.add(&[n, e], 1.0);
+        let layer = TrainableFfn {
+            gate_proj: weights.add(&[i, d], 0.5),
+            up_proj: weights.add(&[i, d], 0.5),
+            down_proj: weights.add(&[d, i], 0.5),
+            compensation: compensated.then(|| weights.add(&[e - 1, d], 1.0)),
+            widths,
+        };
+        assert_same_sums(
+            &mut weights,
+            &format!("{n} {d} {i}"),
+            || ffn(&layer, &x, &reach),
+            || layer.forward(&x, &reach),
+            3e-5,
+        )?;
+        assert!(ffn(&layer, &x, &reach)?.sum_all()?.backward().is_err());
+        assert!(ffn(&layer, &x.narrow(1, 0, d)?, &reach.narrow(0, 0, n - 1)?).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn router_logits_equal_their_composition() -> Result<()> {
+    let mut random = Random::new();
+    for (n, d, r, narrower) in [(1, 1, 1, 1), (5, 7, 3, 2), (300, 64, 32, 3)] {
+        let mut weights = Weights::new(&mut random);
+        let x = weights.add(&[n, d], 1.0);
+        let fc1 = [weights.add(&[r, d], 0.5), weights.add(&[r], 1.0)];
+        let router =
+            RouterWeights { fc1, fc2: [weights.add(&[narrower, r], 0.5), weights.add(&[narrower], 1.0)] };
+        let what = format!("{n} {d} {r} {narrower}");
+        assert_same_sums(&mut weights, &what, || router.logits(&x), || router.logits_composed(&x), 1e-5)?;
+        assert!(router.logits(&x).and_then(|l| l.sum_all()?.backward()).is_err());
+    }
     Ok(())
 }
 

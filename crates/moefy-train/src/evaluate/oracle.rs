@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use super::score::{BatchScore, Score, batch_score, combine, token_losses};
 use crate::data::PaddedBatch;
 use crate::model::RoutedModel;
-use crate::model::ops::linear;
+use crate::model::ops::ffn;
 use crate::train::objective::reach_of;
 use crate::train::step::rng;
 
@@ -84,7 +84,7 @@ impl Oracle<'_> {
         let hidden = self
             .model
             .backbone()
-            .forward(tokens, &mut |layer, x| self.ffns[layer].forward_with(x, &reach[layer], linear))?;
+            .forward(tokens, &mut |layer, x| ffn(&self.ffns[layer], x, &reach[layer]))?;
         let (targets, weights) = (targets.flatten_all()?, weights.flatten_all()?);
         let loss = self.model.backbone().losses(&hidden, &targets, &weights)?.sum_all()?;
         let grads = loss.backward()?;

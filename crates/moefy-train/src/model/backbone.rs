@@ -6,37 +6,15 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Result as CandleResult, Tensor};
 
 use super::Rotary;
-use super::ops::{AttentionShape, attention, linear, linear_cross_entropy, rms_norm, rope};
+use super::ops::{
+    AttentionShape, Projection, SelfAttention, embedding, linear, linear_cross_entropy, rms_norm,
+};
 use crate::hf_config::ModelConfig;
-
-/// A projection with an optional bias.
-#[derive(Debug, Clone)]
-struct Projection {
-    weight: Tensor,       // (out, in)
-    bias: Option<Tensor>, // (out)
-}
-
-impl Projection {
-    /// `x (N, in)` → `(N, out)`.
-    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
-        let y = linear(x, &self.weight)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
-    }
-}
 
 /// A decoder layer without its FFN.
 #[derive(Debug, Clone)]
 struct Layer {
-    input_norm: Tensor,
-    q: Projection,
-    k: Projection,
-    v: Projection,
-    o: Projection,
-    q_norm: Option<Tensor>,
-    k_norm: Option<Tensor>,
+    attention: SelfAttention,
     post_attention_norm: Tensor,
 }
 
@@ -106,7 +84,7 @@ impl Backbone {
         let (sequences, positions) = tokens.dims2()?;
         let eps = self.config.rms_norm_eps;
         let rotary = Rotary::new(&self.config, positions, tokens.device())?;
-        let mut x = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?; // (N, D)
+        let mut x = embedding(&self.embed_tokens, &tokens.flatten_all()?)?; // (N, D)
         for (index, layer) in self.layers.iter().enumerate() {
             let shape = AttentionShape {
                 sequences,
@@ -116,8 +94,7 @@ impl Backbone {
                 head_dim: self.config.head_dim,
                 window: self.config.sliding_window[index],
             };
-            let normed = rms_norm(&x, &layer.input_norm, eps)?;
-            x = (x + layer.attention(&normed, &rotary, shape, eps)?)?;
+            x = layer.attention.forward(&x, &rotary, shape)?;
             let normed = rms_norm(&x, &layer.post_attention_norm, eps)?;
             x = (x + ffn(index, &normed)?)?;
         }
@@ -153,37 +130,18 @@ impl Layer {
                 bias: bias.then(|| get(&format!("self_attn.{name}.bias"), &[out])).transpose()?,
             })
         };
-        Ok(Self {
+        let attention = SelfAttention {
             q: projection("q_proj", q, d, config.qkv_bias)?,
             k: projection("k_proj", kv, d, config.qkv_bias)?,
             v: projection("v_proj", kv, d, config.qkv_bias)?,
             o: projection("o_proj", d, q, config.o_bias)?,
             q_norm: config.qk_norm.then(|| get("self_attn.q_norm.weight", &[head_dim])).transpose()?,
             k_norm: config.qk_norm.then(|| get("self_attn.k_norm.weight", &[head_dim])).transpose()?,
-            input_norm: get("input_layernorm.weight", &[d])?,
-            post_attention_norm: get("post_attention_layernorm.weight", &[d])?,
-        })
+            norm: get("input_layernorm.weight", &[d])?,
+            eps: config.rms_norm_eps,
+        };
+        Ok(Self { attention, post_attention_norm: get("post_attention_layernorm.weight", &[d])? })
     }
-
-    /// `x (N, D)` → `(N, D)`.
-    fn attention(
-        &self,
-        x: &Tensor,
-        rotary: &Rotary,
-        shape: AttentionShape,
-        eps: f64,
-    ) -> CandleResult<Tensor> {
-        let q = head_norm(self.q.forward(x)?, self.q_norm.as_ref(), eps)?; // (N, H·d)
-        let k = head_norm(self.k.forward(x)?, self.k_norm.as_ref(), eps)?; // (N, K·d)
-        let v = self.v.forward(x)?; // (N, K·d)
-        self.o.forward(&attention(&rope(&q, rotary)?, &rope(&k, rotary)?, &v, shape)?)
-    }
-}
-
-/// Norms each head of `x (N, heads·d)` by `w (d)`, where there is one.
-fn head_norm(x: Tensor, w: Option<&Tensor>, eps: f64) -> CandleResult<Tensor> {
-    let Some(w) = w else { return Ok(x) };
-    rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps)?.reshape(x.shape())
 }
 
 /// Rejects what would fail or mislead later.

@@ -7,6 +7,8 @@
 //! Activations are 2-D, one row for each token, so that every matrix product is one large contiguous one.
 
 mod backbone;
+mod experts;
+mod gradients;
 mod memory;
 pub mod ops;
 mod params;
@@ -14,6 +16,8 @@ mod rotary;
 mod routed;
 
 pub use backbone::Backbone;
+pub use experts::Experts;
+pub use gradients::{Gradient, Gradients};
 pub use memory::keep_freed_memory;
 pub use params::Params;
 pub use rotary::Rotary;

@@ -2,10 +2,9 @@
 
 use anyhow::Result;
 use candle_core::{Result as CandleResult, Tensor};
-use candle_nn::Activation;
-use dynamoe::{DynaMoeFfn, PrefixExperts, Router, Routes, names};
+use dynamoe::{DynaMoeFfn, Router, Routes, names};
 
-use super::Backbone;
+use super::{Backbone, Experts};
 use crate::hf_config::ModelConfig;
 
 /// A model whose FFNs run only the experts that their routers choose. A dense model is one whose FFNs have a
@@ -13,7 +12,7 @@ use crate::hf_config::ModelConfig;
 #[derive(Debug)]
 pub struct RoutedModel {
     backbone: Backbone,
-    ffns: Vec<DynaMoeFfn<PrefixExperts>>,
+    ffns: Vec<DynaMoeFfn<Experts>>,
 }
 
 impl RoutedModel {
@@ -43,7 +42,7 @@ impl RoutedModel {
     }
 
     /// The FFNs, first layer first.
-    pub fn ffns(&self) -> &[DynaMoeFfn<PrefixExperts>] {
+    pub fn ffns(&self) -> &[DynaMoeFfn<Experts>] {
         &self.ffns
     }
 
@@ -88,12 +87,12 @@ fn ffn(
     config: &ModelConfig,
     layer: usize,
     get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
-) -> Result<DynaMoeFfn<PrefixExperts>> {
+) -> Result<DynaMoeFfn<Experts>> {
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let widths = config.expert_widths();
     let mut get = |name: &str, shape: &[usize]| get(&names::mlp(layer, name), shape);
     let (gate, up) = (get(names::GATE_PROJ, &[i, d])?, get(names::UP_PROJ, &[i, d])?);
-    let experts = PrefixExperts::new(gate, up, get(names::DOWN_PROJ, &[d, i])?, Activation::Silu, &widths)?;
+    let experts = Experts::new(gate, up, get(names::DOWN_PROJ, &[d, i])?, &widths)?;
     let Some(dynamoe) = &config.dynamoe else {
         return Ok(DynaMoeFfn::new(experts, Router::of_widths(&widths), None, 1.0)?);
     };

@@ -1,4 +1,4 @@
-//! AdamW (decoupled weight decay) whose state can be saved, one pass over memory for each of its three updates.
+//! AdamW (decoupled weight decay) whose state can be saved, in one pass over memory.
 //!
 //! ```text
 //! m ← β₁ m + (1-β₁) g        v ← β₂ v + (1-β₂) g²
@@ -6,12 +6,13 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{CpuStorage, Device, InplaceOp2, InplaceOp3, Layout, Tensor};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 
-use crate::model::Params;
+use crate::model::{Gradient, Gradients, Params};
 
 const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
@@ -80,137 +81,106 @@ impl AdamW {
     ///
     /// # Errors
     /// candle's.
-    pub fn update(
-        &mut self,
-        params: &Params,
-        grads: &BTreeMap<String, Tensor>,
-        update: Update,
-    ) -> Result<()> {
+    pub fn update(&mut self, params: &Params, grads: &Gradients, update: Update) -> Result<()> {
         self.step += 1;
         let t = self.step as i32;
         let correction = [1.0 - f64::from(BETA_1).powi(t), 1.0 - f64::from(BETA_2).powi(t)];
         for (name, var) in params.iter() {
-            let Some(grad) = grads.get(name) else { continue };
-            let (m, v) = self.moments.get(name).with_context(|| format!("no optimizer state for {name}"))?;
+            let Some(grad) = grads.get(var) else { continue };
+            let moments = self.moments.get_mut(name);
+            let moments = moments.with_context(|| format!("no optimizer state for {name}"))?;
             let lr = if name.contains(".mlp.router.") { update.router_lr } else { update.lr };
             let decay = if var.rank() > 1 { update.weight_decay } else { 0.0 };
-            let apply = Apply {
+            let rule = Rule {
                 lr: (lr / correction[0]) as f32,
                 root: correction[1].sqrt().recip() as f32,
                 keep: (1.0 - lr * decay) as f32,
+                scale: update.scale as f32,
             };
-            let grad = grad.contiguous()?.detach();
-            let scale = update.scale as f32;
-            if matches!(var.device(), Device::Cpu) {
-                m.inplace_op2(&grad, &Moment { beta: BETA_1, scale, squared: false })?;
-                v.inplace_op2(&grad, &Moment { beta: BETA_2, scale, squared: true })?;
-                var.inplace_op3(m, v, &apply)?;
-            } else {
-                let grad = (grad * f64::from(scale))?;
-                let (m, v) = self.composed_moments(name, &grad)?;
-                let denominator = ((v.sqrt()? * f64::from(apply.root))? + f64::from(EPSILON))?;
-                let step = ((m / denominator)? * f64::from(apply.lr))?;
-                var.set(&((var.as_detached_tensor() * f64::from(apply.keep))? - step)?)?;
+            match grad {
+                Gradient::Host(grad) => edit(&moments.0, |m| {
+                    edit(&moments.1, |v| {
+                        edit(var, |w| {
+                            rule.apply(w, [m, v], grad);
+                            Ok(())
+                        })
+                    })
+                })?,
+                Gradient::Device(grad) => rule.apply_composed(var, moments, grad)?,
             }
         }
         Ok(())
-    }
-
-    /// The moments after `grad`, made of candle's operations, stored and returned.
-    fn composed_moments(&mut self, name: &str, grad: &Tensor) -> Result<(Tensor, Tensor)> {
-        let slot = self.moments.get_mut(name).with_context(|| format!("no optimizer state for {name}"))?;
-        let mix = |old: &Tensor, new: &Tensor, beta: f32| -> candle_core::Result<Tensor> {
-            (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
-        };
-        *slot = (mix(&slot.0, grad, BETA_1)?, mix(&slot.1, &grad.sqr()?, BETA_2)?);
-        Ok(slot.clone())
     }
 }
 
 /// Elements that one task of the thread pool takes.
 const CHUNK: usize = 1 << 14;
 
-fn whole<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => candle_core::bail!("adamw: expected contiguous tensors, found {layout:?}"),
-    }
-}
-
-fn whole_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
-        _ => candle_core::bail!("adamw: expected contiguous f32 tensors, found {layout:?}"),
-    }
-}
-
-struct Moment {
-    beta: f32,
-    scale: f32,
-    squared: bool,
-}
-
-impl InplaceOp2 for Moment {
-    fn name(&self) -> &'static str {
-        "adamw-moment"
-    }
-
-    fn cpu_fwd(
-        &self,
-        moment: &mut CpuStorage,
-        layout: &Layout,
-        grad: &CpuStorage,
-        grad_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (moment, grad) = (whole_mut(moment, layout)?, whole(grad, grad_layout)?);
-        moment.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).for_each(|(moment, grad)| {
-            for (moment, &grad) in moment.iter_mut().zip(grad) {
-                let grad = grad * self.scale;
-                let new = if self.squared { grad * grad } else { grad };
-                *moment = self.beta * *moment + (1.0 - self.beta) * new;
-            }
-        });
-        Ok(())
-    }
-}
-
-struct Apply {
+/// The update of one parameter.
+struct Rule {
     /// Learning rate over the first moment's correction.
     lr: f32,
     /// `1 / √` of the second moment's correction.
     root: f32,
     /// Share of the weight that decay leaves.
     keep: f32,
+    /// Factor on the gradient.
+    scale: f32,
 }
 
-impl InplaceOp3 for Apply {
-    fn name(&self) -> &'static str {
-        "adamw-apply"
-    }
-
-    fn cpu_fwd(
-        &self,
-        weight: &mut CpuStorage,
-        layout: &Layout,
-        m: &CpuStorage,
-        m_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (weight, m, v) = (whole_mut(weight, layout)?, whole(m, m_layout)?, whole(v, v_layout)?);
-        let moments = m.par_chunks(CHUNK).zip(v.par_chunks(CHUNK));
-        weight.par_chunks_mut(CHUNK).zip(moments).for_each(|(weight, (m, v))| {
-            for ((w, &m), &v) in weight.iter_mut().zip(m).zip(v) {
-                *w = *w * self.keep - self.lr * m / (v.sqrt() * self.root + EPSILON);
+impl Rule {
+    fn apply(&self, w: &mut [f32], [m, v]: [&mut [f32]; 2], grad: &[f32]) {
+        let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+        w.par_chunks_mut(CHUNK).zip(moments.zip(grad.par_chunks(CHUNK))).for_each(|(w, ((m, v), grad))| {
+            for (((w, m), v), grad) in w.iter_mut().zip(m).zip(v).zip(grad) {
+                let grad = grad * self.scale;
+                *m = BETA_1 * *m + (1.0 - BETA_1) * grad;
+                *v = BETA_2 * *v + (1.0 - BETA_2) * (grad * grad);
+                *w = *w * self.keep - self.lr * *m / (v.sqrt() * self.root + EPSILON);
             }
         });
+    }
+
+    /// [`Rule::apply`] out of candle's operations, for any device.
+    fn apply_composed(&self, w: &Var, moments: &mut (Tensor, Tensor), grad: &Tensor) -> Result<()> {
+        let mix = |old: &Tensor, new: &Tensor, beta: f32| -> candle_core::Result<Tensor> {
+            (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
+        };
+        let grad = (grad * f64::from(self.scale))?;
+        *moments = (mix(&moments.0, &grad, BETA_1)?, mix(&moments.1, &grad.sqr()?, BETA_2)?);
+        let (m, v) = (&moments.0, &moments.1);
+        let step = (m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?;
+        w.set(&((w.as_detached_tensor() * f64::from(self.keep))? - (step * f64::from(self.lr))?)?)?;
         Ok(())
     }
+}
+
+/// Hands the numbers of a contiguous f32 tensor on the CPU to `change`.
+fn edit(
+    tensor: &Tensor,
+    change: impl FnOnce(&mut [f32]) -> candle_core::Result<()>,
+) -> candle_core::Result<()> {
+    struct Edit<F>(Mutex<Option<F>>);
+    impl<F: FnOnce(&mut [f32]) -> candle_core::Result<()>> InplaceOp1 for Edit<F> {
+        fn name(&self) -> &'static str {
+            "adamw"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+            let change = self.0.lock().ok().and_then(|mut change| change.take());
+            match (storage, layout.contiguous_offsets(), change) {
+                (CpuStorage::F32(data), Some((start, end)), Some(change)) => change(&mut data[start..end]),
+                _ => candle_core::bail!("adamw: expected contiguous f32 tensors, found {layout:?}"),
+            }
+        }
+    }
+    tensor.inplace_op1(&Edit(Mutex::new(Some(change))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     /// The equations of the module's header, in f64.
     fn reference(w: &mut f64, state: &mut (f64, f64), g: f64, t: i32, lr: f64, decay: f64) {
@@ -224,7 +194,7 @@ mod tests {
     fn updates_follow_the_equations() {
         let mut params = Params::new();
         let start = Tensor::randn(0f32, 1.0, (3, 7000), &Device::Cpu).unwrap();
-        let var = params.insert("matrix", &start).unwrap();
+        let vars = ["fused", "composed"].map(|name| params.insert(name, &start).unwrap());
         let mut optimizer = AdamW::new(&params).unwrap();
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mut expected: Vec<f64> = values(&start).into_iter().map(f64::from).collect();
@@ -235,13 +205,18 @@ mod tests {
                 reference(w, s, 0.5 * f64::from(g), t, 0.01, 0.1);
             }
             let update = Update { lr: 0.01, router_lr: 1.0, weight_decay: 0.1, scale: 0.5 };
-            optimizer.update(&params, &BTreeMap::from([("matrix".into(), grad)]), update).unwrap();
+            let mut grads = Gradients::new();
+            grads.set(&vars[0], Gradient::Host(values(&grad)));
+            grads.set(&vars[1], Gradient::Device(grad));
+            optimizer.update(&params, &grads, update).unwrap();
         }
-        for (found, expected) in values(&var).iter().zip(&expected) {
-            assert!(
-                (f64::from(*found) - expected).abs() < 1e-4 * (1.0 + expected.abs()),
-                "{found} {expected}"
-            );
+        for var in &vars {
+            for (found, expected) in values(var).iter().zip(&expected) {
+                assert!(
+                    (f64::from(*found) - expected).abs() < 1e-4 * (1.0 + expected.abs()),
+                    "{found} {expected}"
+                );
+            }
         }
         let mut again = AdamW::new(&params).unwrap();
         again.restore(5, optimizer.state()).unwrap();

@@ -11,19 +11,8 @@ use rand_chacha::ChaCha8Rng;
 use super::config::{Method, Mode, TrainConfig};
 use super::objective::{LayerInput, Objective};
 use crate::hf_config::ModelConfig;
-use crate::model::ops::linear;
+use crate::model::ops::{RouterWeights, ffn};
 use crate::model::{Backbone, Params, RoutedModel};
-
-/// Weights of one layer's router: fc1 `(R, D)`, its bias, fc2 `(E-1, R)`, its bias.
-struct RouterWeights([Tensor; 4]);
-
-impl RouterWeights {
-    /// `x (N, D)` → `(N, E-1)`.
-    fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let [w1, b1, w2, b2] = &self.0;
-        linear(&linear(x, w1)?.broadcast_add(b1)?.silu()?, w2)?.broadcast_add(b2)
-    }
-}
 
 /// A model whose weights are trained, all or the routers' only.
 pub struct TrainModel {
@@ -152,13 +141,13 @@ impl TrainModel {
         let (mut charged, mut widths) = (Vec::new(), Vec::new());
         let hidden = self.backbone.forward(tokens, &mut |layer, x| {
             let logits = self.routers[layer].as_ref().map(|router| router.logits(x)).transpose()?;
-            let ffn = &self.ffns[layer];
+            let weights = &self.ffns[layer];
             let mut rng = rng(train.seed, step, stream(layer));
-            let input = LayerInput { x, logits: logits.as_ref(), ffn, dials: &dials, rng: &mut rng };
+            let input = LayerInput { x, logits: logits.as_ref(), ffn: weights, dials: &dials, rng: &mut rng };
             let routed = objective.route(input)?;
             charged.extend(routed.loss);
             widths.push(routed.reach.detach().mean(0)?.mul(&shares)?.sum_all()?);
-            ffn.forward_with(x, &routed.reach, linear)
+            ffn(weights, x, &routed.reach)
         })?;
         let targets = targets.flatten_all()?;
         let ones = Tensor::ones(targets.dim(0)?, DType::F32, targets.device())?;
@@ -223,12 +212,13 @@ fn layer_weights(
     let router = match &config.dynamoe {
         Some(dynamoe) if dynamoe.router.kind == dynamoe::RouterKind::Mlp => {
             let r = dynamoe.router.hidden_size;
-            Some(RouterWeights([
-                take(names::ROUTER_FC1_WEIGHT, &[r, d])?,
-                take(names::ROUTER_FC1_BIAS, &[r])?,
-                take(names::ROUTER_FC2_WEIGHT, &[narrower, r])?,
-                take(names::ROUTER_FC2_BIAS, &[narrower])?,
-            ]))
+            Some(RouterWeights {
+                fc1: [take(names::ROUTER_FC1_WEIGHT, &[r, d])?, take(names::ROUTER_FC1_BIAS, &[r])?],
+                fc2: [
+                    take(names::ROUTER_FC2_WEIGHT, &[narrower, r])?,
+                    take(names::ROUTER_FC2_BIAS, &[narrower])?,
+                ],
+            })
         }
         _ => None,
     };

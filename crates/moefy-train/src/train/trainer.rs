@@ -1,6 +1,5 @@
 //! The training loop.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -8,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Error, Result, anyhow};
-use candle_core::Tensor;
 
 use super::config::TrainConfig;
 use super::objective::{Objective, objective};
@@ -18,7 +16,7 @@ use super::state;
 use super::step::TrainModel;
 use crate::checkpoint::write_atomic;
 use crate::data::{Batches, Origin};
-use crate::model::RoutedModel;
+use crate::model::{Gradients, RoutedModel};
 use crate::results::TrainMetrics;
 
 /// How a run ended.
@@ -81,8 +79,9 @@ impl Trainer<'_> {
         let steps = self.config.steps();
         let mut progress = Progress::new(self.label, steps, start);
         let (mut since, mut since_step) = (Instant::now(), start);
+        let mut grads = Gradients::new();
         for step in start..steps {
-            let report = self.step(step, objective.as_ref(), &mut optimizer, saved)?;
+            let report = self.step(step, objective.as_ref(), (&mut optimizer, &mut grads), saved)?;
             let done = step + 1;
             if done % self.config.log_every == 0 || done == steps {
                 let tokens = (done - since_step) * self.config.tokens_per_step();
@@ -130,20 +129,20 @@ impl Trainer<'_> {
         &self,
         step: u64,
         objective: &dyn Objective,
-        optimizer: &mut AdamW,
+        (optimizer, grads): (&mut AdamW, &mut Gradients),
         saved: Option<u64>,
     ) -> Result<StepReport> {
         let params = self.model.params();
         let share = 1.0 / self.config.accumulation as f64;
         let mut report = StepReport { loss: 0.0, objective: 0.0, mean_width: 0.0, grad_norm: 0.0 };
-        let mut grads: BTreeMap<String, Tensor> = BTreeMap::new();
+        grads.clear();
         let mut origins = Vec::new();
         for micro in 0..self.config.accumulation as u64 {
             let batch = self.batches.batch(step * self.config.accumulation as u64 + micro);
             let (tokens, targets) = batch.tensors(self.model.device())?;
             let inputs = (&tokens, &targets);
             let loss = self.model.loss(inputs, objective, self.teacher, self.config, (step, micro))?;
-            let scalar = |t: &Tensor| -> Result<f64> { Ok(f64::from(t.to_scalar::<f32>()?)) };
+            let scalar = |t: &candle_core::Tensor| -> Result<f64> { Ok(f64::from(t.to_scalar::<f32>()?)) };
             let total = scalar(&loss.objective)?;
             origins.extend(batch.origins);
             if !total.is_finite() {
@@ -152,18 +151,9 @@ impl Trainer<'_> {
             report.objective += share * total;
             report.loss += share * scalar(&loss.language_model)?;
             report.mean_width += share * scalar(&loss.mean_width)?;
-            let store = loss.objective.backward()?;
-            for (name, var) in params.iter() {
-                let Some(grad) = store.get(var) else { continue };
-                let grad = if share == 1.0 { grad.clone() } else { (grad * share)? };
-                match grads.remove(name) {
-                    Some(sum) => grads.insert(name.to_owned(), (sum + grad)?),
-                    None => grads.insert(name.to_owned(), grad),
-                };
-            }
+            grads.add(&loss.objective, params)?;
         }
-        let squares = grads.values().map(|grad| Ok(f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?)));
-        report.grad_norm = squares.sum::<candle_core::Result<f64>>()?.sqrt();
+        report.grad_norm = share * grads.norm(params)?;
         if !report.grad_norm.is_finite() {
             return Err(self.diverged("gradient's norm", report.grad_norm, (step, saved), &origins));
         }
@@ -172,9 +162,9 @@ impl Trainer<'_> {
             lr,
             router_lr: lr * self.config.router_lr,
             weight_decay: self.config.weight_decay,
-            scale: (self.config.clip / report.grad_norm.max(1e-12)).min(1.0),
+            scale: share * (self.config.clip / report.grad_norm.max(1e-12)).min(1.0),
         };
-        optimizer.update(params, &grads, update)?;
+        optimizer.update(params, grads, update)?;
         Ok(report)
     }
 

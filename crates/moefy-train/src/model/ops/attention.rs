@@ -3,10 +3,12 @@
 //! For a query at position `i`: `o_i = Σ_j p_ij v_j` with `p_ij = softmax_j(q_i·k_j / √d)` over the keys
 //! `i - window < j ≤ i`.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use std::sync::OnceLock;
 
-use super::attention_cpu::FusedAttention;
-use super::cpu::fusable;
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+
+use super::attention_cpu::Kernel;
+use super::cpu::{fusable, read, slice};
 
 /// How rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)` are to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,8 +28,18 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        let Self { sequences, positions, heads, kv_heads, head_dim, window } = *self;
+    /// Rejects a shape that contradicts itself.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.kv_heads == 0 || self.heads % self.kv_heads != 0 || self.window == Some(0) {
+            bail!(
+                "attention: expected heads a multiple of kv_heads and a window of 1 or more, found {self:?}"
+            );
+        }
+        Ok(())
+    }
+
+    fn check_tensors(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let Self { sequences, positions, heads, kv_heads, head_dim, .. } = *self;
         let (n, wide, narrow) = (sequences * positions, heads * head_dim, kv_heads * head_dim);
         if q.dims() != [n, wide] || k.dims() != [n, narrow] || v.dims() != [n, narrow] {
             bail!(
@@ -37,12 +49,7 @@ impl AttentionShape {
                 v.dims()
             );
         }
-        if kv_heads == 0 || heads % kv_heads != 0 || window == Some(0) {
-            bail!(
-                "attention: expected heads a multiple of kv_heads and a window of 1 or more, found {self:?}"
-            );
-        }
-        Ok(())
+        self.check()
     }
 }
 
@@ -51,9 +58,9 @@ impl AttentionShape {
 /// # Errors
 /// Tensors that do not have the shape.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> Result<Tensor> {
-    shape.check(q, k, v)?;
+    shape.check_tensors(q, k, v)?;
     if fusable(&[q, k, v]) {
-        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, FusedAttention::new(shape));
+        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention::new(shape));
     }
     attention_composed(q, k, v, shape)
 }
@@ -85,4 +92,54 @@ fn mask(shape: AttentionShape) -> Vec<f32> {
     let visible = |i: usize, j: usize| j <= i && i - j < window;
     let t = shape.positions;
     (0..t * t).map(|at| if visible(at / t, at % t) { 0.0 } else { f32::NEG_INFINITY }).collect()
+}
+
+/// The operation of one forward and one backward pass.
+struct Attention {
+    kernel: Kernel,
+    /// Of the forward pass, for the backward pass.
+    log_sums: OnceLock<Vec<Vec<f32>>>,
+}
+
+impl Attention {
+    fn new(shape: AttentionShape) -> Self {
+        Self { kernel: Kernel(shape), log_sums: OnceLock::new() }
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_at: &Layout,
+        k: &CpuStorage,
+        k_at: &Layout,
+        v: &CpuStorage,
+        v_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let output = self.kernel.forward(slice(q, q_at)?, slice(k, k_at)?, slice(v, v_at)?);
+        // An operation runs forward once.
+        let _ = self.log_sums.set(output.log_sums);
+        Ok((CpuStorage::F32(output.o), q_at.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        o: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(log_sums) = self.log_sums.get() else {
+            bail!("attention: expected the forward pass to run first");
+        };
+        let gradients = read([q, k, v, o, g], |inputs| Ok(self.kernel.backward(inputs, log_sums)))?;
+        let tensor = |of: &Tensor, values| Tensor::from_vec(values, of.shape(), of.device()).map(Some);
+        Ok((tensor(q, gradients.q)?, tensor(k, gradients.k)?, tensor(v, gradients.v)?))
+    }
 }

@@ -1,115 +1,216 @@
 //! Attention on the CPU in f32, one task for each sequence and key/value head.
 //!
-//! Keys and values of a head are transposed first, `(d, T)`, so that inner loops run over keys and vectorise
-//! however small `d` is. A query's scores live in one row of `T` numbers; the backward pass computes them again
-//! from the log-sum-exp of each row. With `P = softmax`, `δ_i = g_i·o_i`:
+//! [`LANES`] queries (or keys, for the gradients of keys and values) are computed at once, one in each lane, so
+//! that loops vectorise however small `d` is and no sum runs across lanes. Their scores stand in `T` rows of
+//! lanes, which fit the cache. The backward pass computes them again from the log-sum-exp of each query. With
+//! `P = softmax`, `δ_i = g_i·o_i`:
 //!
 //! ```text
 //! dS_ij = P_ij (g_i·v_j - δ_i) / √d     dq_i = Σ_j dS_ij k_j     dk_j = Σ_i dS_ij q_i     dv_j = Σ_i P_ij g_i
 //! ```
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::AttentionShape;
-use super::cpu::{LANES, axpy, dot, exp, max, mul_add, read, rows_per_task, slice, sum};
+use super::cpu::{dot, exp, larger, mul_add, rows_per_task};
 
-/// The operation of one forward and one backward pass.
-pub(super) struct FusedAttention {
-    shape: AttentionShape,
+/// Queries or keys that are computed at once: two registers, as there are half as many of AVX2.
+const LANES: usize = if cfg!(target_feature = "avx512f") { 32 } else { 16 };
+/// Rows of scores, or columns of a head, whose sums are kept in registers at once.
+const ROWS: usize = 4;
+
+/// One number for each lane.
+type Lanes = [f32; LANES];
+
+/// The attention of one shape over row-major slices: q, o and their gradients `(B·T, H·d)`, k, v and theirs
+/// `(B·T, K·d)`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kernel(pub AttentionShape);
+
+/// What the forward pass gives.
+pub(super) struct Output {
+    /// `(B·T, H·d)`
+    pub o: Vec<f32>,
     /// `logsumexp` of every query's scores, `(H / K, T)` for each task.
-    log_sums: OnceLock<Vec<Vec<f32>>>,
+    pub log_sums: Vec<Vec<f32>>,
 }
 
-/// Ranges of key positions.
-struct Visible {
-    keys: Range<usize>,
-    blocks: Range<usize>,
+/// Gradients by q, k and v; of a task: `(H / K, T, d)`, `(T, d)`, `(T, d)`.
+pub(super) struct Gradients {
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
 }
 
-/// What a task reads of a sequence's key/value head.
+/// The rows of one head, `(T, d)`, with `d` padded by zeros to whole blocks of [`ROWS`].
 struct Head {
-    keys: Vec<f32>,   // (d, padded T)
-    values: Vec<f32>, // (d, padded T)
+    rows: Vec<f32>,
+    width: usize,
 }
 
-/// Gradients of a task.
-struct Gradients {
-    q: Vec<f32>, // (H / K, T, d)
-    k: Vec<f32>, // (T, d)
-    v: Vec<f32>, // (T, d)
+/// A head as [`multiply`] reads it: `(T / ROWS, d, ROWS)`.
+struct Panels {
+    numbers: Vec<[f32; ROWS]>,
+    width: usize,
 }
 
-impl FusedAttention {
-    pub(super) fn new(shape: AttentionShape) -> Self {
-        Self { shape, log_sums: OnceLock::new() }
+impl Head {
+    /// Takes `factor · x` of a head whose rows `x[start..start + d]` stand `stride` apart.
+    fn new(x: &[f32], (start, stride): (usize, usize), (t, d): (usize, usize), factor: f32) -> Self {
+        let width = d.next_multiple_of(ROWS);
+        let mut rows = Vec::with_capacity(t * width);
+        for row in x[start..].chunks(stride).take(t) {
+            rows.extend_from_slice(&row[..d]);
+            rows.resize(rows.len().next_multiple_of(width), 0.0);
+        }
+        if factor != 1.0 {
+            rows.iter_mut().for_each(|x| *x *= factor);
+        }
+        Self { rows, width }
     }
 
-    /// T rounded up to whole blocks of lanes.
-    fn padded(&self) -> usize {
-        self.shape.positions.next_multiple_of(LANES)
+    fn panels(&self) -> Panels {
+        let zeros = vec![0f32; self.width];
+        let mut numbers = Vec::with_capacity((self.rows.len() / ROWS).next_multiple_of(self.width));
+        for block in self.rows.chunks(ROWS * self.width) {
+            let mut rows = block.chunks_exact(self.width);
+            let [r0, r1, r2, r3] = std::array::from_fn(|_| rows.next().unwrap_or(&zeros));
+            let columns = r0.iter().zip(r1).zip(r2.iter().zip(r3));
+            numbers.extend(columns.map(|((&a, &b), (&c, &d))| [a, b, c, d]));
+        }
+        Panels { numbers, width: self.width }
     }
 
+    /// The positions from `first` on, one in each lane: `(d)`, zeros behind T.
+    fn lanes(&self, first: usize) -> Vec<Lanes> {
+        let mut lanes = vec![[0f32; LANES]; self.width];
+        for (l, row) in self.rows.chunks_exact(self.width).skip(first).take(LANES).enumerate() {
+            lanes.iter_mut().zip(row).for_each(|(lanes, &x)| lanes[l] = x);
+        }
+        lanes
+    }
+}
+
+/// `sums_r + Σ a_r b` over pairs of `a` and `b`. Written so that the sums stay in registers.
+#[inline(always)]
+fn add_products<'a>(
+    sums: [Lanes; ROWS],
+    pairs: impl Iterator<Item = ([f32; ROWS], &'a Lanes)>,
+) -> [Lanes; ROWS] {
+    let [mut s0, mut s1, mut s2, mut s3] = sums;
+    for ([a0, a1, a2, a3], b) in pairs {
+        for l in 0..LANES {
+            s0[l] = mul_add(a0, b[l], s0[l]);
+            s1[l] = mul_add(a1, b[l], s1[l]);
+            s2[l] = mul_add(a2, b[l], s2[l]);
+            s3[l] = mul_add(a3, b[l], s3[l]);
+        }
+    }
+    [s0, s1, s2, s3]
+}
+
+/// `out_r = Σ_c a_rc b_c` for the rows of `a` in `range`, whose ends are multiples of [`ROWS`] or T. `out` is made
+/// long enough; it starts at the first of the rows.
+#[inline(always)]
+fn multiply(a: &Panels, range: &Range<usize>, b: &[Lanes], out: &mut Vec<Lanes>) {
+    out.resize(range.len().next_multiple_of(ROWS), [0f32; LANES]);
+    let panels = &a.numbers[range.start / ROWS * a.width..range.end.div_ceil(ROWS) * a.width];
+    for (panel, out) in panels.chunks_exact(a.width).zip(out.as_chunks_mut::<ROWS>().0) {
+        *out = add_products([[0f32; LANES]; ROWS], panel.iter().copied().zip(b));
+    }
+}
+
+/// `out_c += Σ_r a_rc b_r` for the rows of `a` in `range`.
+#[inline(always)]
+fn accumulate(a: &Head, range: &Range<usize>, b: &[Lanes], out: &mut [Lanes]) {
+    let rows = &a.rows[range.start * a.width..range.end * a.width];
+    for (block, out) in out.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        let rows = rows.chunks_exact(a.width);
+        let columns = rows.map(|row| *row[block * ROWS..].first_chunk().expect("rows are padded to blocks"));
+        *out = add_products(*out, columns.zip(b));
+    }
+}
+
+/// Adds lane `l` of `from (d)` to row `first + l` of `to (T, d)`.
+fn scatter(from: &[Lanes], first: usize, factor: f32, to: &mut [f32], d: usize) {
+    for (l, to) in to.chunks_exact_mut(d).skip(first).take(LANES).enumerate() {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from[l]);
+    }
+}
+
+/// Puts `value` into all lanes but those of `visible`.
+#[inline(always)]
+fn hide(row: &mut Lanes, visible: &Range<usize>, value: f32) {
+    if visible.len() < LANES {
+        row[..visible.start].fill(value);
+        row[visible.end..].fill(value);
+    }
+}
+
+impl Kernel {
     /// H / K: query heads of a task.
     fn group(&self) -> usize {
-        self.shape.heads / self.shape.kv_heads
-    }
-
-    fn tasks(&self) -> usize {
-        self.shape.sequences * self.shape.kv_heads
+        self.0.heads / self.0.kv_heads
     }
 
     fn scale(&self) -> f32 {
-        (self.shape.head_dim as f32).sqrt().recip()
+        (self.0.head_dim as f32).sqrt().recip()
     }
 
-    /// Keys that the query at `position` sees, and the whole blocks of lanes that hold them.
-    fn visible(&self, position: usize) -> Visible {
-        let end = position + 1;
-        let start = end - self.shape.window.unwrap_or(end).min(end);
-        let blocks = start / LANES * LANES..end.next_multiple_of(LANES);
-        Visible { keys: start..end, blocks }
+    fn window(&self) -> usize {
+        self.0.window.unwrap_or(usize::MAX)
     }
 
-    /// Where a query's `d` numbers lie in q `(B·T, H·d)`.
-    fn query(&self, task: usize, head: usize, position: usize) -> Range<usize> {
-        let AttentionShape { positions, heads, kv_heads, head_dim: d, .. } = self.shape;
-        let row = task / kv_heads * positions + position;
+    /// Lanes whose query, the first being at `first`, sees the key at `j`: `j ≤ i < j + window`.
+    fn queries_seeing(&self, j: usize, first: usize) -> Range<usize> {
+        let start = j.saturating_sub(first).min(LANES);
+        let end = j.saturating_add(self.window()).saturating_sub(first).min(LANES);
+        start..end.max(start)
+    }
+
+    /// Lanes whose key, the first being at `first`, the query at `i` sees: `i - window < j ≤ i`.
+    fn keys_seen(&self, i: usize, first: usize) -> Range<usize> {
+        let start = (i + 1).saturating_sub(self.window()).saturating_sub(first).min(LANES);
+        let end = (i + 1).saturating_sub(first).min(LANES);
+        start..end.max(start)
+    }
+
+    /// A head of q, or of what has its shape.
+    fn query_head(&self, x: &[f32], task: usize, head: usize, factor: f32) -> Head {
+        let AttentionShape { positions, heads, kv_heads, head_dim: d, .. } = self.0;
         let column = (task % kv_heads) * self.group() + head;
-        let start = (row * heads + column) * d;
-        start..start + d
+        let start = (task / kv_heads * positions * heads + column) * d;
+        Head::new(x, (start, heads * d), (positions, d), factor)
     }
 
-    /// `(d, padded T)` of the task's head in `x (B·T, K·d)`, zeros behind T.
-    fn transposed(&self, x: &[f32], task: usize) -> Vec<f32> {
-        let AttentionShape { positions, kv_heads, head_dim: d, .. } = self.shape;
-        let padded = self.padded();
-        let first = task / kv_heads * positions * kv_heads + task % kv_heads;
-        let mut to = vec![0f32; d * padded];
-        for position in 0..positions {
-            for (c, &value) in x[(first + position * kv_heads) * d..][..d].iter().enumerate() {
-                to[c * padded + position] = value;
-            }
-        }
-        to
+    /// A head of k or v.
+    fn key_head(&self, x: &[f32], task: usize) -> Head {
+        let AttentionShape { positions, kv_heads, head_dim: d, .. } = self.0;
+        let start = (task / kv_heads * positions * kv_heads + task % kv_heads) * d;
+        Head::new(x, (start, kv_heads * d), (positions, d), 1.0)
     }
 
-    fn head(&self, k: &[f32], v: &[f32], task: usize) -> Head {
-        Head { keys: self.transposed(k, task), values: self.transposed(v, task) }
+    /// Keys that one of the queries from `first` on sees.
+    fn keys_of(&self, first: usize) -> Range<usize> {
+        let start = (first + 1).saturating_sub(self.window());
+        start / ROWS * ROWS..(first + LANES).min(self.0.positions)
     }
 
-    /// Back from `(d, padded T)` to `(T, d)`.
-    fn untransposed(&self, x: &[f32]) -> Vec<f32> {
-        let (d, padded) = (self.shape.head_dim, self.padded());
-        (0..self.shape.positions * d).map(|at| x[at % d * padded + at / d]).collect()
+    /// Queries that see one of the keys from `first` on.
+    fn queries_of(&self, first: usize) -> Range<usize> {
+        let end = (first + LANES - 1).saturating_add(self.window());
+        first / ROWS * ROWS..end.min(self.0.positions)
+    }
+
+    fn tasks(&self) -> usize {
+        self.0.sequences * self.0.kv_heads
     }
 
     /// `(B·T, columns·d)` from each task's `(columns / K, T, d)`.
     fn assemble<P: AsRef<[f32]> + Sync>(&self, parts: &[P]) -> Vec<f32> {
-        let AttentionShape { sequences, positions, kv_heads, head_dim: d, .. } = self.shape;
+        let AttentionShape { sequences, positions, kv_heads, head_dim: d, .. } = self.0;
         let per_task = parts.first().map_or(0, |part| part.as_ref().len() / (positions * d).max(1));
         let width = kv_heads * per_task * d;
         let mut to = vec![0f32; sequences * positions * width];
@@ -127,126 +228,164 @@ impl FusedAttention {
         to
     }
 
+    /// Attention of q, k and v.
+    pub(super) fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Output {
+        let tasks = (0..self.tasks()).into_par_iter();
+        let (outputs, log_sums): (Vec<_>, Vec<_>) =
+            tasks.map(|task| self.forward_task(q, k, v, task)).unzip();
+        Output { o: self.assemble(&outputs), log_sums }
+    }
+
+    /// Gradients by q, k and v from that by o.
+    pub(super) fn backward(&self, [q, k, v, o, g]: [&[f32]; 5], log_sums: &[Vec<f32>]) -> Gradients {
+        let parts: Vec<Gradients> = (0..self.tasks())
+            .into_par_iter()
+            .map(|task| self.backward_task([q, k, v, o, g], &log_sums[task], task))
+            .collect();
+        let gradient = |part: fn(&Gradients) -> &Vec<f32>| {
+            self.assemble(&parts.iter().map(|gradients| part(gradients).as_slice()).collect::<Vec<_>>())
+        };
+        Gradients { q: gradient(|g| &g.q), k: gradient(|g| &g.k), v: gradient(|g| &g.v) }
+    }
+
     /// Output `(H / K, T, d)` and log-sum-exp `(H / K, T)` of a task.
-    fn forward_task(&self, q: &[f32], head: &Head, task: usize) -> (Vec<f32>, Vec<f32>) {
-        let AttentionShape { positions, head_dim: d, .. } = self.shape;
-        let padded = self.padded();
+    fn forward_task(&self, q: &[f32], k: &[f32], v: &[f32], task: usize) -> (Vec<f32>, Vec<f32>) {
+        let AttentionShape { positions, head_dim: d, .. } = self.0;
+        let (keys, values) = (self.key_head(k, task).panels(), self.key_head(v, task));
         let mut output = vec![0f32; self.group() * positions * d];
         let mut log_sums = vec![0f32; self.group() * positions];
-        let mut p = vec![0f32; padded];
-        for (at, (o, log_sum)) in output.chunks_exact_mut(d).zip(&mut log_sums).enumerate() {
-            let visible = self.visible(at % positions);
-            let q = &q[self.query(task, at / positions, at % positions)];
-            products(q, self.scale(), &head.keys, &mut p, &visible.blocks);
-            let max = max(&p[visible.keys.clone()]);
-            exp_visible(&mut p, max, &visible);
-            let p = &p[visible.blocks.clone()];
-            let total = sum(p, |p| p);
-            for (o, values) in o.iter_mut().zip(head.values.chunks_exact(padded)) {
-                *o = dot(p, &values[visible.blocks.clone()]) / total;
+        let mut scores = Vec::with_capacity(positions + ROWS);
+        let heads = output.chunks_exact_mut(positions * d).zip(log_sums.chunks_exact_mut(positions));
+        for (head, (output, log_sums)) in heads.enumerate() {
+            let queries = self.query_head(q, task, head, self.scale());
+            for first in (0..positions).step_by(LANES) {
+                let range = self.keys_of(first);
+                multiply(&keys, &range, &queries.lanes(first), &mut scores);
+                let (max, sum) = self.softmax(&mut scores, &range, first);
+                let mut o = vec![[0f32; LANES]; values.width];
+                accumulate(&values, &range, &scores, &mut o);
+                o.iter_mut().for_each(|o| (0..LANES).for_each(|l| o[l] /= sum[l]));
+                scatter(&o, first, 1.0, output, d);
+                for (l, log_sum) in log_sums.iter_mut().skip(first).take(LANES).enumerate() {
+                    *log_sum = max[l] + sum[l].ln();
+                }
             }
-            *log_sum = max + total.ln();
         }
         (output, log_sums)
     }
 
-    fn backward_task(&self, [q, o, g]: [&[f32]; 3], head: &Head, task: usize, log_sums: &[f32]) -> Gradients {
-        let AttentionShape { positions, head_dim: d, .. } = self.shape;
-        let padded = self.padded();
-        let mut dq = vec![0f32; self.group() * positions * d];
-        let (mut dk, mut dv) = (vec![0f32; d * padded], vec![0f32; d * padded]);
-        let (mut p, mut ds) = (vec![0f32; padded], vec![0f32; padded]);
-        for (at, dq) in dq.chunks_exact_mut(d).enumerate() {
-            let visible = self.visible(at % positions);
-            let blocks = visible.blocks.clone();
-            let query = self.query(task, at / positions, at % positions);
-            let (q, o, g) = (&q[query.clone()], &o[query.clone()], &g[query]);
-            products(q, self.scale(), &head.keys, &mut p, &blocks);
-            exp_visible(&mut p, log_sums[at], &visible);
-            products(g, 1.0, &head.values, &mut ds, &blocks);
-            let (p, ds) = (&p[blocks.clone()], &mut ds[blocks.clone()]);
-            let delta = dot(g, o);
-            ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = p * (*ds - delta) * self.scale());
-            for c in 0..d {
-                let column = c * padded + blocks.start..c * padded + blocks.end;
-                dq[c] = dot(ds, &head.keys[column.clone()]);
-                axpy(&mut dk[column.clone()], q[c], ds);
-                axpy(&mut dv[column], g[c], p);
-            }
-        }
-        Gradients { q: dq, k: self.untransposed(&dk), v: self.untransposed(&dv) }
-    }
-}
-
-/// `y_j = scale Σ_c x_c a_cj` for the columns of `blocks`; `a (d, padded T)`, `y (padded T)`.
-#[inline(always)]
-fn products(x: &[f32], scale: f32, a: &[f32], y: &mut [f32], blocks: &Range<usize>) {
-    let padded = y.len();
-    for start in blocks.clone().step_by(LANES) {
-        let mut lanes = [0f32; LANES];
-        for (&x, a) in x.iter().zip(a.chunks_exact(padded)) {
-            let a: &[f32; LANES] = a[start..].first_chunk().expect("rows are padded to whole blocks");
+    /// Scores of the queries from `first` on to `e^(score - max)`, 0 for hidden keys; maximum and sum.
+    fn softmax(&self, scores: &mut [Lanes], range: &Range<usize>, first: usize) -> (Lanes, Lanes) {
+        let (mut max, mut sum) = ([f32::NEG_INFINITY; LANES], [0f32; LANES]);
+        for (row, j) in scores.iter_mut().zip(range.clone()) {
+            hide(row, &self.queries_seeing(j, first), f32::NEG_INFINITY);
             for l in 0..LANES {
-                lanes[l] = mul_add(x, a[l], lanes[l]);
+                max[l] = larger(row[l], max[l]);
             }
         }
-        y[start..start + LANES].iter_mut().zip(lanes).for_each(|(y, lane)| *y = lane * scale);
+        for (row, j) in scores.iter_mut().zip(range.clone()) {
+            for l in 0..LANES {
+                row[l] = exp(row[l] - max[l]);
+            }
+            hide(row, &self.queries_seeing(j, first), 0.0);
+            for l in 0..LANES {
+                sum[l] += row[l];
+            }
+        }
+        (max, sum)
+    }
+
+    fn backward_task(&self, [q, k, v, o, g]: [&[f32]; 5], log_sums: &[f32], task: usize) -> Gradients {
+        let AttentionShape { positions, head_dim: d, .. } = self.0;
+        let (keys, values) = (self.key_head(k, task), self.key_head(v, task));
+        let (key_panels, value_panels) = (keys.panels(), values.panels());
+        let mut dq = vec![0f32; self.group() * positions * d];
+        let (mut dk, mut dv) = (vec![0f32; positions * d], vec![0f32; positions * d]);
+        for (head, dq) in dq.chunks_exact_mut(positions * d).enumerate() {
+            let [queries, outputs, grads] = [(q, self.scale()), (o, 1.0), (g, 1.0)]
+                .map(|(x, factor)| self.query_head(x, task, head, factor));
+            let rows = outputs.rows.chunks_exact(outputs.width).zip(grads.rows.chunks_exact(grads.width));
+            let deltas: Vec<f32> = rows.map(|(o, g)| dot(o, g)).collect();
+            let head = BackwardHead {
+                kernel: self,
+                queries: (&queries, &queries.panels()),
+                keys: (&keys, &key_panels),
+                values: (&values, &value_panels),
+                grads: (&grads, &grads.panels()),
+                log_sums: &log_sums[head * positions..][..positions],
+                deltas: &deltas,
+            };
+            head.by_queries(dq);
+            head.by_keys(&mut dk, &mut dv);
+        }
+        Gradients { q: dq, k: dk, v: dv }
     }
 }
 
-/// Scores to `e^(score - shift)`; 0 for hidden keys.
-#[inline(always)]
-fn exp_visible(row: &mut [f32], shift: f32, visible: &Visible) {
-    row[visible.blocks.clone()].iter_mut().for_each(|s| *s = exp(*s - shift));
-    row[visible.blocks.start..visible.keys.start].fill(0.0);
-    row[visible.keys.end..visible.blocks.end].fill(0.0);
+/// What the backward pass of one query head reads; queries are scaled.
+struct BackwardHead<'a> {
+    kernel: &'a Kernel,
+    queries: (&'a Head, &'a Panels),
+    keys: (&'a Head, &'a Panels),
+    values: (&'a Head, &'a Panels),
+    grads: (&'a Head, &'a Panels),
+    log_sums: &'a [f32],
+    deltas: &'a [f32],
 }
 
-impl CustomOp3 for FusedAttention {
-    fn name(&self) -> &'static str {
-        "attention"
+/// `LANES` numbers of `x` from `first` on, zeros behind its end.
+fn lanes_of(x: &[f32], first: usize) -> Lanes {
+    let mut lanes = [0f32; LANES];
+    lanes.iter_mut().zip(&x[first..]).for_each(|(lane, &x)| *lane = x);
+    lanes
+}
+
+impl BackwardHead<'_> {
+    /// Adds the gradient by the queries, a query in each lane.
+    fn by_queries(&self, dq: &mut [f32]) {
+        let AttentionShape { positions, head_dim: d, .. } = self.kernel.0;
+        let (mut p, mut ds) = (Vec::with_capacity(positions + ROWS), Vec::with_capacity(positions + ROWS));
+        for first in (0..positions).step_by(LANES) {
+            let range = self.kernel.keys_of(first);
+            let (log_sums, deltas) = (lanes_of(self.log_sums, first), lanes_of(self.deltas, first));
+            multiply(self.keys.1, &range, &self.queries.0.lanes(first), &mut p);
+            multiply(self.values.1, &range, &self.grads.0.lanes(first), &mut ds);
+            for ((p, ds), j) in p.iter().zip(&mut ds).zip(range.clone()) {
+                for l in 0..LANES {
+                    ds[l] = exp(p[l] - log_sums[l]) * (ds[l] - deltas[l]);
+                }
+                hide(ds, &self.kernel.queries_seeing(j, first), 0.0);
+            }
+            let mut sums = vec![[0f32; LANES]; self.keys.0.width];
+            accumulate(self.keys.0, &range, &ds, &mut sums);
+            scatter(&sums, first, self.kernel.scale(), dq, d);
+        }
     }
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_at: &Layout,
-        k: &CpuStorage,
-        k_at: &Layout,
-        v: &CpuStorage,
-        v_at: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (slice(q, q_at)?, slice(k, k_at)?, slice(v, v_at)?);
-        let (outputs, log_sums): (Vec<_>, Vec<_>) = (0..self.tasks())
-            .into_par_iter()
-            .map(|task| self.forward_task(q, &self.head(k, v, task), task))
-            .unzip();
-        // An operation runs forward once.
-        let _ = self.log_sums.set(log_sums);
-        Ok((CpuStorage::F32(self.assemble(&outputs)), q_at.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        o: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(log_sums) = self.log_sums.get() else {
-            bail!("attention: expected the forward pass to run first");
-        };
-        let parts: Vec<Gradients> = read([q, k, v, o, g], |[q, k, v, o, g]| {
-            Ok((0..self.tasks())
-                .into_par_iter()
-                .map(|task| self.backward_task([q, o, g], &self.head(k, v, task), task, &log_sums[task]))
-                .collect())
-        })?;
-        let gradient = |of: &Tensor, part: fn(&Gradients) -> &Vec<f32>| {
-            let parts: Vec<&[f32]> = parts.iter().map(|gradients| part(gradients).as_slice()).collect();
-            Tensor::from_vec(self.assemble(&parts), of.shape(), of.device()).map(Some)
-        };
-        Ok((gradient(q, |g| &g.q)?, gradient(k, |g| &g.k)?, gradient(v, |g| &g.v)?))
+    /// Adds the gradients by keys and values, a key in each lane.
+    fn by_keys(&self, dk: &mut [f32], dv: &mut [f32]) {
+        let AttentionShape { positions, head_dim: d, .. } = self.kernel.0;
+        let (mut p, mut ds) = (Vec::with_capacity(positions + ROWS), Vec::with_capacity(positions + ROWS));
+        for first in (0..positions).step_by(LANES) {
+            let range = self.kernel.queries_of(first);
+            multiply(self.queries.1, &range, &self.keys.0.lanes(first), &mut p);
+            multiply(self.grads.1, &range, &self.values.0.lanes(first), &mut ds);
+            for ((p, ds), i) in p.iter_mut().zip(&mut ds).zip(range.clone()) {
+                let (log_sum, delta) = (self.log_sums[i], self.deltas[i]);
+                for l in 0..LANES {
+                    p[l] = exp(p[l] - log_sum);
+                    ds[l] = p[l] * (ds[l] - delta);
+                }
+                let visible = self.kernel.keys_seen(i, first);
+                hide(p, &visible, 0.0);
+                hide(ds, &visible, 0.0);
+            }
+            let mut sums = vec![[0f32; LANES]; self.keys.0.width];
+            accumulate(self.grads.0, &range, &p, &mut sums);
+            scatter(&sums, first, 1.0, dv, d);
+            sums.fill([0f32; LANES]);
+            accumulate(self.queries.0, &range, &ds, &mut sums);
+            scatter(&sums, first, 1.0, dk, d);
+        }
     }
 }

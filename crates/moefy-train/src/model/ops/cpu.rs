@@ -2,7 +2,15 @@
 //!
 //! Sums run in a fixed order over fixed blocks, whatever the number of threads: results repeat bit for bit.
 
+use std::cell::Cell;
+use std::ops::Deref;
+use std::sync::RwLockReadGuard;
+
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+pub(super) use dynamoe::math::{exp, mul_add};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
 
 /// Numbers that an inner loop handles at once: two AVX-512 registers, four of AVX2.
 pub(super) const LANES: usize = 32;
@@ -10,14 +18,34 @@ pub(super) const LANES: usize = 32;
 /// Numbers that one task of the thread pool should handle at least.
 const TASK: usize = 16384;
 
+thread_local! {
+    /// Whether this thread does without fused operations.
+    static COMPOSED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `body` without fused operations, as on a device that has none: what a GPU will compute, on a CPU. Gradients
+/// have to be taken within `body` too.
+pub fn composed<T>(body: impl FnOnce() -> T) -> T {
+    let before = COMPOSED.replace(true);
+    let result = body();
+    COMPOSED.set(before);
+    result
+}
+
 /// Whether fused operations apply: every tensor is f32 on the CPU.
 pub(super) fn fusable(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
+    !COMPOSED.get() && tensors.iter().all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
 }
 
 /// Rows of `width` numbers that make a task.
 pub(super) fn rows_per_task(width: usize) -> usize {
     TASK.div_ceil(width.max(1))
+}
+
+/// Rows that go through several operations at once: few enough for the cache, and for all threads to have some;
+/// many enough for matrix products.
+pub(super) fn rows_per_block(rows: usize) -> usize {
+    (rows / 8).clamp(32, 128)
 }
 
 /// The numbers of a contiguous f32 storage.
@@ -28,8 +56,34 @@ pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
     }
 }
 
+/// The numbers of a contiguous f32 tensor on the CPU.
+pub(super) struct Host<'a> {
+    storage: RwLockReadGuard<'a, Storage>,
+    range: (usize, usize),
+}
+
+/// Gives access to a tensor's numbers.
+pub(super) fn host(tensor: &Tensor) -> Result<Host<'_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(_)), Some(range)) => Ok(Host { range, storage }),
+        _ => bail!("expected a contiguous f32 tensor on the CPU, found {tensor:?}"),
+    }
+}
+
+impl Deref for Host<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.0..self.range.1],
+            _ => unreachable!("checked when it was made"),
+        }
+    }
+}
+
 /// Reads `N` f32 tensors on the CPU.
-pub(super) fn read<const N: usize, T>(
+pub(in crate::model) fn read<const N: usize, T>(
     tensors: [&Tensor; N],
     body: impl FnOnce([&[f32]; N]) -> Result<T>,
 ) -> Result<T> {
@@ -37,45 +91,61 @@ pub(super) fn read<const N: usize, T>(
     for tensor in tensors {
         contiguous.push(tensor.contiguous()?);
     }
-    let guards: Vec<_> = contiguous.iter().map(Tensor::storage_and_layout).collect();
+    let hosts = contiguous.iter().map(host).collect::<Result<Vec<_>>>()?;
     let mut slices = [[].as_slice(); N];
-    for (to, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        *to = match &**storage {
-            Storage::Cpu(storage) => slice(storage, layout)?,
-            _ => bail!("expected a tensor on the CPU"),
-        };
-    }
+    slices.iter_mut().zip(&hosts).for_each(|(to, host)| *to = host);
     body(slices)
 }
 
-/// `a · b + c`, in one instruction where the CPU at hand has it (the library function is slow elsewhere).
-#[inline(always)]
-pub(super) fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
+/// A row-major matrix of so many columns.
+pub(super) fn matrix(x: &[f32], columns: usize) -> MatRef<'_, f32> {
+    MatRef::from_row_major_slice(x, x.len() / columns.max(1), columns)
 }
 
-/// `e^x` without branches, so that loops vectorise: `2^k · p(r)` with `x = k ln 2 + r`. Relative error below
-/// 2e-7 from -87 to 88; 1.6e-38 below; meaningless, but safe, above; NaN stays NaN.
-#[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
-    // Adding 1.5 · 2²³ rounds to a whole number, which then stands in the lowest bits.
-    const ROUND: f32 = 12_582_912.0;
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = mul_add(x, std::f32::consts::LOG2_E, ROUND);
-    let k = shifted - ROUND;
-    // ln 2 in two parts: k times the first is exact.
-    let r = mul_add(k, -0.693_359_4, x);
-    let r = mul_add(k, 2.121_944_4e-4, r);
-    let mut p = 1.0 / 5040.0;
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = mul_add(p, r, c);
+/// `c = a b` or `c += a b`, row-major, on this thread.
+pub(super) fn multiply(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
+    matmul(MatMut::from_row_major_slice_mut(c, a.nrows(), b.ncols()), accum, a, b, 1.0, Par::Seq);
+}
+
+/// [`multiply`] with blocks of rows in parallel. Blocks do not depend on the number of threads, hence neither do
+/// the results.
+pub(super) fn multiply_blocks(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
+    let (rows, columns) = (a.nrows(), b.ncols());
+    let block = (rows / 4).clamp(32, 128);
+    c.par_chunks_mut((block * columns).max(1)).enumerate().for_each(|(index, c)| {
+        multiply(c, accum, a.subrows(index * block, c.len() / columns), b);
+    });
+}
+
+/// Cuts row-major buffers of so many columns each into blocks of `rows` rows.
+pub(super) fn blocks<'a, const K: usize>(
+    buffers: [(&'a mut [f32], usize); K],
+    rows: usize,
+    total: usize,
+) -> Vec<[&'a mut [f32]; K]> {
+    let mut rest = buffers;
+    (0..total)
+        .step_by(rows)
+        .map(|first| {
+            let count = rows.min(total - first);
+            rest.each_mut().map(|(buffer, columns)| {
+                buffer.split_off_mut(..count * *columns).expect("buffers have `total` rows")
+            })
+        })
+        .collect()
+}
+
+/// `to = Σ parts` or `to += Σ parts`, in their order.
+pub(super) fn add_parts<P: AsRef<[f32]>>(parts: &[P], to: &mut [f32], accum: Accum) {
+    if let Accum::Replace = accum {
+        to.fill(0.0);
     }
-    p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(1f32.to_bits()))
+    parts.iter().for_each(|part| axpy(to, 1.0, part.as_ref()));
 }
 
 /// The first of two numbers if it is larger, else the second: one instruction, unlike [`f32::max`].
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
+pub(super) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
@@ -94,7 +164,7 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// `Σ f(x)` in [`LANES`] partial sums.
 #[inline(always)]
-pub(super) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+pub(in crate::model) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let (blocks, rest) = x.as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
     for block in blocks {
@@ -137,7 +207,7 @@ pub(super) fn max(x: &[f32]) -> f32 {
 
 /// `y += a x`.
 #[inline(always)]
-pub(super) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
+pub(in crate::model) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
     for (y, &x) in y.iter_mut().zip(x) {
         *y = mul_add(a, x, *y);
     }
@@ -146,16 +216,6 @@ pub(super) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn exp_is_close_to_exp() {
-        for step in -8_700..=8_800 {
-            let x = step as f32 / 100.0;
-            let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!(((ours - exact) / exact).abs() < 2e-7, "exp({x}) = {ours}, expected {exact}");
-        }
-        assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::NAN).is_nan());
-    }
 
     #[test]
     fn reductions_take_every_number_once() {

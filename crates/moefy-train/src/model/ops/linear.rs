@@ -6,11 +6,10 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
-use rayon::prelude::*;
+use faer::Accum;
 
-use super::cpu::{fusable, read, slice};
+use super::cpu::{fusable, matrix, multiply_blocks, read, slice};
+use crate::model::gradients::add_gradient;
 
 /// `x (N, in)`, `w (out, in)` → `(N, out)`.
 ///
@@ -21,24 +20,7 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     if from != w_from {
         bail!("linear: expected rows of {w_from} numbers for a weight ({out}, {w_from}), found {from}");
     }
-    if fusable(&[x, w]) {
-        return x.contiguous()?.apply_op2(&w.contiguous()?, Linear);
-    }
-    x.apply_op2(w, Linear)
-}
-
-/// `a b` in row-major order, blocks of rows in parallel. Blocks do not depend on the number of threads, hence
-/// neither do the results.
-fn product(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Vec<f32> {
-    let (rows, columns) = (a.nrows(), b.ncols());
-    let block = (rows / 4).clamp(32, 128);
-    let mut c = vec![0f32; rows * columns];
-    c.par_chunks_mut((block * columns).max(1)).enumerate().for_each(|(index, c)| {
-        let rows = c.len() / columns;
-        let a = a.subrows(index * block, rows);
-        matmul(MatMut::from_row_major_slice_mut(c, rows, columns), Accum::Replace, a, b, 1.0, Par::Seq);
-    });
-    c
+    x.contiguous()?.apply_op2(&w.contiguous()?, Linear)
 }
 
 struct Linear;
@@ -60,9 +42,10 @@ impl CustomOp2 for Linear {
             let y = x.matmul(w, (1, n, out, from), x_at, &w_at.transpose(0, 1)?)?;
             return Ok((y, Shape::from((n, out))));
         };
-        let x = MatRef::from_row_major_slice(slice(x, x_at)?, n, from);
-        let w = MatRef::from_row_major_slice(slice(w, w_at)?, out, from);
-        Ok((CpuStorage::F32(product(x, w.transpose())), Shape::from((n, out))))
+        let mut y = vec![0f32; n * out];
+        let w = matrix(slice(w, w_at)?, from).transpose();
+        multiply_blocks(&mut y, Accum::Replace, matrix(slice(x, x_at)?, from), w);
+        Ok((CpuStorage::F32(y), Shape::from((n, out))))
     }
 
     fn cuda_fwd(
@@ -86,17 +69,24 @@ impl CustomOp2 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (n, from) = x.dims2()?;
         let out = w.dim(0)?;
-        let (x_grad, w_grad) = (x.track_op(), w.track_op());
+        let x_grad = x.track_op();
         if !fusable(&[x, w, g]) {
             let dx = x_grad.then(|| g.matmul(&w.detach())).transpose()?;
-            return Ok((dx, w_grad.then(|| g.t()?.matmul(&x.detach())).transpose()?));
+            return Ok((dx, w.track_op().then(|| g.t()?.matmul(&x.detach())).transpose()?));
         }
-        let (dx, dw) = read([x, w, g], |[x, w, g]| {
-            let g = MatRef::from_row_major_slice(g, n, out);
-            let dx = x_grad.then(|| product(g, MatRef::from_row_major_slice(w, out, from)));
-            Ok((dx, w_grad.then(|| product(g.transpose(), MatRef::from_row_major_slice(x, n, from)))))
-        })?;
-        let tensor = |of: &Tensor, values| Tensor::from_vec(values, of.shape(), of.device());
-        Ok((dx.map(|dx| tensor(x, dx)).transpose()?, dw.map(|dw| tensor(w, dw)).transpose()?))
+        read([x, w, g], |[x_values, w_values, g]| {
+            let g = matrix(g, out);
+            let dx = if x_grad {
+                let mut dx = vec![0f32; n * from];
+                multiply_blocks(&mut dx, Accum::Replace, g, matrix(w_values, from));
+                Some(Tensor::from_vec(dx, (n, from), x.device())?)
+            } else {
+                None
+            };
+            let dw = add_gradient(w, |dw, accum| {
+                multiply_blocks(dw, accum, g.transpose(), matrix(x_values, from));
+            })?;
+            Ok((dx, dw))
+        })
     }
 }

@@ -1,25 +1,31 @@
-//! The output matrix and the loss in one: `cross_entropy(x Wᵀ, targets, weights)` without the logits.
+//! The output matrix and the loss in one: `cross_entropy(x Wᵀ, targets, weights)`.
 //!
-//! For a large vocabulary the logits `(N, V)` are by far the largest tensor of a step. Here some columns at a
-//! time are computed, while they fit the cache: once for the log-sum-exp, once more for the gradients.
+//! A small vocabulary goes row by row: a block's logits become their gradient while they are in the cache. For a
+//! large one the logits `(N, V)` are by far the largest tensor of a step and `W` by far the largest weight, so
+//! that all rows meet some columns at a time. Logits are kept for the gradients up to [`KEPT`] numbers; the rest
+//! is computed once more.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
-use super::cpu::{axpy, exp, fusable, max, read, slice, sum};
+use super::cpu::{
+    add_parts, exp, fusable, matrix, max, multiply, multiply_blocks, read, rows_per_block, slice, sum,
+};
 use super::cross_entropy::{check, cross_entropy};
 use super::linear::linear;
+use crate::model::gradients::add_gradient;
 
-/// Vocabularies from this size on are worth computing the logits twice.
+/// Vocabularies from this size on go column by column.
 const LARGE: usize = 4096;
 /// Logits of a token that are computed at once.
 const CHUNK: usize = 512;
-/// Tasks of the backward pass; each holds a part of the gradient of `x`.
+/// Tasks of a large vocabulary; each holds a part of the gradient of `x`.
 const TASKS: usize = 16;
+/// Logits that are kept for the backward pass: 256 MB.
+const KEPT: usize = 1 << 26;
 
 /// `x (N, D)`, `w (V, D)`, `targets (N)` u32, `weights (N)` → losses `(N)` in nats. The weights get no gradient.
 ///
@@ -27,23 +33,136 @@ const TASKS: usize = 16;
 /// Shapes or dtypes that do not fit, a target outside the vocabulary.
 pub fn linear_cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let ((n, d), (v, w_d)) = (x.dims2()?, w.dims2()?);
-    if v < LARGE || !fusable(&[x, w, weights]) || !targets.device().is_cpu() {
+    if !fusable(&[x, w, weights]) || !targets.device().is_cpu() {
         return cross_entropy(&linear(x, w)?, targets, weights);
     }
     if d != w_d {
         bail!("linear_cross_entropy: expected rows of {w_d} numbers, found {d}");
     }
     check((n, v), targets, weights)?;
-    let (targets, weights) = (targets.to_vec1()?, weights.to_vec1()?);
-    let op = LinearCrossEntropy { targets, weights, log_sums: OnceLock::new() };
-    x.contiguous()?.apply_op2(&w.contiguous()?, op)
+    let keep = x.track_op() || w.track_op();
+    let tokens = Tokens { targets: targets.to_vec1()?, weights: weights.to_vec1()? };
+    let (x, w) = (x.contiguous()?, w.contiguous()?);
+    if v < LARGE {
+        x.apply_op2(&w, ByRows { tokens, keep, gradient: Mutex::new(None) })
+    } else {
+        x.apply_op2(&w, ByColumns { tokens, keep, saved: OnceLock::new() })
+    }
 }
 
-struct LinearCrossEntropy {
+/// What is known of each row.
+struct Tokens {
     targets: Vec<u32>,
     weights: Vec<f32>,
-    /// `logsumexp` of each row, kept for the gradient.
-    log_sums: OnceLock<Vec<f32>>,
+}
+
+/// The operation for a small vocabulary.
+struct ByRows {
+    tokens: Tokens,
+    /// Whether there may be a backward pass.
+    keep: bool,
+    /// The losses' gradient by the logits, `(N, V)`.
+    gradient: Mutex<Option<Vec<f32>>>,
+}
+
+impl ByRows {
+    /// Turns rows of logits into their gradients; fills in the losses.
+    fn losses(&self, first: usize, logits: &mut [f32], v: usize, losses: &mut [f32]) {
+        for ((n, row), loss) in (first..).zip(logits.chunks_exact_mut(v)).zip(losses) {
+            let (target, weight) = (self.tokens.targets[n] as usize, self.tokens.weights[n]);
+            let (max, logit) = (max(row), row[target]);
+            row.iter_mut().for_each(|x| *x = exp(*x - max));
+            let total = sum(row, |p| p);
+            *loss = weight * (max + total.ln() - logit);
+            if self.keep {
+                let factor = weight / total;
+                row.iter_mut().for_each(|p| *p *= factor);
+                row[target] -= weight;
+            }
+        }
+    }
+}
+
+impl CustomOp2 for ByRows {
+    fn name(&self) -> &'static str {
+        "linear-cross-entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_at: &Layout,
+        w: &CpuStorage,
+        w_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((n, d), v) = (x_at.shape().dims2()?, w_at.shape().dims2()?.0);
+        let (x, w, rows) = (slice(x, x_at)?, slice(w, w_at)?, rows_per_block(n));
+        let logits = |x: &[f32], to: &mut [f32]| {
+            multiply(to, Accum::Replace, matrix(x, d), matrix(w, d).transpose());
+        };
+        let mut losses = vec![0f32; n];
+        let tasks = losses.par_chunks_mut(rows).zip(x.par_chunks(rows * d)).enumerate();
+        if self.keep {
+            let mut gradient = vec![0f32; n * v];
+            tasks.zip(gradient.par_chunks_mut(rows * v)).for_each(|((task, (losses, x)), to)| {
+                logits(x, to);
+                self.losses(task * rows, to, v, losses);
+            });
+            *self.gradient.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(gradient);
+        } else {
+            tasks.for_each(|(task, (losses, x))| {
+                let mut to = vec![0f32; losses.len() * v];
+                logits(x, &mut to);
+                self.losses(task * rows, &mut to, v, losses);
+            });
+        }
+        Ok((CpuStorage::F32(losses), Shape::from(n)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _losses: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((n, d), v) = (x.dims2()?, w.dim(0)?);
+        let gradient = self.gradient.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let Some(mut gradient) = gradient else {
+            bail!("linear_cross_entropy: expected one forward pass, then one backward pass");
+        };
+        read([x, w, g], |[x_values, w_values, g]| {
+            let rows = rows_per_block(n);
+            let mut dx = vec![0f32; n * d];
+            let tasks = dx.par_chunks_mut(rows * d).zip(gradient.par_chunks_mut(rows * v));
+            tasks.zip(g.par_chunks(rows)).for_each(|((dx, gradient), g)| {
+                for (row, g) in gradient.chunks_exact_mut(v).zip(g) {
+                    row.iter_mut().for_each(|x| *x *= g);
+                }
+                multiply(dx, Accum::Replace, matrix(gradient, v), matrix(w_values, d));
+            });
+            let dw = add_gradient(w, |dw, accum| {
+                multiply_blocks(dw, accum, matrix(&gradient, v).transpose(), matrix(x_values, d));
+            })?;
+            Ok((Some(Tensor::from_vec(dx, (n, d), x.device())?), dw))
+        })
+    }
+}
+
+/// The operation for a large vocabulary.
+struct ByColumns {
+    tokens: Tokens,
+    /// Whether there may be a backward pass.
+    keep: bool,
+    saved: OnceLock<Saved>,
+}
+
+/// What the backward pass needs of the forward pass.
+struct Saved {
+    /// `logsumexp` of each row.
+    log_sums: Vec<f32>,
+    /// Of each task: the logits of its first chunks.
+    logits: Vec<Mutex<Vec<Vec<f32>>>>,
 }
 
 /// What some columns contribute to each row.
@@ -55,15 +174,26 @@ struct Part {
     target: Vec<f32>,
 }
 
-impl LinearCrossEntropy {
+/// Rows of the matrix that one task takes.
+fn rows_of_task(v: usize) -> usize {
+    v.div_ceil(TASKS)
+}
+
+/// `x wᵀ`, row-major.
+fn logits(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Vec<f32> {
+    let mut logits = vec![0f32; x.nrows() * w.nrows()];
+    multiply(&mut logits, Accum::Replace, x, w.transpose());
+    logits
+}
+
+impl ByColumns {
     /// The column of row `n`'s target, if it is among `columns` columns from `first` on.
     fn target(&self, n: usize, first: usize, columns: usize) -> Option<usize> {
-        (self.targets[n] as usize).checked_sub(first).filter(|&column| column < columns)
+        (self.tokens.targets[n] as usize).checked_sub(first).filter(|&column| column < columns)
     }
 
-    fn forward_part(&self, x: MatRef<'_, f32>, w: MatRef<'_, f32>, first: usize) -> Part {
-        let columns = w.nrows();
-        let logits = logits(x, w);
+    /// What columns from `first` on contribute.
+    fn part(&self, logits: &[f32], columns: usize, first: usize) -> Part {
         let rows = || logits.chunks_exact(columns);
         let max: Vec<f32> = rows().map(max).collect();
         let sum = rows().zip(&max).map(|(row, &max)| sum(row, |x| exp(x - max))).collect();
@@ -71,38 +201,33 @@ impl LinearCrossEntropy {
         Part { sum, target: rows().enumerate().map(target).collect(), max }
     }
 
-    /// Adds to `dx (N, D)` and writes `dw` for the rows of `w`, which start at row `first` of the matrix.
-    fn backward_part(
-        &self,
-        (x, w, first): (MatRef<'_, f32>, MatRef<'_, f32>, usize),
-        scales: &[f32],
-        log_sums: &[f32],
-        (dx, dw): (&mut [f32], &mut [f32]),
-    ) {
-        let ((n, d), columns) = ((x.nrows(), x.ncols()), w.nrows());
-        let mut g = logits(x, w);
-        for (n, row) in g.chunks_exact_mut(columns).enumerate() {
-            row.iter_mut().for_each(|x| *x = scales[n] * exp(*x - log_sums[n]));
-            if let Some(at) = self.target(n, first, columns) {
-                row[at] -= scales[n];
+    /// One task: its parts, and the logits that are kept.
+    fn forward_task(&self, x: MatRef<'_, f32>, w: &[f32], first: usize) -> (Vec<Part>, Vec<Vec<f32>>) {
+        let (mut parts, mut kept) = (Vec::new(), Vec::new());
+        for (chunk, w) in w.chunks(CHUNK * x.ncols()).enumerate() {
+            let w = matrix(w, x.ncols());
+            let logits = logits(x, w);
+            parts.push(self.part(&logits, w.nrows(), first + chunk * CHUNK));
+            if self.keep && (chunk + 1) * CHUNK * x.nrows() * TASKS <= KEPT {
+                kept.push(logits);
             }
         }
-        let g = MatRef::from_row_major_slice(&g, n, columns);
-        matmul(MatMut::from_row_major_slice_mut(dx, n, d), Accum::Add, g, w, 1.0, Par::Seq);
-        let dw = MatMut::from_row_major_slice_mut(dw, columns, d);
-        matmul(dw, Accum::Replace, g.transpose(), x, 1.0, Par::Seq);
+        (parts, kept)
+    }
+
+    /// Logits from column `first` on to their gradient.
+    fn gradient(&self, logits: &mut [f32], columns: usize, first: usize, scales: &[f32], log_sums: &[f32]) {
+        for (n, row) in logits.chunks_exact_mut(columns).enumerate() {
+            let (scale, log_sum) = (scales[n], log_sums[n]);
+            row.iter_mut().for_each(|x| *x = scale * exp(*x - log_sum));
+            if let Some(at) = self.target(n, first, columns) {
+                row[at] -= scale;
+            }
+        }
     }
 }
 
-/// `x wᵀ`, row-major.
-fn logits(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Vec<f32> {
-    let mut logits = vec![0f32; x.nrows() * w.nrows()];
-    let to = MatMut::from_row_major_slice_mut(&mut logits, x.nrows(), w.nrows());
-    matmul(to, Accum::Replace, x, w.transpose(), 1.0, Par::Seq);
-    logits
-}
-
-impl CustomOp2 for LinearCrossEntropy {
+impl CustomOp2 for ByColumns {
     fn name(&self) -> &'static str {
         "linear-cross-entropy"
     }
@@ -115,15 +240,12 @@ impl CustomOp2 for LinearCrossEntropy {
         w_at: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (n, d) = x_at.shape().dims2()?;
-        let (x, w) = (MatRef::from_row_major_slice(slice(x, x_at)?, n, d), slice(w, w_at)?);
-        let parts: Vec<Part> = w
-            .par_chunks(CHUNK * d)
-            .enumerate()
-            .map(|(chunk, w)| {
-                let w = MatRef::from_row_major_slice(w, w.len() / d, d);
-                self.forward_part(x, w, chunk * CHUNK)
-            })
-            .collect();
+        let (x, w) = (matrix(slice(x, x_at)?, d), slice(w, w_at)?);
+        let rows = rows_of_task(w.len() / d);
+        let tasks = w.par_chunks(rows * d).enumerate();
+        let (parts, kept): (Vec<_>, Vec<_>) =
+            tasks.map(|(task, w)| self.forward_task(x, w, task * rows)).unzip();
+        let parts: Vec<Part> = parts.into_iter().flatten().collect();
         let log_sums: Vec<f32> = (0..n)
             .map(|n| {
                 let max = parts.iter().map(|part| part.max[n]).fold(f32::NEG_INFINITY, f32::max);
@@ -131,9 +253,9 @@ impl CustomOp2 for LinearCrossEntropy {
             })
             .collect();
         let target = |n: usize| parts.iter().map(|part| part.target[n]).sum::<f32>();
-        let losses = (0..n).map(|n| self.weights[n] * (log_sums[n] - target(n))).collect();
+        let losses = (0..n).map(|n| self.tokens.weights[n] * (log_sums[n] - target(n))).collect();
         // An operation runs forward once.
-        let _ = self.log_sums.set(log_sums);
+        let _ = self.saved.set(Saved { log_sums, logits: kept.into_iter().map(Mutex::new).collect() });
         Ok((CpuStorage::F32(losses), Shape::from(n)))
     }
 
@@ -145,31 +267,48 @@ impl CustomOp2 for LinearCrossEntropy {
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let ((n, d), v) = (x.dims2()?, w.dim(0)?);
-        let Some(log_sums) = self.log_sums.get() else {
+        let Some(saved) = self.saved.get() else {
             bail!("linear_cross_entropy: expected the forward pass to run first");
         };
-        let (dx, dw) = read([x, w, g], |[x, w, g]| {
-            let scales: Vec<f32> = g.iter().zip(&self.weights).map(|(g, weight)| g * weight).collect();
-            let x = MatRef::from_row_major_slice(x, n, d);
-            let rows = v.div_ceil(TASKS);
-            let mut dw = vec![0f32; v * d];
-            let tasks = dw.par_chunks_mut(rows * d).zip(w.par_chunks(rows * d)).enumerate();
-            let parts: Vec<Vec<f32>> = tasks
-                .map(|(task, (dw, w))| {
-                    let mut dx = vec![0f32; n * d];
-                    for (chunk, (dw, w)) in dw.chunks_mut(CHUNK * d).zip(w.chunks(CHUNK * d)).enumerate() {
-                        let w = MatRef::from_row_major_slice(w, w.len() / d, d);
-                        let first = task * rows + chunk * CHUNK;
-                        self.backward_part((x, w, first), &scales, log_sums, (&mut dx, dw));
+        read([x, w, g], |[x_values, w_values, g]| {
+            let scales: Vec<f32> = g.iter().zip(&self.tokens.weights).map(|(g, weight)| g * weight).collect();
+            let x_rows = matrix(x_values, d);
+            let rows = rows_of_task(v);
+            // The part of one task: of `dx`, and of `dw` if it is trained.
+            let run = |task: usize, w: &[f32], mut dw: Option<(&mut [f32], Accum)>| {
+                let mut dx = vec![0f32; n * d];
+                let kept = std::mem::take(&mut *saved.logits[task].lock().unwrap_or_else(|p| p.into_inner()));
+                let mut kept = kept.into_iter();
+                for (chunk, w) in w.chunks(CHUNK * d).enumerate() {
+                    let (w, first) = (matrix(w, d), task * rows + chunk * CHUNK);
+                    let mut gradient = kept.next().unwrap_or_else(|| logits(x_rows, w));
+                    self.gradient(&mut gradient, w.nrows(), first, &scales, &saved.log_sums);
+                    let gradient = matrix(&gradient, w.nrows());
+                    multiply(&mut dx, Accum::Add, gradient, w);
+                    if let Some((dw, accum)) = &mut dw {
+                        let dw = &mut dw[chunk * CHUNK * d..][..w.nrows() * d];
+                        multiply(dw, *accum, gradient.transpose(), x_rows);
                     }
-                    dx
-                })
-                .collect();
+                }
+                dx
+            };
+            let mut parts: Vec<Vec<f32>> = Vec::new();
+            let tasks = w_values.par_chunks(rows * d).enumerate();
+            let dw = add_gradient(w, |dw, accum| {
+                let tasks = tasks.clone().zip(dw.par_chunks_mut(rows * d));
+                parts = tasks.map(|((task, w), dw)| run(task, w, Some((dw, accum)))).collect();
+            })?;
+            if parts.is_empty() {
+                parts = tasks.map(|(task, w)| run(task, w, None)).collect();
+            }
             let mut dx = vec![0f32; n * d];
-            parts.iter().for_each(|part| axpy(&mut dx, 1.0, part));
-            Ok((dx, dw))
-        })?;
-        let cpu = x.device();
-        Ok((Some(Tensor::from_vec(dx, (n, d), cpu)?), Some(Tensor::from_vec(dw, (v, d), cpu)?)))
+            let block = rows_per_block(n) * d;
+            dx.par_chunks_mut(block).enumerate().for_each(|(index, dx)| {
+                let parts: Vec<&[f32]> =
+                    parts.iter().map(|part| &part[index * block..][..dx.len()]).collect();
+                add_parts(&parts, dx, Accum::Replace);
+            });
+            Ok((Some(Tensor::from_vec(dx, (n, d), x.device())?), dw))
+        })
     }
 }

@@ -5,7 +5,8 @@
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cpu::{axpy, fusable, mul_add, read, rows_per_task, slice, sum};
+use super::cpu::{add_parts, dot, fusable, mul_add, read, rows_per_task, slice, sum};
+use crate::model::gradients::add_gradient;
 
 /// `x (N, D)`, `w (D)` → `(N, D)`.
 ///
@@ -30,33 +31,39 @@ pub fn rms_norm_composed(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     x.broadcast_div(&rms)?.broadcast_mul(w)
 }
 
-struct RmsNorm {
-    eps: f32,
+/// `r` of a row.
+fn scale(x: &[f32], eps: f32) -> f32 {
+    (sum(x, |x| x * x) / x.len() as f32 + eps).sqrt().recip()
 }
 
-impl RmsNorm {
-    /// `r` of a row.
-    fn scale(&self, x: &[f32]) -> f32 {
-        (sum(x, |x| x * x) / x.len() as f32 + self.eps).sqrt().recip()
-    }
-
-    /// `dx` of some rows into `dx`; their part of `dw` is returned.
-    fn backward_rows(&self, x: &[f32], w: &[f32], g: &[f32], dx: &mut [f32]) -> Vec<f32> {
-        let d = w.len();
-        let mut dw = vec![0f32; d];
-        for ((x, g), dx) in x.chunks_exact(d).zip(g.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
-            let r = self.scale(x);
-            for j in 0..d {
-                dx[j] = g[j] * x[j]; // for now: g ∘ n / r
-            }
-            axpy(&mut dw, r, dx);
-            let mean = r * super::cpu::dot(dx, w) / d as f32;
-            for j in 0..d {
-                dx[j] = r * mul_add(-(r * mean), x[j], g[j] * w[j]);
-            }
+/// [`rms_norm`] of some rows.
+pub(super) fn norm_rows(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
+        let r = scale(x, eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = x * r * w;
         }
-        dw
     }
+}
+
+/// Turns the gradient `g` of some rows into that by `x`, and adds their gradient by `w` to `dw`.
+pub(super) fn norm_rows_backward(x: &[f32], w: &[f32], eps: f32, g: &mut [f32], dw: &mut [f32]) {
+    let d = w.len();
+    for (x, g) in x.chunks_exact(d).zip(g.chunks_exact_mut(d)) {
+        let r = scale(x, eps);
+        for ((dw, g), x) in dw.iter_mut().zip(&*g).zip(x) {
+            *dw = mul_add(g * r, *x, *dw);
+        }
+        g.iter_mut().zip(w).for_each(|(g, w)| *g *= w);
+        let mean = r * r * dot(g, x) / d as f32;
+        for (g, x) in g.iter_mut().zip(x) {
+            *g = r * mul_add(-mean, *x, *g);
+        }
+    }
+}
+
+struct RmsNorm {
+    eps: f32,
 }
 
 impl CustomOp2 for RmsNorm {
@@ -72,16 +79,9 @@ impl CustomOp2 for RmsNorm {
         w_at: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, w) = (slice(x, x_at)?, slice(w, w_at)?);
-        let (d, task) = (w.len(), rows_per_task(w.len()) * w.len());
+        let task = rows_per_task(w.len()) * w.len();
         let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                let r = self.scale(x);
-                for j in 0..d {
-                    y[j] = x[j] * r * w[j];
-                }
-            }
-        });
+        y.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(y, x)| norm_rows(x, w, self.eps, y));
         Ok((CpuStorage::F32(y), x_at.shape().clone()))
     }
 
@@ -92,19 +92,20 @@ impl CustomOp2 for RmsNorm {
         _y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dw) = read([x, w, g], |[x, w, g]| {
-            let task = rows_per_task(w.len()) * w.len();
-            let mut dx = vec![0f32; x.len()];
+        read([x, w, g], |[x_values, w_values, g]| {
+            let (d, task) = (w_values.len(), rows_per_task(w_values.len()) * w_values.len());
+            let mut dx = g.to_vec();
             let parts: Vec<Vec<f32>> = dx
                 .par_chunks_mut(task)
-                .zip(x.par_chunks(task).zip(g.par_chunks(task)))
-                .map(|(dx, (x, g))| self.backward_rows(x, w, g, dx))
+                .zip(x_values.par_chunks(task))
+                .map(|(g, x)| {
+                    let mut dw = vec![0f32; d];
+                    norm_rows_backward(x, w_values, self.eps, g, &mut dw);
+                    dw
+                })
                 .collect();
-            let mut dw = vec![0f32; w.len()];
-            parts.iter().for_each(|part| axpy(&mut dw, 1.0, part));
-            Ok((dx, dw))
-        })?;
-        let cpu = x.device();
-        Ok((Some(Tensor::from_vec(dx, x.shape(), cpu)?), Some(Tensor::from_vec(dw, w.shape(), cpu)?)))
+            let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
+            Ok((Some(dx), add_gradient(w, |dw, accum| add_parts(&parts, dw, accum))?))
+        })
     }
 }

@@ -43,43 +43,50 @@ pub fn rope_composed(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     Tensor::cat(&[turned_a, turned_b], D::Minus1)?.reshape((n, width))
 }
 
-struct Rope {
-    rotary: Rotary,
-}
-
-impl Rope {
-    /// Turns every head of `x (N, width)`; `direction` is 1 or -1.
-    fn turn(&self, x: &[f32], width: usize, direction: f32) -> Result<Vec<f32>> {
-        let (positions, half) = self.rotary.cos.dims2()?;
-        let rows = rows_per_task(width);
-        let mut y = vec![0f32; x.len()];
-        read([&self.rotary.cos, &self.rotary.sin], |[cos, sin]| {
-            y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(
-                |(task, (y, x))| {
-                    for (row, (y, x)) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
-                        let at = (task * rows + row) % positions * half;
-                        let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
-                        for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                            turn_head(x, y, cos, sin, direction);
-                        }
-                    }
-                },
-            );
-            Ok(())
-        })?;
-        Ok(y)
+/// Turns the heads of some rows in place; `first` is the first row's number, `direction` is 1 or -1.
+pub(super) fn turn_rows(
+    x: &mut [f32],
+    width: usize,
+    first: usize,
+    (cos, sin): (&[f32], &[f32]),
+    (half, direction): (usize, f32),
+) {
+    let positions = cos.len() / half;
+    for (row, x) in x.chunks_exact_mut(width).enumerate() {
+        let at = (first + row) % positions * half;
+        let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
+        for head in x.chunks_exact_mut(2 * half) {
+            turn_head(head, cos, sin, direction);
+        }
     }
 }
 
 /// `(a, b)` → `(a cos - b sin, b cos + a sin)` for the pairs of one head.
 #[inline(always)]
-fn turn_head(x: &[f32], y: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
-    let half = cos.len();
-    let ((a, b), (y_a, y_b)) = (x.split_at(half), y.split_at_mut(half));
-    for i in 0..half {
-        let sin = direction * sin[i];
-        y_a[i] = mul_add(a[i], cos[i], -(b[i] * sin));
-        y_b[i] = mul_add(b[i], cos[i], a[i] * sin);
+fn turn_head(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
+    let (a, b) = x.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+        let sin = direction * sin;
+        (*a, *b) = (mul_add(*a, *cos, -(*b * sin)), mul_add(*b, *cos, *a * sin));
+    }
+}
+
+struct Rope {
+    rotary: Rotary,
+}
+
+impl Rope {
+    /// Turns every head of `x (N, width)`.
+    fn turn(&self, x: &[f32], width: usize, direction: f32) -> Result<Vec<f32>> {
+        let half = self.rotary.cos.dim(1)?;
+        let rows = rows_per_task(width);
+        let mut y = x.to_vec();
+        read([&self.rotary.cos, &self.rotary.sin], |[cos, sin]| {
+            let tasks = y.par_chunks_mut(rows * width).enumerate();
+            tasks.for_each(|(task, y)| turn_rows(y, width, task * rows, (cos, sin), (half, direction)));
+            Ok(())
+        })?;
+        Ok(y)
     }
 }
 

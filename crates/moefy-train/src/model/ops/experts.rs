@@ -1,0 +1,58 @@
+//! The FFN as served, `y = W_down[:, :w] (silu(W_gate[:w] x) ∘ (W_up[:w] x))`, with a width for each row.
+
+use candle_core::{Result, Tensor, bail};
+use dynamoe::math::sigmoid;
+use faer::Accum;
+use rayon::prelude::*;
+
+use super::cpu::{fusable, matrix, multiply, read, rows_per_block};
+
+/// Rows `x (N, D)`, widest expert first, through prefixes of `[gate (I, D), up (I, D), down (D, I)]`; `reach[s]`
+/// rows have expert `s` or a wider one. Without a gradient. None where the tensors are not f32 on the CPU.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub(in crate::model) fn expert_rows(
+    weights: [&Tensor; 3],
+    widths: &[usize],
+    x: &Tensor,
+    reach: &[usize],
+) -> Result<Option<Tensor>> {
+    if !fusable(&[weights[0], weights[1], weights[2], x]) {
+        return Ok(None);
+    }
+    let ((n, d), (i, w_d)) = (x.dims2()?, weights[0].dims2()?);
+    if d != w_d || reach.len() != widths.len() || reach.first() != Some(&n) {
+        bail!(
+            "experts: expected rows of {w_d} numbers, {n} that reach the first expert, found {d} and {reach:?}"
+        );
+    }
+    let [gate, up, down] = weights;
+    let mut y = vec![0f32; n * d];
+    read([x, gate, up, down], |[x, gate, up, down]| {
+        let block = rows_per_block(n);
+        let mut tasks = Vec::new();
+        let mut rest = &mut y[..];
+        let mut start = 0;
+        for (&width, &end) in widths.iter().zip(reach).rev() {
+            for first in (start..end).step_by(block) {
+                let rows = block.min(end - first);
+                let (to, tail) = std::mem::take(&mut rest).split_at_mut(rows * d);
+                rest = tail;
+                tasks.push((width, &x[first * d..(first + rows) * d], to));
+            }
+            start = start.max(end);
+        }
+        tasks.into_par_iter().for_each(|(width, x, y)| {
+            let x = matrix(x, d);
+            let [mut h, mut by_up] = [(); 2].map(|()| vec![0f32; x.nrows() * width]);
+            multiply(&mut h, Accum::Replace, x, matrix(&gate[..width * d], d).transpose());
+            multiply(&mut by_up, Accum::Replace, x, matrix(&up[..width * d], d).transpose());
+            h.iter_mut().zip(&by_up).for_each(|(h, up)| *h = *h * sigmoid(*h) * up);
+            let down = matrix(down, i).subcols(0, width);
+            multiply(y, Accum::Replace, matrix(&h, width), down.transpose());
+        });
+        Ok(())
+    })?;
+    Tensor::from_vec(y, (n, d), x.device()).map(Some)
+}

@@ -1,0 +1,233 @@
+//! The differentiable FFN in one: [`TrainableFfn::forward`] for f32 on the CPU.
+//!
+//! Each block of rows goes through gate, up, SwiGLU, mask and down while it is in the cache, and likewise
+//! backwards. Gradients of the three matrices and of the compensation go straight into
+//! [`crate::model::Gradients`].
+
+use std::sync::Mutex;
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use dynamoe::TrainableFfn;
+use dynamoe::swiglu::{backward_rows, forward_rows};
+use faer::Accum;
+use rayon::prelude::*;
+
+use super::cpu::{
+    Host, add_parts, axpy, blocks, dot, fusable, host, matrix, multiply, multiply_blocks, read,
+    rows_per_block, slice,
+};
+use super::linear;
+use crate::model::gradients::add_gradient;
+
+/// `Σ_e p_e O_e(x)` for `x (N, D)` and `reach (N, E)`, as [`TrainableFfn::forward`].
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn ffn(weights: &TrainableFfn, x: &Tensor, reach: &Tensor) -> Result<Tensor> {
+    let mut tensors = vec![&weights.gate_proj, &weights.up_proj, &weights.down_proj];
+    tensors.extend(&weights.compensation);
+    let keep = x.track_op() || reach.track_op();
+    let trained = tensors.iter().any(|tensor| tensor.track_op());
+    let whole = tensors.iter().all(|tensor| tensor.is_contiguous());
+    // candle runs a backward pass where an input asks for it
+    if !(whole && fusable(&tensors) && fusable(&[x, reach]) && (keep || !trained)) {
+        return weights.forward_with(x, reach, linear);
+    }
+    let (i, d) = weights.gate_proj.dims2()?;
+    let (n, e) = (x.dim(0)?, weights.widths.len());
+    let fits = x.dims() == [n, d]
+        && reach.dims() == [n, e]
+        && weights.up_proj.dims() == [i, d]
+        && weights.down_proj.dims() == [d, i]
+        && weights.compensation.as_ref().is_none_or(|compensation| compensation.dims() == [e - 1, d])
+        && weights.widths.last() == Some(&i);
+    if !fits {
+        bail!(
+            "ffn: expected x (N, {d}) and reach (N, {e}) for widths {:?} of {i} neurons, found {:?} and {:?}",
+            weights.widths,
+            x.dims(),
+            reach.dims()
+        );
+    }
+    let op = Fused { weights: weights.clone(), keep, saved: Mutex::new(None) };
+    x.contiguous()?.apply_op2(&reach.contiguous()?, op)
+}
+
+/// One forward and one backward pass.
+struct Fused {
+    weights: TrainableFfn,
+    /// Whether there may be a backward pass.
+    keep: bool,
+    /// `x W_gateᵀ` and `x W_upᵀ`, each `(N, I)`; the backward pass takes them.
+    saved: Mutex<Option<[Vec<f32>; 2]>>,
+}
+
+/// The weights' numbers.
+struct Weights<'a> {
+    gate: Host<'a>,
+    up: Host<'a>,
+    down: Host<'a>,
+    compensation: Option<Host<'a>>,
+    widths: &'a [usize],
+    d: usize,
+    i: usize,
+}
+
+impl<'a> Weights<'a> {
+    fn new(weights: &'a TrainableFfn) -> Result<Self> {
+        let (i, d) = weights.gate_proj.dims2()?;
+        Ok(Self {
+            gate: host(&weights.gate_proj)?,
+            up: host(&weights.up_proj)?,
+            down: host(&weights.down_proj)?,
+            compensation: weights.compensation.as_ref().map(host).transpose()?,
+            widths: &weights.widths,
+            d,
+            i,
+        })
+    }
+
+    /// Rows of `y`, and of `gate` and `up` on the way.
+    fn forward(&self, x: &[f32], reach: &[f32], [gate, up]: [&mut [f32]; 2], y: &mut [f32]) {
+        let x = matrix(x, self.d);
+        multiply(gate, Accum::Replace, x, matrix(&self.gate, self.d).transpose());
+        multiply(up, Accum::Replace, x, matrix(&self.up, self.d).transpose());
+        let mut h = vec![0f32; gate.len()];
+        forward_rows([gate, up, reach], self.widths, &mut h);
+        multiply(y, Accum::Replace, matrix(&h, self.i), matrix(&self.down, self.i).transpose());
+        if let Some(compensation) = &self.compensation {
+            let e = self.widths.len();
+            for (y, reach) in y.chunks_exact_mut(self.d).zip(reach.chunks_exact(e)) {
+                for (constant, p) in compensation.chunks_exact(self.d).zip(reach.windows(2)) {
+                    axpy(y, p[0] - p[1], constant);
+                }
+            }
+        }
+    }
+
+    /// `gate`, `up` and `h` of rows become the gradients by gate and up and the value of `h`. Returns the
+    /// gradient of the compensation.
+    fn backward(
+        &self,
+        (reach, g): (&[f32], &[f32]),
+        [gate, up, h]: [&mut [f32]; 3],
+        d_reach: &mut [f32],
+        dx: &mut [f32],
+    ) -> Vec<f32> {
+        multiply(h, Accum::Replace, matrix(g, self.d), matrix(&self.down, self.i));
+        backward_rows([gate, up, h], reach, self.widths, d_reach);
+        multiply(dx, Accum::Replace, matrix(gate, self.i), matrix(&self.gate, self.d));
+        multiply(dx, Accum::Add, matrix(up, self.i), matrix(&self.up, self.d));
+        let Some(compensation) = &self.compensation else { return Vec::new() };
+        let mut sums = vec![0f32; compensation.len()];
+        let e = self.widths.len();
+        let rows = reach.chunks_exact(e).zip(d_reach.chunks_exact_mut(e)).zip(g.chunks_exact(self.d));
+        for ((reach, d_reach), g) in rows {
+            for narrower in 0..e - 1 {
+                let at = narrower * self.d..(narrower + 1) * self.d;
+                let by_p = dot(g, &compensation[at.clone()]);
+                d_reach[narrower] += by_p;
+                d_reach[narrower + 1] -= by_p;
+                axpy(&mut sums[at], reach[narrower] - reach[narrower + 1], g);
+            }
+        }
+        sums
+    }
+}
+
+impl CustomOp2 for Fused {
+    fn name(&self) -> &'static str {
+        "ffn"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_at: &Layout,
+        reach: &CpuStorage,
+        reach_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, reach) = (slice(x, x_at)?, slice(reach, reach_at)?);
+        let weights = Weights::new(&self.weights)?;
+        let (d, i, e) = (weights.d, weights.i, weights.widths.len());
+        let n = x.len() / d;
+        let rows = rows_per_block(n);
+        let mut y = vec![0f32; n * d];
+        let mut saved = [i, i].map(|i| vec![0f32; if self.keep { n * i } else { 0 }]);
+        let [gate, up] = saved.each_mut().map(|saved| (&mut saved[..], if self.keep { i } else { 0 }));
+        blocks([(&mut y[..], d), gate, up], rows, n)
+            .into_par_iter()
+            .zip(x.par_chunks(rows * d).zip(reach.par_chunks(rows * e)))
+            .for_each(|([y, gate, up], (x, reach))| {
+                if self.keep {
+                    weights.forward(x, reach, [gate, up], y);
+                } else {
+                    let [mut gate, mut up] = [(); 2].map(|()| vec![0f32; x.len() / d * i]);
+                    weights.forward(x, reach, [&mut gate, &mut up], y);
+                }
+            });
+        if self.keep {
+            *self.saved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(saved);
+        }
+        Ok((CpuStorage::F32(y), x_at.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        reach: &Tensor,
+        _y: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let saved = self.saved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let Some([mut gate, mut up]) = saved else {
+            bail!("ffn: expected one forward pass, then one backward pass");
+        };
+        read([x, reach, g], |[x_values, reach_values, g]| {
+            let weights = Weights::new(&self.weights)?;
+            let (d, i, e) = (weights.d, weights.i, weights.widths.len());
+            let n = x_values.len() / d;
+            let rows = rows_per_block(n);
+            let (mut h, mut dx, mut d_reach) = (vec![0f32; n * i], vec![0f32; n * d], vec![0f32; n * e]);
+            let out = [(&mut gate[..], i), (&mut up[..], i), (&mut h, i), (&mut d_reach, e), (&mut dx, d)];
+            let constants: Vec<Vec<f32>> = blocks(out, rows, n)
+                .into_par_iter()
+                .zip(reach_values.par_chunks(rows * e).zip(g.par_chunks(rows * d)))
+                .map(|([gate, up, h, d_reach, dx], inputs)| {
+                    weights.backward(inputs, [gate, up, h], d_reach, dx)
+                })
+                .collect();
+            self.by_weights(x_values, g, [&gate, &up, &h], &constants)?;
+            let tensor = |of: &Tensor, values| Tensor::from_vec(values, of.shape(), of.device());
+            Ok((Some(tensor(x, dx)?), Some(tensor(reach, d_reach)?)))
+        })
+    }
+}
+
+impl Fused {
+    /// Adds the gradients of the weights to those of the backward pass at hand.
+    fn by_weights(
+        &self,
+        x: &[f32],
+        g: &[f32],
+        [gate, up, h]: [&[f32]; 3],
+        constants: &[Vec<f32>],
+    ) -> Result<()> {
+        let TrainableFfn { gate_proj, up_proj, down_proj, compensation, .. } = &self.weights;
+        let mut lost = false;
+        for (weight, g, x) in [(gate_proj, gate, x), (up_proj, up, x), (down_proj, g, h)] {
+            let (to, from) = weight.dims2()?;
+            let product = |dw: &mut [f32], accum| {
+                multiply_blocks(dw, accum, matrix(g, to).transpose(), matrix(x, from));
+            };
+            lost |= add_gradient(weight, product)?.is_some();
+        }
+        if let Some(weight) = compensation {
+            lost |= add_gradient(weight, |dw, accum| add_parts(constants, dw, accum))?.is_some();
+        }
+        if lost {
+            bail!("ffn: expected the backward pass to be run by Gradients::add");
+        }
+        Ok(())
+    }
+}
