@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -344,6 +344,27 @@ fn ctrl_c_saves_and_tells_how_to_continue() {
     let metrics = |out: &str| log(&lab.path(out).join("training/state/metrics.jsonl"));
     assert_eq!(metrics("whole"), metrics("stopped"));
     assert_eq!(metrics("whole").len(), 400);
+}
+
+#[test]
+fn ctrl_c_between_trainings_stops_at_once() {
+    let lab = Lab::new();
+    // enough held-out text to be measured for a while
+    let text = fs::read_to_string(lab.path("valid.txt")).unwrap();
+    fs::write(lab.path("valid.txt"), vec![text; 200].join(&format!("\n{BOUNDARY}\n"))).unwrap();
+    let tokens = (2 * STEP).to_string();
+    let args = run_args("out", &tokens, &["--eval-tokens", "10000000"]);
+    let mut child = lab.command(&args).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(log.any(|line| line.unwrap().contains("measuring the curve")), "the run ended early");
+    let started = Instant::now();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(log.any(|line| line.unwrap().contains("--resume continues")));
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(started.elapsed() < Duration::from_secs(5), "took {:?}", started.elapsed());
+    assert!(!lab.path("out/report.html").exists());
+    lab.ok(&run_args("out", &tokens, &["--resume", "--eval-tokens", "10000000"]));
+    assert!(lab.path("out/report.html").exists());
 }
 
 #[test]

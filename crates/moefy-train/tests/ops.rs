@@ -187,6 +187,8 @@ fn attention_equals_its_composition() -> Result<()> {
         (1, 100, 2, 1, 48, Some(33)),
         (3, 130, 6, 3, 16, Some(64)),
         (1, 65, 8, 4, 10, Some(1000)),
+        (2, 97, 2, 1, 8, Some(3)),
+        (1, 128, 1, 1, 24, Some(33)),
     ];
     for (sequences, positions, heads, kv_heads, head_dim, window) in shapes {
         let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window };

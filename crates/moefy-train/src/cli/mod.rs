@@ -77,13 +77,14 @@ fn print(line: &dyn Display) -> Result<()> {
     }
 }
 
-/// The first Ctrl-C (or SIGTERM) asks training to save and stop; a second one stops at once. Commands that do
-/// not train have nothing to save and stop at the first.
+/// The first Ctrl-C (or SIGTERM) asks training to save and stop; a second one stops at once. Where nothing is
+/// trained, there is nothing to save, and the first one stops at once.
 fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
     ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
+        if flag.swap(true, Ordering::Relaxed) || !crate::train::is_running() {
+            eprintln!("stopped; what is finished is kept, and --resume continues");
             std::process::exit(130);
         }
         eprintln!("stopping after the step at hand; again to stop at once");

@@ -13,4 +13,4 @@ mod trainer;
 
 pub use config::{Method, Mode, TrainConfig};
 pub use step::TrainModel;
-pub use trainer::{Outcome, Trainer};
+pub use trainer::{Outcome, Trainer, is_running};

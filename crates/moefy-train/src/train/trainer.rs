@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Error, Result, anyhow};
@@ -18,6 +18,30 @@ use crate::checkpoint::write_atomic;
 use crate::data::{Batches, Origin};
 use crate::model::{Gradients, RoutedModel};
 use crate::results::TrainMetrics;
+
+/// Trainings that this process runs now.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether a training runs in this process, so that there is something to save before it may end.
+pub fn is_running() -> bool {
+    RUNNING.load(Ordering::Relaxed) > 0
+}
+
+/// Counts a training as long as it lives.
+struct Counted;
+
+impl Counted {
+    fn new() -> Self {
+        RUNNING.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        RUNNING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +88,7 @@ impl Trainer<'_> {
     /// system.
     pub fn run(&self) -> Result<(Outcome, Vec<TrainMetrics>)> {
         self.config.validate()?;
+        let _counted = Counted::new();
         let mut optimizer = AdamW::new(self.model.params())?;
         let mut saved = None;
         if let Some(dir) = self.state_dir {

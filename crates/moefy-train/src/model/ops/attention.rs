@@ -30,7 +30,7 @@ pub struct AttentionShape {
 impl AttentionShape {
     /// Rejects a shape that contradicts itself.
     pub(super) fn check(&self) -> Result<()> {
-        if self.kv_heads == 0 || self.heads % self.kv_heads != 0 || self.window == Some(0) {
+        if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) || self.window == Some(0) {
             bail!(
                 "attention: expected heads a multiple of kv_heads and a window of 1 or more, found {self:?}"
             );

@@ -1,8 +1,8 @@
 //! Attention on the CPU in f32, one task for each sequence and key/value head.
 //!
-//! [`LANES`] queries (or keys, for the gradients of keys and values) are computed at once, one in each lane, so
-//! that loops vectorise however small `d` is and no sum runs across lanes. Their scores stand in `T` rows of
-//! lanes, which fit the cache. The backward pass computes them again from the log-sum-exp of each query. With
+//! [`LANES`] queries (or keys, for the gradients) are computed at once, one in each lane, so that loops vectorise
+//! however small `d` is and no sum runs across lanes. Their scores stand in `T` rows of lanes, which fit the
+//! cache. The backward pass computes them again from the log-sum-exp of each query. With
 //! `P = softmax`, `δ_i = g_i·o_i`:
 //!
 //! ```text
@@ -20,6 +20,9 @@ use super::cpu::{dot, exp, larger, mul_add, rows_per_task};
 const LANES: usize = if cfg!(target_feature = "avx512f") { 32 } else { 16 };
 /// Rows of scores, or columns of a head, whose sums are kept in registers at once.
 const ROWS: usize = 4;
+
+/// Numbers of a head that are computed at once; a multiple of [`ROWS`].
+const COLUMNS: usize = 8;
 
 /// One number for each lane.
 type Lanes = [f32; LANES];
@@ -44,7 +47,7 @@ pub(super) struct Gradients {
     pub v: Vec<f32>,
 }
 
-/// The rows of one head, `(T, d)`, with `d` padded by zeros to whole blocks of [`ROWS`].
+/// The rows of one head, `(T, d)`, with `d` padded by zeros to whole blocks of [`COLUMNS`].
 struct Head {
     rows: Vec<f32>,
     width: usize,
@@ -59,11 +62,10 @@ struct Panels {
 impl Head {
     /// Takes `factor · x` of a head whose rows `x[start..start + d]` stand `stride` apart.
     fn new(x: &[f32], (start, stride): (usize, usize), (t, d): (usize, usize), factor: f32) -> Self {
-        let width = d.next_multiple_of(ROWS);
-        let mut rows = Vec::with_capacity(t * width);
-        for row in x[start..].chunks(stride).take(t) {
-            rows.extend_from_slice(&row[..d]);
-            rows.resize(rows.len().next_multiple_of(width), 0.0);
+        let width = d.next_multiple_of(COLUMNS);
+        let mut rows = vec![0f32; t * width];
+        for (to, from) in rows.chunks_exact_mut(width).zip(x[start..].chunks(stride)) {
+            copy(&from[..d], &mut to[..d]);
         }
         if factor != 1.0 {
             rows.iter_mut().for_each(|x| *x *= factor);
@@ -93,15 +95,23 @@ impl Head {
     }
 }
 
+/// Copies a head's few numbers without a call.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<COLUMNS>(), to.as_chunks_mut::<COLUMNS>());
+    from.iter().zip(to).for_each(|(from, to)| *to = *from);
+    from_rest.iter().zip(to_rest).for_each(|(from, to)| *to = *from);
+}
+
 /// `sums_r + Σ a_r b` over pairs of `a` and `b`. Written so that the sums stay in registers.
 #[inline(always)]
-fn add_products<'a>(
-    sums: [Lanes; ROWS],
-    pairs: impl Iterator<Item = ([f32; ROWS], &'a Lanes)>,
-) -> [Lanes; ROWS] {
+fn add_products<'a, const N: usize>(
+    sums: [[f32; N]; ROWS],
+    pairs: impl Iterator<Item = ([f32; ROWS], &'a [f32; N])>,
+) -> [[f32; N]; ROWS] {
     let [mut s0, mut s1, mut s2, mut s3] = sums;
     for ([a0, a1, a2, a3], b) in pairs {
-        for l in 0..LANES {
+        for l in 0..N {
             s0[l] = mul_add(a0, b[l], s0[l]);
             s1[l] = mul_add(a1, b[l], s1[l]);
             s2[l] = mul_add(a2, b[l], s2[l]);
@@ -118,7 +128,9 @@ fn multiply(a: &Panels, range: &Range<usize>, b: &[Lanes], out: &mut Vec<Lanes>)
     out.resize(range.len().next_multiple_of(ROWS), [0f32; LANES]);
     let panels = &a.numbers[range.start / ROWS * a.width..range.end.div_ceil(ROWS) * a.width];
     for (panel, out) in panels.chunks_exact(a.width).zip(out.as_chunks_mut::<ROWS>().0) {
-        *out = add_products([[0f32; LANES]; ROWS], panel.iter().copied().zip(b));
+        let sums = add_products([[0f32; LANES]; ROWS], panel.iter().copied().zip(b));
+        // one by one: the whole would be copied by a call
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
     }
 }
 
@@ -129,14 +141,34 @@ fn accumulate(a: &Head, range: &Range<usize>, b: &[Lanes], out: &mut [Lanes]) {
     for (block, out) in out.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
         let rows = rows.chunks_exact(a.width);
         let columns = rows.map(|row| *row[block * ROWS..].first_chunk().expect("rows are padded to blocks"));
-        *out = add_products(*out, columns.zip(b));
+        let sums = add_products(*out, columns.zip(b));
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
+    }
+}
+
+/// `out_r += Σ_l a_rl b_l` for blocks of rows of lanes `a` and the rows of `b` from `first` on; `out` is as wide as
+/// `b`.
+#[inline(always)]
+fn accumulate_rows(a: &[Lanes], b: &Head, first: usize, out: &mut [f32]) {
+    let b = &b.rows[first * b.width..];
+    let width = out.len() / a.len();
+    for ([a0, a1, a2, a3], out) in a.as_chunks().0.iter().zip(out.chunks_exact_mut(ROWS * width)) {
+        for start in (0..width).step_by(COLUMNS) {
+            let at: [usize; ROWS] = std::array::from_fn(|r| r * width + start);
+            let sums = at.map(|at| *out[at..].first_chunk::<COLUMNS>().expect("whole blocks of columns"));
+            let lanes = a0.iter().zip(a1).zip(a2.iter().zip(a3)).map(|((&a, &b), (&c, &d))| [a, b, c, d]);
+            let rows = b.chunks_exact(width).map(|row| row[start..].first_chunk().expect("as wide as out"));
+            for (at, sums) in at.into_iter().zip(add_products(sums, lanes.zip(rows))) {
+                out[at..at + COLUMNS].copy_from_slice(&sums);
+            }
+        }
     }
 }
 
 /// Adds lane `l` of `from (d)` to row `first + l` of `to (T, d)`.
-fn scatter(from: &[Lanes], first: usize, factor: f32, to: &mut [f32], d: usize) {
+fn scatter(from: &[Lanes], first: usize, to: &mut [f32], d: usize) {
     for (l, to) in to.chunks_exact_mut(d).skip(first).take(LANES).enumerate() {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from[l]);
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from[l]);
     }
 }
 
@@ -192,16 +224,16 @@ impl Kernel {
         Head::new(x, (start, kv_heads * d), (positions, d), 1.0)
     }
 
-    /// Keys that one of the queries from `first` on sees.
+    /// Keys that one of the queries from `first` on sees, in whole blocks.
     fn keys_of(&self, first: usize) -> Range<usize> {
         let start = (first + 1).saturating_sub(self.window());
         start / ROWS * ROWS..(first + LANES).min(self.0.positions)
     }
 
-    /// Queries that see one of the keys from `first` on.
+    /// Queries that see one of the keys from `first` on, in whole blocks.
     fn queries_of(&self, first: usize) -> Range<usize> {
         let end = (first + LANES - 1).saturating_add(self.window());
-        first / ROWS * ROWS..end.min(self.0.positions)
+        first / ROWS * ROWS..end.checked_next_multiple_of(ROWS).unwrap_or(end).min(self.0.positions)
     }
 
     fn tasks(&self) -> usize {
@@ -221,7 +253,7 @@ impl Kernel {
                 let (sequence, position) = (row / positions, row % positions);
                 for (column, to) in to.chunks_exact_mut(d).enumerate() {
                     let part = parts[sequence * kv_heads + column / per_task].as_ref();
-                    to.copy_from_slice(&part[(column % per_task * positions + position) * d..][..d]);
+                    copy(&part[(column % per_task * positions + position) * d..][..d], to);
                 }
             }
         });
@@ -265,7 +297,7 @@ impl Kernel {
                 let mut o = vec![[0f32; LANES]; values.width];
                 accumulate(&values, &range, &scores, &mut o);
                 o.iter_mut().for_each(|o| (0..LANES).for_each(|l| o[l] /= sum[l]));
-                scatter(&o, first, 1.0, output, d);
+                scatter(&o, first, output, d);
                 for (l, log_sum) in log_sums.iter_mut().skip(first).take(LANES).enumerate() {
                     *log_sum = max[l] + sum[l].ln();
                 }
@@ -288,6 +320,8 @@ impl Kernel {
                 row[l] = exp(row[l] - max[l]);
             }
             hide(row, &self.queries_seeing(j, first), 0.0);
+        }
+        for row in &scores[..range.len()] {
             for l in 0..LANES {
                 sum[l] += row[l];
             }
@@ -298,25 +332,25 @@ impl Kernel {
     fn backward_task(&self, [q, k, v, o, g]: [&[f32]; 5], log_sums: &[f32], task: usize) -> Gradients {
         let AttentionShape { positions, head_dim: d, .. } = self.0;
         let (keys, values) = (self.key_head(k, task), self.key_head(v, task));
-        let (key_panels, value_panels) = (keys.panels(), values.panels());
-        let mut dq = vec![0f32; self.group() * positions * d];
+        let mut dq = Vec::with_capacity(self.group() * positions * d);
         let (mut dk, mut dv) = (vec![0f32; positions * d], vec![0f32; positions * d]);
-        for (head, dq) in dq.chunks_exact_mut(positions * d).enumerate() {
+        for head in 0..self.group() {
             let [queries, outputs, grads] = [(q, self.scale()), (o, 1.0), (g, 1.0)]
                 .map(|(x, factor)| self.query_head(x, task, head, factor));
             let rows = outputs.rows.chunks_exact(outputs.width).zip(grads.rows.chunks_exact(grads.width));
             let deltas: Vec<f32> = rows.map(|(o, g)| dot(o, g)).collect();
             let head = BackwardHead {
                 kernel: self,
-                queries: (&queries, &queries.panels()),
-                keys: (&keys, &key_panels),
-                values: (&values, &value_panels),
-                grads: (&grads, &grads.panels()),
+                queries: &queries,
+                keys: &keys,
+                values: &values,
+                grads: &grads,
                 log_sums: &log_sums[head * positions..][..positions],
                 deltas: &deltas,
             };
-            head.by_queries(dq);
-            head.by_keys(&mut dk, &mut dv);
+            for row in head.run(&mut dk, &mut dv).chunks_exact(keys.width).take(positions) {
+                dq.extend(row[..d].iter().map(|dq| self.scale() * dq));
+            }
         }
         Gradients { q: dq, k: dk, v: dv }
     }
@@ -325,51 +359,28 @@ impl Kernel {
 /// What the backward pass of one query head reads; queries are scaled.
 struct BackwardHead<'a> {
     kernel: &'a Kernel,
-    queries: (&'a Head, &'a Panels),
-    keys: (&'a Head, &'a Panels),
-    values: (&'a Head, &'a Panels),
-    grads: (&'a Head, &'a Panels),
+    queries: &'a Head,
+    keys: &'a Head,
+    values: &'a Head,
+    grads: &'a Head,
     log_sums: &'a [f32],
     deltas: &'a [f32],
 }
 
-/// `LANES` numbers of `x` from `first` on, zeros behind its end.
-fn lanes_of(x: &[f32], first: usize) -> Lanes {
-    let mut lanes = [0f32; LANES];
-    lanes.iter_mut().zip(&x[first..]).for_each(|(lane, &x)| *lane = x);
-    lanes
-}
-
 impl BackwardHead<'_> {
-    /// Adds the gradient by the queries, a query in each lane.
-    fn by_queries(&self, dq: &mut [f32]) {
+    /// Adds the gradients by keys and values, a key in each lane. Returns that by the queries over the scale, with
+    /// rows as wide as a [`Head`]'s.
+    fn run(&self, dk: &mut [f32], dv: &mut [f32]) -> Vec<f32> {
         let AttentionShape { positions, head_dim: d, .. } = self.kernel.0;
+        let (queries, grads) = (self.queries.panels(), self.grads.panels());
+        let width = self.keys.width;
+        let mut dq = vec![0f32; positions.next_multiple_of(ROWS) * width];
         let (mut p, mut ds) = (Vec::with_capacity(positions + ROWS), Vec::with_capacity(positions + ROWS));
-        for first in (0..positions).step_by(LANES) {
-            let range = self.kernel.keys_of(first);
-            let (log_sums, deltas) = (lanes_of(self.log_sums, first), lanes_of(self.deltas, first));
-            multiply(self.keys.1, &range, &self.queries.0.lanes(first), &mut p);
-            multiply(self.values.1, &range, &self.grads.0.lanes(first), &mut ds);
-            for ((p, ds), j) in p.iter().zip(&mut ds).zip(range.clone()) {
-                for l in 0..LANES {
-                    ds[l] = exp(p[l] - log_sums[l]) * (ds[l] - deltas[l]);
-                }
-                hide(ds, &self.kernel.queries_seeing(j, first), 0.0);
-            }
-            let mut sums = vec![[0f32; LANES]; self.keys.0.width];
-            accumulate(self.keys.0, &range, &ds, &mut sums);
-            scatter(&sums, first, self.kernel.scale(), dq, d);
-        }
-    }
-
-    /// Adds the gradients by keys and values, a key in each lane.
-    fn by_keys(&self, dk: &mut [f32], dv: &mut [f32]) {
-        let AttentionShape { positions, head_dim: d, .. } = self.kernel.0;
-        let (mut p, mut ds) = (Vec::with_capacity(positions + ROWS), Vec::with_capacity(positions + ROWS));
+        let mut sums = vec![[0f32; LANES]; width];
         for first in (0..positions).step_by(LANES) {
             let range = self.kernel.queries_of(first);
-            multiply(self.queries.1, &range, &self.keys.0.lanes(first), &mut p);
-            multiply(self.grads.1, &range, &self.values.0.lanes(first), &mut ds);
+            multiply(&queries, &range, &self.keys.lanes(first), &mut p);
+            multiply(&grads, &range, &self.values.lanes(first), &mut ds);
             for ((p, ds), i) in p.iter_mut().zip(&mut ds).zip(range.clone()) {
                 let (log_sum, delta) = (self.log_sums[i], self.deltas[i]);
                 for l in 0..LANES {
@@ -380,12 +391,14 @@ impl BackwardHead<'_> {
                 hide(p, &visible, 0.0);
                 hide(ds, &visible, 0.0);
             }
-            let mut sums = vec![[0f32; LANES]; self.keys.0.width];
-            accumulate(self.grads.0, &range, &p, &mut sums);
-            scatter(&sums, first, 1.0, dv, d);
             sums.fill([0f32; LANES]);
-            accumulate(self.queries.0, &range, &ds, &mut sums);
-            scatter(&sums, first, 1.0, dk, d);
+            accumulate(self.grads, &range, &p, &mut sums);
+            scatter(&sums, first, dv, d);
+            sums.fill([0f32; LANES]);
+            accumulate(self.queries, &range, &ds, &mut sums);
+            scatter(&sums, first, dk, d);
+            accumulate_rows(&ds, self.keys, first, &mut dq[range.start * width..][..ds.len() * width]);
         }
+        dq
     }
 }

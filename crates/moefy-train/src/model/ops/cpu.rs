@@ -118,11 +118,11 @@ pub(super) fn multiply_blocks(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b
 }
 
 /// Cuts row-major buffers of so many columns each into blocks of `rows` rows.
-pub(super) fn blocks<'a, const K: usize>(
-    buffers: [(&'a mut [f32], usize); K],
+pub(super) fn blocks<const K: usize>(
+    buffers: [(&mut [f32], usize); K],
     rows: usize,
     total: usize,
-) -> Vec<[&'a mut [f32]; K]> {
+) -> Vec<[&mut [f32]; K]> {
     let mut rest = buffers;
     (0..total)
         .step_by(rows)

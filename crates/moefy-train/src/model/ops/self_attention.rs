@@ -361,15 +361,14 @@ impl Fused {
                 add(bias, &|db, accum| add_parts(&rows, db, accum))?;
             }
         }
-        let parts: [(Option<&Tensor>, fn(&NormGradients) -> &[f32]); 3] = [
-            (Some(&layer.norm), |norms| &norms.input),
-            (layer.q_norm.as_ref(), |norms| &norms.q),
-            (layer.k_norm.as_ref(), |norms| &norms.k),
+        let of = |part: fn(&NormGradients) -> &Vec<f32>| norms.iter().map(part).collect::<Vec<_>>();
+        let norms = [
+            (Some(&layer.norm), of(|norms| &norms.input)),
+            (layer.q_norm.as_ref(), of(|norms| &norms.q)),
+            (layer.k_norm.as_ref(), of(|norms| &norms.k)),
         ];
-        for (weight, part) in parts {
-            let Some(weight) = weight else { continue };
-            let parts: Vec<&[f32]> = norms.iter().map(part).collect();
-            add(weight, &|dw, accum| add_parts(&parts, dw, accum))?;
+        for (weight, parts) in norms.iter().filter_map(|(weight, parts)| Some(((*weight)?, parts))) {
+            add(weight, &|dw, accum| add_parts(parts, dw, accum))?;
         }
         if lost {
             bail!("self_attention: expected the backward pass to be run by Gradients::add");
