@@ -3,7 +3,7 @@
 use anyhow::Result;
 use dynamoe::{Budget, Sensitivity};
 
-use super::score::{Policy, score};
+use super::score::mean_width;
 use crate::data::PaddedBatch;
 use crate::model::RoutedModel;
 
@@ -55,7 +55,7 @@ impl<'a> Solver<'a> {
     }
 
     fn measure(&self, sensitivity: &[f64]) -> Result<f64> {
-        Ok(score(self.model, self.batches, &Policy::Dial(sensitivity))?.mean_width())
+        mean_width(self.model, self.batches, sensitivity)
     }
 
     /// The widest and the narrowest mean width that the dial reaches.

@@ -82,6 +82,19 @@ pub fn score(model: &RoutedModel, batches: &[PaddedBatch], policy: &Policy<'_>) 
     combine(parts)
 }
 
+/// The mean width alone, which takes no output matrix and no loss.
+///
+/// # Errors
+/// candle's; no tokens to measure on.
+pub fn mean_width(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f64]) -> Result<f64> {
+    let parts = batches.par_iter().map(|batch| -> Result<BatchScore> {
+        let (tokens, _, _) = batch.tensors(model.backbone().output_matrix().device())?;
+        let (_, routes) = model.forward(&tokens, sensitivity)?;
+        Ok(batch_score(model, batch, &vec![0.0; batch.tokens.len()], &routes))
+    });
+    Ok(combine(parts.collect::<Result<_>>()?)?.mean_width())
+}
+
 /// Adds batches up.
 ///
 /// # Errors
