@@ -18,7 +18,7 @@ fn main() -> ExitCode {
     match moefy_train::cli::main(std::env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", moefy_train::cli::message(&error));
             ExitCode::FAILURE
         }
     }

@@ -69,6 +69,17 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     }
 }
 
+/// An error and its causes in one line, without the backtrace that candle makes part of its messages where
+/// `RUST_BACKTRACE` is set.
+pub fn message(error: &anyhow::Error) -> String {
+    use candle_core::Error::WithBacktrace;
+    let causes = error.chain().map(|cause| match cause.downcast_ref() {
+        Some(WithBacktrace { inner, .. }) => inner.to_string(),
+        _ => cause.to_string(),
+    });
+    causes.collect::<Vec<_>>().join(": ")
+}
+
 /// Prints a line to standard output. A reader that has left, as `head` does, ends the program quietly.
 fn print(line: &dyn Display) -> Result<()> {
     match writeln!(std::io::stdout(), "{line}") {
@@ -91,4 +102,17 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     })
     .context("installing the handler for Ctrl-C")?;
     Ok(stop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_no_backtrace() {
+        let inner = Box::new(candle_core::Error::Msg("no such device".into()));
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let error = anyhow::Error::new(candle_core::Error::WithBacktrace { inner, backtrace });
+        assert_eq!(message(&error.context("--device cuda")), "--device cuda: no such device");
+    }
 }
