@@ -39,8 +39,11 @@ pub(super) fn plus_minus(stderr: f64, decimals: usize) -> String {
     }
 }
 
-/// A dial value without trailing zeros, at most four decimals.
+/// A dial value without trailing zeros, at most four decimals; a dash where a method has no dial.
 pub(super) fn dial(sensitivity: f64) -> String {
+    if sensitivity.is_nan() {
+        return "–".into();
+    }
     let text = number(sensitivity, 4);
     if !text.contains('.') || text.contains('e') {
         return text;
