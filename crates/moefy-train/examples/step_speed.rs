@@ -113,6 +113,7 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
         cpu.push(cpu_seconds() - cpu_start);
         anyhow::ensure!(params.iter().all(|(_, var)| gradients.get(var).is_some()), "a gradient is missing");
     }
+    let peak = peak_memory();
     let products = products(&case.config, tokens, runs)?;
     [&mut forward, &mut backward, &mut step, &mut cpu]
         .into_iter()
@@ -120,7 +121,7 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
     let median = |times: &[f64]| times[times.len() / 2];
     println!(
         "{}: {} parameters, {tokens} tokens a step: {:.0} tokens/s (best {:.0}, worst {:.0}), {:.1} ms a step \
-         ({:.0} ms of CPU): forward {:.1}, backward {:.1}; matrix products alone {:.1} ms = {:.0} % at {:.0} GFLOP/s",
+         ({:.0} ms of CPU): forward {:.1}, backward {:.1}; peak memory {peak:.0} MB; matrix products alone {:.1} ms = {:.0} % at {:.0} GFLOP/s",
         case.name,
         params.elements(),
         tokens as f64 / median(&step),
@@ -144,6 +145,14 @@ fn cpu_seconds() -> f64 {
     let after_name = stat.rsplit(')').next().unwrap_or_default();
     let ticks = |index: usize| after_name.split_whitespace().nth(index).and_then(|n| n.parse::<f64>().ok());
     (ticks(11).unwrap_or(0.0) + ticks(12).unwrap_or(0.0)) / 100.0
+}
+
+/// Largest resident memory of this process so far in MB (0 where the system does not tell).
+fn peak_memory() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    kilobytes.unwrap_or(0.0) * 1024.0 / 1e6
 }
 
 /// What the products of a step take by themselves.

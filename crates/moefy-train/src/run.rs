@@ -28,7 +28,7 @@ use crate::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::texts::{CALIBRATION_TOKENS, Scope, TextArgs, Texts, calibration, in_order};
 use crate::train::{Method, Outcome, TrainConfig, TrainModel, Trainer};
 
-pub use folder::{RunFolder, TRAINING};
+pub use folder::{Existing, RunFolder, TRAINING};
 
 /// A fine-tuning job.
 pub struct Finetune<'a> {

@@ -12,7 +12,7 @@ use crate::calibrate::Calibration;
 use crate::checkpoint::{Checkpoint, refuse_overlap};
 use crate::data::{DataSource, Split};
 use crate::export::ExportOptions;
-use crate::run::{Finetune, RunFolder, describe, load, publish};
+use crate::run::{Existing, Finetune, RunFolder, describe, load, publish};
 use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
 use crate::train::progress::Progress;
 use crate::train::{Outcome, TrainConfig};
@@ -117,18 +117,14 @@ pub struct FinetuneArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
-    /// Replace an existing output folder
-    #[arg(long, conflicts_with = "resume")]
-    force: bool,
-    /// Continue an interrupted run in the output folder
-    #[arg(long)]
-    resume: bool,
+    #[command(flatten)]
+    existing: Existing,
 }
 
 pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
     args.train.validate()?;
     let read: Vec<&Path> = args.data.iter().map(|data| data.path.as_path()).collect();
-    RunFolder::check(&args.out, args.force, args.resume, &read)?;
+    RunFolder::check(&args.out, args.existing, &read)?;
     let device = args.device.open()?;
     let source = open_model(&args.model)?;
     let texts = Texts::open(source.dir(), source.config(), &args.text)?;
@@ -142,7 +138,7 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
     refuse_overlap(source.dir(), &args.out)?;
     let mut told = describe(&source, &args.data, &args.train, &args.text)?;
     told["teacher"] = args.teacher.as_deref().into();
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &read, &told)?;
+    let folder = RunFolder::prepare(&args.out, args.existing, &read, &told)?;
     let job = Finetune {
         source: &source,
         teacher: teacher.as_ref(),

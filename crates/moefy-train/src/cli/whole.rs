@@ -13,7 +13,7 @@ use crate::checkpoint::refuse_overlap;
 use crate::data::DataSource;
 use crate::demo;
 use crate::pretrain::{Pretrain, pretrain as train_dense};
-use crate::run::{Inputs, Job, RunFolder, run_job};
+use crate::run::{Existing, Inputs, Job, RunFolder, run_job};
 use crate::texts::TextArgs;
 use crate::train::{Method, Outcome, TrainConfig};
 
@@ -55,12 +55,8 @@ pub struct RunArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
-    /// Replace an existing output folder
-    #[arg(long, conflicts_with = "resume")]
-    force: bool,
-    /// Continue an interrupted run in the output folder
-    #[arg(long)]
-    resume: bool,
+    #[command(flatten)]
+    existing: Existing,
     /// TOML file whose keys are these flags
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -88,13 +84,13 @@ pub fn run(args: &RunArgs, stop: &AtomicBool) -> Result<()> {
     let job = args.job();
     let texts = args.data.iter().chain(&args.valid).map(|source| source.path.as_path());
     let mut read: Vec<&Path> = texts.chain(args.pairs.as_deref()).collect();
-    RunFolder::check(&args.out, args.force, args.resume, &read)?;
+    RunFolder::check(&args.out, args.existing, &read)?;
     let inputs = Inputs::open(&job)?;
     let model = inputs.model_dir().to_owned();
     refuse_overlap(&model, &args.out)?;
     read.push(&model);
     let told = inputs.describe(&job)?;
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &read, &told)?;
+    let folder = RunFolder::prepare(&args.out, args.existing, &read, &told)?;
     let outcome = run_job(&job, inputs, &folder, &device, stop)?;
     say(&folder, outcome)
 }
@@ -128,17 +124,13 @@ pub struct DemoArgs {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Replace an existing output folder
-    #[arg(long, conflicts_with = "resume")]
-    force: bool,
-    /// Continue an interrupted run in the output folder
-    #[arg(long)]
-    resume: bool,
+    #[command(flatten)]
+    existing: Existing,
 }
 
 pub fn demo(args: &DemoArgs, stop: &AtomicBool) -> Result<()> {
     let told = json!({ "demo": env!("CARGO_PKG_VERSION"), "tokens": args.tokens, "seed": args.seed });
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &[], &told)?;
+    let folder = RunFolder::prepare(&args.out, args.existing, &[], &told)?;
     let base = demo::write_base(&folder)?;
     let job = demo::job(&base, args.tokens, args.seed);
     let outcome = run_job(&job, Inputs::open(&job)?, &folder, &candle_core::Device::Cpu, stop)?;
@@ -162,12 +154,8 @@ pub struct PretrainArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
-    /// Replace an existing output folder
-    #[arg(long, conflicts_with = "resume")]
-    force: bool,
-    /// Continue an interrupted run in the output folder
-    #[arg(long)]
-    resume: bool,
+    #[command(flatten)]
+    existing: Existing,
 }
 
 pub fn pretrain(args: &PretrainArgs, stop: &AtomicBool) -> Result<()> {
@@ -176,7 +164,7 @@ pub fn pretrain(args: &PretrainArgs, stop: &AtomicBool) -> Result<()> {
     let device = args.device.open()?;
     let read: Vec<&Path> = args.data.iter().map(|source| source.path.as_path()).collect();
     let told = json!({ "data": read, "shape": args.shape, "tokens": train.tokens, "seed": train.seed });
-    let folder = RunFolder::prepare(&args.out, args.force, args.resume, &read, &told)?;
+    let folder = RunFolder::prepare(&args.out, args.existing, &read, &told)?;
     match train_dense(&args.shape, &train, &args.data, &args.text, &folder, &device, stop)? {
         Outcome::Stopped(step) => print(&format_args!("stopped after step {step}; --resume continues"))?,
         Outcome::Finished => print(&format_args!("{}", folder.out().display()))?,

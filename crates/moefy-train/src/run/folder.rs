@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use serde_json::Value;
 
 use crate::checkpoint::{refuse_overlap, write_atomic};
@@ -16,6 +17,17 @@ pub const TRAINING: &str = "training";
 
 /// What the run was told, within [`TRAINING`]: a run is resumed only as it was started.
 const JOB: &str = "job.json";
+
+/// What becomes of an output folder that is not empty; by default it is refused.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct Existing {
+    /// Replace an existing output folder
+    #[arg(long, conflicts_with = "resume")]
+    pub force: bool,
+    /// Continue an interrupted run in the output folder
+    #[arg(long)]
+    pub resume: bool,
+}
 
 /// The output folder of a run. Dropped before anything was written to it, it is removed again.
 pub struct RunFolder {
@@ -29,7 +41,8 @@ impl RunFolder {
     /// # Errors
     /// A folder that is not empty, with neither `force` nor `resume`; a folder that is not this program's; one
     /// that holds an input which `force` would remove.
-    pub fn check(out: &Path, force: bool, resume: bool, inputs: &[&Path]) -> Result<()> {
+    pub fn check(out: &Path, existing: Existing, inputs: &[&Path]) -> Result<()> {
+        let Existing { force, resume } = existing;
         let occupied = match fs::read_dir(out) {
             Ok(mut entries) => entries.next().is_some(),
             Err(error) if error.kind() == ErrorKind::NotFound => false,
@@ -65,8 +78,9 @@ impl RunFolder {
     ///
     /// # Errors
     /// Those of [`RunFolder::check`]; a resumed run that was told something else; a place that cannot be written.
-    pub fn prepare(out: &Path, force: bool, resume: bool, inputs: &[&Path], job: &Value) -> Result<Self> {
-        Self::check(out, force, resume, inputs)?;
+    pub fn prepare(out: &Path, existing: Existing, inputs: &[&Path], job: &Value) -> Result<Self> {
+        Self::check(out, existing, inputs)?;
+        let Existing { force, resume } = existing;
         let path = out.join(TRAINING).join(JOB);
         if resume && path.is_file() {
             let was = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
