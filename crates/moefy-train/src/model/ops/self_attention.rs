@@ -92,15 +92,19 @@ impl SelfAttention {
         shape.check()?;
         let (n, d) = x.dims2()?;
         let (q, k) = (heads * head_dim, kv_heads * head_dim);
-        let weights = [&self.q, &self.k, &self.v, &self.o].map(|projection| projection.weight.dims());
+        let projections = [&self.q, &self.k, &self.v, &self.o];
+        let weights = projections.map(|projection| projection.weight.dims());
+        let fit = |x: &Option<Tensor>, len: usize| x.as_ref().is_none_or(|x| x.dims() == [len]);
         if n != sequences * positions
+            || !projections.iter().zip([q, k, k, d]).all(|(projection, out)| fit(&projection.bias, out))
+            || !(fit(&self.q_norm, head_dim) && fit(&self.k_norm, head_dim))
             || weights != [&[q, d], &[k, d], &[k, d], &[d, q]]
             || self.norm.dims() != [d]
             || rotary.cos.dims() != [positions, head_dim / 2]
         {
             bail!(
-                "self_attention: expected x (B·T, D) and weights that fit {shape:?}, found x {:?}, weights {weights:?}, \
-                 rotary tables {:?}",
+                "self_attention: expected x (B·T, D), weights, biases and norms that fit {shape:?}, found x {:?}, \
+                 weights {weights:?}, rotary tables {:?}",
                 x.dims(),
                 rotary.cos.dims()
             );
