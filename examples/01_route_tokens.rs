@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     let x = random(&[t, d], 1.0)?; // (T, D)
     println!("sensitivity  mean width  width of each token");
     for sensitivity in [0.0, 0.25, 0.5, 0.75, 0.9, 1.0] {
-        let (_, routes) = ffn.forward_routed(&x, &[sensitivity])?;
+        let routes = ffn.forward_routed(&x, &[sensitivity])?.1.wait()?;
         let each: Vec<String> = routes.0.iter().map(|&expert| format!("{:3}", widths[expert])).collect();
         println!("{sensitivity:11.2}  {:10.3}  {}", routes.mean_width(&widths), each.join(" "));
     }
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     // Each token may have a dial of its own: here the first half runs dense, the second as narrow as can be.
     let dials: Vec<f64> = (0..t).map(|token| if token < t / 2 { 1.0 } else { 0.0 }).collect();
     let (y, routes) = ffn.forward_routed(&x, &dials)?;
-    println!("two dials in one call: mean width {:.3}, output {:?}", routes.mean_width(&widths), y.dims());
+    println!("two dials in one call: mean width {:.3}, output {:?}", routes.wait()?.mean_width(&widths), y.dims());
     Ok(())
 }
 

@@ -10,6 +10,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Activation, Module};
+#[cfg(feature = "cuda")]
+use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
 
 /// The weights of a layer's experts, dense or quantized.
 pub trait NestedExperts: Send + Sync {
@@ -24,6 +26,13 @@ pub trait NestedExperts: Send + Sync {
     /// # Errors
     /// candle's.
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor>;
+
+    /// The weights in runs of neurons, if they lie on a CUDA device in a form that dynamoe-kernels may know. None
+    /// is always right, and costs a layer on CUDA a wait for its routes.
+    #[cfg(feature = "cuda")]
+    fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
+        None
+    }
 }
 
 /// Experts as prefixes of the dense matrices: nothing is copied, and each group of rows with the same expert
@@ -80,6 +89,13 @@ impl NestedExperts for PrefixExperts {
         &self.widths
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
+        let [gate_proj, up_proj, down_proj] =
+            [&self.gate_proj, &self.up_proj, &self.down_proj].map(|w| CudaWeight::Float(w.clone()));
+        is_silu(self.activation).then(|| vec![CudaSegment { gate_proj, up_proj, down_proj }])
+    }
+
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
         let mut groups = Vec::new();
         let mut start = 0;
@@ -113,6 +129,8 @@ pub struct ShellExperts<P> {
     shells: Vec<Shell<P>>,
     activation: Activation,
     widths: Vec<usize>,
+    #[cfg(feature = "cuda")]
+    cuda_weight: fn(&P) -> Option<CudaWeight>,
 }
 
 impl<P> ShellExperts<P> {
@@ -126,7 +144,20 @@ impl<P> ShellExperts<P> {
         if shells.len() != widths.len() {
             return Err(crate::Error::Widths { widths: widths.to_vec(), intermediate_size: full });
         }
-        Ok(Self { shells, activation, widths: widths.to_vec() })
+        Ok(Self {
+            shells,
+            activation,
+            widths: widths.to_vec(),
+            #[cfg(feature = "cuda")]
+            cuda_weight: |_| None,
+        })
+    }
+
+    /// `weight` says where a projection's matrix `(out, in)` lies on a CUDA device. It is asked in every pass, as
+    /// engines quantize in place.
+    #[cfg(feature = "cuda")]
+    pub fn with_cuda_weights(self, weight: fn(&P) -> Option<CudaWeight>) -> Self {
+        Self { cuda_weight: weight, ..self }
     }
 
     /// The shells, narrowest expert's first.
@@ -152,6 +183,18 @@ impl<P: Module + Send + Sync> NestedExperts for ShellExperts<P> {
         &self.widths
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
+        let segment = |shell: &Shell<P>| {
+            Some(CudaSegment {
+                gate_proj: (self.cuda_weight)(&shell.gate_proj)?,
+                up_proj: (self.cuda_weight)(&shell.up_proj)?,
+                down_proj: (self.cuda_weight)(&shell.down_proj)?,
+            })
+        };
+        is_silu(self.activation).then(|| self.shells.iter().map(segment).collect())?
+    }
+
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
         if x.dim(0)? == 0 {
             return x.zeros_like();
@@ -172,4 +215,9 @@ impl<P: Module + Send + Sync> NestedExperts for ShellExperts<P> {
         }
         sum.map_or_else(|| Tensor::zeros(x.shape(), DType::F32, &Device::Cpu), Ok)
     }
+}
+
+#[cfg(feature = "cuda")]
+fn is_silu(activation: Activation) -> bool {
+    matches!(activation, Activation::Silu | Activation::Swish)
 }

@@ -12,7 +12,7 @@
 //! let ffn = DynaMoeFfn::new(experts, Router::of_widths(&widths), None, 0.5)?;
 //! let x = Tensor::randn(0f32, 1.0, (1, 5, d), &device)?; // (batch, sequence, D)
 //! let (y, routes) = ffn.forward_routed(&x, &[0.5])?;
-//! assert_eq!((y.dims(), routes.mean_width(&widths)), ([1, 5, d].as_slice(), 0.5));
+//! assert_eq!((y.dims(), routes.wait()?.mean_width(&widths)), ([1, 5, d].as_slice(), 0.5));
 //! assert_eq!(ffn.forward(&x)?.dims(), x.dims()); // drops in where an MLP stood
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -51,6 +51,34 @@ impl Routes {
             reach[s - 1] += reach[s];
         }
         reach
+    }
+}
+
+/// The routes of a pass. On CUDA they are not known to the host until it waits for them, which a pass alone does not.
+#[derive(Debug, Clone)]
+pub struct PendingRoutes(Pending);
+
+#[derive(Debug, Clone)]
+enum Pending {
+    Known(Routes),
+    /// `(T)`, u32.
+    #[cfg(feature = "cuda")]
+    OnDevice(Tensor),
+}
+
+impl PendingRoutes {
+    /// Waits until the device has decided; on a CPU it has.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn wait(self) -> candle_core::Result<Routes> {
+        match self.0 {
+            Pending::Known(routes) => Ok(routes),
+            #[cfg(feature = "cuda")]
+            Pending::OnDevice(experts) => {
+                Ok(Routes(experts.to_vec1::<u32>()?.into_iter().map(|expert| expert as usize).collect()))
+            }
+        }
     }
 }
 
@@ -124,18 +152,29 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
     /// Routes and runs `x (…, D)` with one sensitivity for all tokens or one for each. Where all are 1, this
     /// is the dense FFN and the router does not run.
     ///
+    /// On CUDA, with weights that dynamoe-kernels knows, the host does not wait for the routes.
+    ///
     /// # Errors
     /// A number of sensitivities that is neither 1 nor the number of tokens; candle's.
-    pub fn forward_routed(&self, x: &Tensor, sensitivities: &[f64]) -> candle_core::Result<(Tensor, Routes)> {
+    pub fn forward_routed(
+        &self,
+        x: &Tensor,
+        sensitivities: &[f64],
+    ) -> candle_core::Result<(Tensor, PendingRoutes)> {
         let rows = x.reshape(((), x.dim(D::Minus1)?))?; // (T, D)
-        let routes = if sensitivities.iter().all(|&s| s >= 1.0) {
+        let dense = sensitivities.iter().all(|&s| s >= 1.0);
+        #[cfg(feature = "cuda")]
+        if !dense && let Some((y, experts)) = crate::cuda::forward(self, &rows, sensitivities)? {
+            return Ok((y.reshape(x.shape())?, PendingRoutes(Pending::OnDevice(experts))));
+        }
+        let routes = if dense {
             Routes(vec![self.experts.widths().len() - 1; rows.dim(0)?])
         } else {
             let thresholds: Vec<f32> = sensitivities.iter().map(|&s| logit(s)).collect();
             Routes(self.router.experts(&rows, &thresholds)?)
         };
         let y = self.forward_with(&rows, &routes)?;
-        Ok((y.reshape(x.shape())?, routes))
+        Ok((y.reshape(x.shape())?, PendingRoutes(Pending::Known(routes))))
     }
 
     /// Runs `x (T, D)` with experts that were chosen elsewhere.

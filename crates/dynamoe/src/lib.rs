@@ -5,6 +5,8 @@
 //! `R` the router's hidden size.
 
 pub mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod error;
 pub mod experts;
 pub mod ffn;
@@ -15,9 +17,12 @@ pub mod router;
 pub mod swiglu;
 pub mod train;
 
+#[cfg(feature = "cuda")]
+pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
+
 pub use config::{Budget, DynaMoeConfig, RouterConfig, RouterKind, Sensitivity};
 pub use error::{Error, Result};
 pub use experts::{NestedExperts, PrefixExperts, Shell, ShellExperts};
-pub use ffn::{DynaMoeFfn, Routes};
+pub use ffn::{DynaMoeFfn, PendingRoutes, Routes};
 pub use router::Router;
 pub use train::TrainableFfn;

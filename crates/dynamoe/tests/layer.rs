@@ -98,6 +98,11 @@ impl Layer {
     }
 }
 
+fn routed<X: NestedExperts>(ffn: &DynaMoeFfn<X>, x: &Tensor, dials: &[f64]) -> (Tensor, Routes) {
+    let (y, routes) = ffn.forward_routed(x, dials).unwrap();
+    (y, routes.wait().unwrap())
+}
+
 fn flat(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -143,10 +148,8 @@ fn fast_paths_equal_the_reference() {
                 let x = random(&mut rng, tokens, layer.d, 2.0);
                 for sensitivity in [0.0, 0.3, 0.5, 0.9, 1.0] {
                     let strided = poisoned(&x).to_dtype(dtype).unwrap();
-                    let (y, routes) = layer
-                        .ffn(layer.prefixes(dtype), 1.0)
-                        .forward_routed(&strided, &[sensitivity])
-                        .unwrap();
+                    let (y, routes) =
+                        routed(&layer.ffn(layer.prefixes(dtype), 1.0), &strided, &[sensitivity]);
                     assert_eq!((y.dims(), y.dtype()), (x.dims(), dtype));
                     let expected = expected(&layer, &x, sensitivity, &routes);
                     assert_close(&y, &expected, tolerance);
@@ -167,7 +170,7 @@ fn half_precision_follows_the_reference() {
         *weight = weight.to_dtype(DType::F16).unwrap().to_dtype(DType::F32).unwrap();
     }
     let x = random(&mut rng, 9, 8, 1.0).to_dtype(DType::F16).unwrap();
-    let (y, routes) = layer.ffn(layer.prefixes(DType::F16), 0.5).forward_routed(&x, &[0.5]).unwrap();
+    let (y, routes) = routed(&layer.ffn(layer.prefixes(DType::F16), 0.5), &x, &[0.5]);
     assert_eq!(y.dtype(), DType::F16);
     assert_close(&y, &expected(&layer, &x, 0.5, &routes), 2e-2);
 }
@@ -193,9 +196,9 @@ fn each_token_may_have_its_own_dial() {
     let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
     let x = random(&mut rng, 20, layer.d, 2.0);
     let dials: Vec<f64> = (0..20).map(|_| rng.random_range(0.0..=1.0)).collect();
-    let (y, routes) = ffn.forward_routed(&x, &dials).unwrap();
+    let (y, routes) = routed(&ffn, &x, &dials);
     for (t, &dial) in dials.iter().enumerate() {
-        let (alone, route) = ffn.forward_routed(&x.narrow(0, t, 1).unwrap(), &[dial]).unwrap();
+        let (alone, route) = routed(&ffn, &x.narrow(0, t, 1).unwrap(), &[dial]);
         assert_eq!(route.0, [routes.0[t]]);
         assert_close(&y.narrow(0, t, 1).unwrap(), &flat(&alone), 1e-5);
     }
@@ -256,8 +259,8 @@ proptest! {
         let layer = Layer::random(&mut rng, 4, &[2, 4, 6, 8, 10]);
         let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
         let x = random(&mut rng, 16, 4, 3.0);
-        let low = ffn.forward_routed(&x, &[a.min(b)]).unwrap().1;
-        let high = ffn.forward_routed(&x, &[a.max(b)]).unwrap().1;
+        let low = routed(&ffn, &x, &[a.min(b)]).1;
+        let high = routed(&ffn, &x, &[a.max(b)]).1;
         prop_assert!(low.0.iter().zip(&high.0).all(|(l, h)| l <= h));
         prop_assert!(low.mean_width(&layer.widths) <= high.mean_width(&layer.widths));
     }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{Result as CandleResult, Tensor};
-use dynamoe::{DynaMoeFfn, Router, Routes, names};
+use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, names};
 
 use super::{Backbone, Experts};
 use crate::hf_config::ModelConfig;
@@ -63,7 +63,7 @@ impl RoutedModel {
             routes.push(chosen);
             Ok(y)
         })?;
-        Ok((hidden, routes))
+        Ok((hidden, routes.into_iter().map(PendingRoutes::wait).collect::<CandleResult<_>>()?))
     }
 
     /// Runs `tokens (B, T)` with experts that were chosen elsewhere, one list for each layer.

@@ -1,0 +1,48 @@
+// All kernels, by the names under which they are launched. nvcc compiles this file for GPUs, kernels/sim for a CPU.
+#include "decode.cuh"
+#include "prefill.cuh"
+#include "quantized.cuh"
+#include "router.cuh"
+#include "sort.cuh"
+
+#define HALVES(KERNEL)      \
+    KERNEL(f16, __half)     \
+    KERNEL(bf16, __nv_bfloat16)
+#define FLOATS(KERNEL) KERNEL(f32, float) HALVES(KERNEL)
+
+#define ROUTE(type, T) DYNAMOE_KERNEL(route_##type, RouteArgs, ROUTE_THREADS, route<T>)
+FLOATS(ROUTE)
+DYNAMOE_KERNEL(decide, RouteArgs, ROUTE_THREADS, decide_tokens)
+DYNAMOE_KERNEL(sort, SortArgs, SORT_THREADS, sort_tokens)
+
+// KERNEL(…, N) for groups of 1, 2, 4 and 8 tokens
+#define GROUPS(KERNEL, ...)   \
+    KERNEL(__VA_ARGS__, 1) \
+    KERNEL(__VA_ARGS__, 2) \
+    KERNEL(__VA_ARGS__, 4) \
+    KERNEL(__VA_ARGS__, 8)
+
+#define DECODE_GROUP(type, T, N)                                                                  \
+    DYNAMOE_KERNEL(decode_gate_up_##type##_##N, FfnArgs, DECODE_THREADS, (decode_gate_up<T, N>)) \
+    DYNAMOE_KERNEL(decode_down_##type##_##N, FfnArgs, DECODE_THREADS, (decode_down<T, N>))
+#define DECODE(type, T) GROUPS(DECODE_GROUP, type, T)
+FLOATS(DECODE)
+
+#define QUANTIZE(type, T) DYNAMOE_KERNEL(quantize_##type, QuantizeArgs, QUANTIZE_THREADS, quantize<T>)
+FLOATS(QUANTIZE)
+
+#define QUANTIZED_GATE_UP(format, Q, N) \
+    DYNAMOE_KERNEL(decode_gate_up_##format##_##N, FfnArgs, DECODE_THREADS, (quantized_gate_up<Q, N>))
+#define QUANTIZED_DOWN(format, Q, type, T, N) \
+    DYNAMOE_KERNEL(decode_down_##format##_##type##_##N, FfnArgs, DECODE_THREADS, (quantized_down<Q, T, N>))
+#define QUANTIZED_DOWN_Q4K(type, T) GROUPS(QUANTIZED_DOWN, q4k, Q4K, type, T)
+#define QUANTIZED_DOWN_Q8_0(type, T) GROUPS(QUANTIZED_DOWN, q8_0, Q8_0, type, T)
+GROUPS(QUANTIZED_GATE_UP, q4k, Q4K)
+GROUPS(QUANTIZED_GATE_UP, q8_0, Q8_0)
+FLOATS(QUANTIZED_DOWN_Q4K)
+FLOATS(QUANTIZED_DOWN_Q8_0)
+
+#define PREFILL(type, T)                                                                    \
+    DYNAMOE_KERNEL(prefill_gate_up_##type, FfnArgs, PREFILL_THREADS, prefill_gate_up<T>) \
+    DYNAMOE_KERNEL(prefill_down_##type, FfnArgs, PREFILL_THREADS, prefill_down<T>)
+HALVES(PREFILL)

@@ -1,0 +1,251 @@
+// Prefill: many tokens, bound by arithmetic. Rows come sorted by width, widest first, so the part of h that exists
+// is a staircase, and blocks whose tile lies outside leave at once. 16-bit tensor cores (mma.sync), operands in a
+// ring of shared memory that asynchronous copies fill.
+//
+// A block makes 128 rows × 128 columns, of which in `gate_up` 64 are of gate_proj and 64 of up_proj, so that the
+// thread that holds a gate holds its up too. Gathering the rows of x and scattering those of y is part of loading
+// and storing.
+#pragma once
+
+#include "decode.cuh"
+
+constexpr uint32_t PREFILL_THREADS = 256;
+constexpr uint32_t TILE = 128;       // rows of either operand
+constexpr uint32_t TILE_K = 64;      // 128 bytes: 8 chunks of 16
+constexpr uint32_t CHUNKS = 8;
+constexpr uint32_t STAGES = 3;
+constexpr uint32_t TILE_NEURONS = TILE / 2;
+constexpr uint32_t COPIES = TILE * CHUNKS / PREFILL_THREADS;  // by each thread, of each operand
+
+// A row's chunks are permuted by its number, so that eight rows' same chunk lies in different banks.
+struct Operand {
+    uint4 chunks[TILE][CHUNKS];
+    __device__ __forceinline__ uint4* at(uint32_t row, uint32_t chunk) { return &chunks[row][chunk ^ row % CHUNKS]; }
+};
+
+struct PrefillShared {
+    Operand a[STAGES], b[STAGES];
+};
+
+// The threads' share in filling an operand: each copies one chunk of rows 32 apart.
+__device__ __forceinline__ uint32_t copy_row(uint32_t i) { return threadIdx.x / CHUNKS + i * (PREFILL_THREADS / CHUNKS); }
+__device__ __forceinline__ uint32_t copy_chunk() { return threadIdx.x % CHUNKS; }
+
+// The warp's accumulators: 64 rows × two groups of 16 columns, as 4 × 2 × 2 tiles of mma.
+struct Accumulators {
+    float d[4][2][2][4];
+};
+
+// Warps stand two high and four wide.
+__device__ __forceinline__ uint32_t warp_row() { return warp_id() / 4 * 64; }
+__device__ __forceinline__ uint32_t warp_column() { return warp_id() % 4; }
+
+// acc += a · bᵀ over one stage. `column[g]` is the first row of b in the warp's group g.
+template <class T>
+__device__ __forceinline__ void multiply(Operand& a, Operand& b, const uint32_t (&column)[2], Accumulators& acc) {
+    const uint32_t lane = lane_id();
+#pragma unroll
+    for (uint32_t k = 0; k < CHUNKS; k += 2) {
+        uint32_t left[4][4], right[2][4];
+#pragma unroll
+        for (uint32_t m = 0; m < 4; ++m) ldmatrix_x4(left[m], a.at(warp_row() + m * 16 + lane % 16, k + lane / 16));
+#pragma unroll
+        for (uint32_t g = 0; g < 2; ++g)
+            ldmatrix_x4(right[g], b.at(column[g] + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+#pragma unroll
+        for (uint32_t m = 0; m < 4; ++m)
+#pragma unroll
+            for (uint32_t g = 0; g < 2; ++g)
+#pragma unroll
+                for (uint32_t n = 0; n < 2; ++n) {
+                    const uint32_t pair[2] = {right[g][2 * n], right[g][2 * n + 1]};
+                    mma(acc.d[m][g][n], left[m], pair, T{});
+                }
+    }
+}
+
+// `source.fill(a, b)` copies the next stage's operands; there are `steps` of them.
+template <class T, class Source>
+__device__ __forceinline__ void multiply_all(Source& source, uint32_t steps, const uint32_t (&column)[2],
+                                             Accumulators& acc) {
+    PrefillShared& shared = shared_memory<PrefillShared>();
+    for (uint32_t s = 0; s + 1 < STAGES; ++s) {
+        if (s < steps) source.fill(shared.a[s], shared.b[s]);
+        copy_commit();
+    }
+    uint32_t stage = 0, filled = STAGES - 1;
+    for (uint32_t step = 0; step < steps; ++step) {
+        copy_wait(1);  // STAGES - 2
+        // all copies of this stage have arrived, and all warps have left the one that is filled next
+        __syncthreads();
+        if (step + STAGES - 1 < steps) source.fill(shared.a[filled], shared.b[filled]);
+        copy_commit();
+        multiply<T>(shared.a[stage], shared.b[stage], column, acc);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        filled = filled + 1 == STAGES ? 0 : filled + 1;
+    }
+}
+
+// Rows of x, gathered, against rows of gate_proj (0 to 63) and up_proj (64 to 127).
+template <class T>
+struct GateUpSource {
+    const T* a[COPIES];
+    const T* b[COPIES];
+    const T* anywhere;  // what is not read still has an address
+    uint32_t k, columns;
+
+    __device__ __forceinline__ GateUpSource(const FfnArgs& args, const Segment& segment, uint32_t first_row,
+                                            uint32_t first_neuron)
+        : anywhere(static_cast<const T*>(args.x)), k(copy_chunk() * PACK<T>), columns(args.hidden_size) {
+#pragma unroll
+        for (uint32_t i = 0; i < COPIES; ++i) {
+            const uint32_t row = first_row + copy_row(i);
+            const T* x = static_cast<const T*>(args.x);
+            a[i] = row < args.tokens ? x + size_t(args.order[row]) * args.x_stride : nullptr;
+            const uint32_t neuron = first_neuron + copy_row(i) % TILE_NEURONS;
+            const bool is_gate = copy_row(i) < TILE_NEURONS;
+            const T* matrix = static_cast<const T*>(is_gate ? segment.gate : segment.up);
+            const uint32_t stride = is_gate ? segment.gate_stride : segment.up_stride;
+            b[i] = neuron < segment.end ? matrix + size_t(neuron - segment.start) * stride : nullptr;
+        }
+    }
+
+    __device__ __forceinline__ void fill(Operand& to_a, Operand& to_b) {
+        const bool inside = k < columns;
+#pragma unroll
+        for (uint32_t i = 0; i < COPIES; ++i) {
+            const bool has_a = inside && a[i] != nullptr, has_b = inside && b[i] != nullptr;
+            copy_async(to_a.at(copy_row(i), copy_chunk()), has_a ? a[i] + k : anywhere, has_a ? 16 : 0);
+            copy_async(to_b.at(copy_row(i), copy_chunk()), has_b ? b[i] + k : anywhere, has_b ? 16 : 0);
+        }
+        k += TILE_K;
+    }
+};
+
+// Rows of h against rows of down_proj, segment by segment, as far as the tile's widest row reaches.
+template <class T>
+struct DownSource {
+    const FfnArgs& args;
+    uint32_t first_row, first_column, limit;
+    uint32_t s = 0, k;
+
+    __device__ __forceinline__ DownSource(const FfnArgs& args, uint32_t first_row, uint32_t first_column, uint32_t limit)
+        : args(args), first_row(first_row), first_column(first_column), limit(limit), k(copy_chunk() * PACK<T>) {}
+
+    __device__ __forceinline__ uint32_t length(uint32_t s) const {
+        return min_of(args.segments[s].end, limit) - args.segments[s].start;
+    }
+
+    __device__ __forceinline__ uint32_t steps() const {
+        uint32_t steps = 0;
+        for (uint32_t s = 0; s < args.segment_count && args.segments[s].start < limit; ++s)
+            steps += (length(s) + TILE_K - 1) / TILE_K;
+        return steps;
+    }
+
+    __device__ __forceinline__ void fill(Operand& to_a, Operand& to_b) {
+        const Segment& segment = args.segments[s];
+        const bool inside = k < length(s);
+        const T* h = static_cast<const T*>(args.h) + segment.start + k;
+        const T* down = static_cast<const T*>(segment.down) + k;
+#pragma unroll
+        for (uint32_t i = 0; i < COPIES; ++i) {
+            const uint32_t row = first_row + copy_row(i), column = first_column + copy_row(i);
+            const bool has_a = inside && row < args.tokens, has_b = inside && column < args.hidden_size;
+            copy_async(to_a.at(copy_row(i), copy_chunk()),
+                       has_a ? h + size_t(row) * args.intermediate_size : static_cast<const T*>(args.h), has_a ? 16 : 0);
+            copy_async(to_b.at(copy_row(i), copy_chunk()),
+                       has_b ? down + size_t(column) * segment.down_stride : static_cast<const T*>(segment.down),
+                       has_b ? 16 : 0);
+        }
+        k += TILE_K;
+        if (k - copy_chunk() * PACK<T> >= length(s)) {
+            ++s;
+            k = copy_chunk() * PACK<T>;
+        }
+    }
+};
+
+// Stores two neighbours at once; p is aligned to both.
+template <class T>
+__device__ __forceinline__ void store2(T* p, float x, float y) {
+    T pair[2];
+    store(&pair[0], x);
+    store(&pair[1], y);
+    uint32_t bits;
+    memcpy(&bits, pair, sizeof(bits));
+    *reinterpret_cast<uint32_t*>(p) = bits;
+}
+
+// Grid (ceil(T / 128), tiles of 64 neurons in every segment).
+template <class T>
+__device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
+    const uint32_t first_row = blockIdx.x * TILE;
+    uint32_t tile = blockIdx.y, s = 0;
+    for (;; ++s) {
+        const uint32_t tiles = (a.segments[s].end - a.segments[s].start + TILE_NEURONS - 1) / TILE_NEURONS;
+        if (tile < tiles) break;
+        tile -= tiles;
+    }
+    const Segment& segment = a.segments[s];
+    const uint32_t first_neuron = segment.start + tile * TILE_NEURONS;
+    // the first row is the widest
+    if (first_neuron >= a.widths[a.order[first_row]]) return;
+
+    GateUpSource<T> source(a, segment, first_row, first_neuron);
+    const uint32_t column[2] = {warp_column() * 16, TILE_NEURONS + warp_column() * 16};
+    Accumulators acc = {};
+    multiply_all<T>(source, (a.hidden_size + TILE_K - 1) / TILE_K, column, acc);
+
+#pragma unroll
+    for (uint32_t m = 0; m < 4; ++m)
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            const uint32_t row = first_row + warp_row() + m * 16 + half * 8 + lane_id() / 4;
+            if (row >= a.tokens) continue;
+            const uint32_t width = a.widths[a.order[row]];
+            T* h = static_cast<T*>(a.h) + size_t(row) * a.intermediate_size;
+#pragma unroll
+            for (uint32_t n = 0; n < 2; ++n) {
+                const uint32_t neuron = first_neuron + warp_column() * 16 + n * 8 + lane_id() % 4 * 2;
+                if (neuron >= segment.end) continue;
+                float out[2];
+#pragma unroll
+                for (uint32_t i = 0; i < 2; ++i) {
+                    const float gate = acc.d[m][0][n][half * 2 + i], up = acc.d[m][1][n][half * 2 + i];
+                    out[i] = neuron + i < width ? silu(gate) * up : 0.0f;
+                }
+                store2(h + neuron, out[0], out[1]);
+            }
+        }
+}
+
+// Grid (ceil(T / 128), ceil(D / 128)).
+template <class T>
+__device__ __forceinline__ void prefill_down(const FfnArgs& a) {
+    const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * TILE;
+    const uint32_t width = a.widths[a.order[first_row]];
+    DownSource<T> source(a, first_row, first_column, min_of(round_up(width, PACK<T>), a.intermediate_size));
+    const uint32_t column[2] = {warp_column() * 32, warp_column() * 32 + 16};
+    Accumulators acc = {};
+    multiply_all<T>(source, source.steps(), column, acc);
+
+#pragma unroll
+    for (uint32_t m = 0; m < 4; ++m)
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            const uint32_t row = first_row + warp_row() + m * 16 + half * 8 + lane_id() / 4;
+            if (row >= a.tokens) continue;
+            const uint32_t token = a.order[row];
+            T* y = static_cast<T*>(a.y) + size_t(token) * a.hidden_size;
+#pragma unroll
+            for (uint32_t g = 0; g < 2; ++g)
+#pragma unroll
+                for (uint32_t n = 0; n < 2; ++n) {
+                    const uint32_t d = first_column + column[g] + n * 8 + lane_id() % 4 * 2;
+                    if (d >= a.hidden_size) continue;
+                    const float* pair = &acc.d[m][g][n][half * 2];
+                    store2(y + d, compensated(a, pair[0], token, d), compensated(a, pair[1], token, d + 1));
+                }
+        }
+}

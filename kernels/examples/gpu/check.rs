@@ -1,0 +1,165 @@
+//! Every kernel against its reference.
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use dynamoe_kernels::cuda::{self, Thresholds};
+use dynamoe_kernels::reference::{self, Ffn, Matrix as View, Route};
+use rand::Rng;
+
+use crate::weights::{Format, Matrix, RouterWeights, routed, segment, to_f64};
+
+const TOKENS: [usize; 9] = [1, 2, 3, 7, 8, 9, 64, 130, 513];
+
+pub fn run(device: &Device) -> Result<()> {
+    for tokens in TOKENS {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            router(device, tokens, dtype)?;
+        }
+    }
+    println!("router: equal to the reference");
+    let floats = [DType::F32, DType::F16, DType::BF16].map(Format::Float);
+    let blocks = [GgmlDType::Q4K, GgmlDType::Q8_0].map(Format::Blocks);
+    for format in floats.into_iter().chain(blocks) {
+        let mut largest = 0f64;
+        for tokens in TOKENS {
+            for mix in ["narrow", "wide", "mixed"] {
+                for shells in [false, true] {
+                    if tokens <= 8 || matches!(format, Format::Float(_)) {
+                        largest = largest.max(ffn(device, tokens, format, mix, shells)?);
+                    }
+                }
+            }
+        }
+        println!("FFN in {}: equal to the reference, at most {largest:.2} of the tolerance", format.name());
+    }
+    Ok(())
+}
+
+fn router(device: &Device, tokens: usize, dtype: DType) -> Result<()> {
+    let (d, r, widths) = (584, 48, [64, 128, 192, 256]);
+    let weights = RouterWeights::random(d, r, widths.len(), device)?;
+    let x = Tensor::rand(-2f32, 2f32, (tokens, d), device)?.to_dtype(dtype)?;
+    let thresholds: Vec<f32> = (0..tokens).map(|_| rand::rng().random_range(-1.0..1.0)).collect();
+    let on_device = Tensor::new(thresholds.as_slice(), device)?;
+    let found = cuda::route(&x, &weights.view(), Thresholds::Each(&on_device), &widths)?;
+    let (experts, of_width) = (found.experts.to_vec1::<u32>()?, found.widths.to_vec1::<u32>()?);
+    let [x, fc1, fc1_bias, fc2, fc2_bias] =
+        [&x, &weights.fc1, &weights.fc1_bias, &weights.fc2, &weights.fc2_bias].map(to_f64);
+    let (x, fc1, fc1_bias, fc2, fc2_bias) = (x?, fc1?, fc1_bias?, fc2?, fc2_bias?);
+    let view = |data, stride| View { data, stride };
+    let route = Route {
+        x: view(&x, d),
+        fc1: view(&fc1, d),
+        fc1_bias: &fc1_bias,
+        fc2: view(&fc2, r),
+        fc2_bias: &fc2_bias,
+        tokens,
+        hidden_size: d,
+    };
+    for (token, logits) in route.logits().iter().enumerate() {
+        let threshold = f64::from(thresholds[token]);
+        let choose =
+            |margin: f64| logits.iter().position(|&l| l + margin >= threshold).unwrap_or(logits.len()) as u32;
+        let expert = experts[token];
+        if ![0.0, 1e-4, -1e-4].map(choose).contains(&expert)
+            || of_width[token] != widths[expert as usize] as u32
+        {
+            bail!(
+                "router, {dtype:?}, token {token} of {tokens}: found {expert}, logits {logits:?}, {threshold}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Returns the largest error as a share of what is allowed.
+fn ffn(device: &Device, tokens: usize, format: Format, mix: &str, shells: bool) -> Result<f64> {
+    let quantized = matches!(format, Format::Blocks(_));
+    let (d, widths) = if quantized { (512, vec![256, 768, 1024]) } else { (328, vec![72, 136, 400]) };
+    let i = widths[widths.len() - 1];
+    let mut start = 0;
+    let mut pieces = Vec::new();
+    for &end in if shells { &widths[..] } else { &widths[widths.len() - 1..] } {
+        let n = end - std::mem::replace(&mut start, end);
+        let weight = 2.0 / (d as f64).sqrt();
+        pieces.push([
+            Matrix::random((n, d), weight, format, device)?,
+            Matrix::random((n, d), weight, format, device)?,
+            Matrix::random((d, n), 1.0, format, device)?,
+        ]);
+    }
+    let largest = widths.len() as u32 - 1;
+    let expert = |_| match mix {
+        "narrow" => 0,
+        "wide" => largest,
+        _ => rand::rng().random_range(0..=largest),
+    };
+    let experts: Vec<u32> = (0..tokens).map(expert).collect();
+    let dtype = format.activations();
+    // rows of a wider matrix, so that strides are not lengths
+    let x = Tensor::rand(-2f32, 2f32, (tokens, d + 8), device)?.to_dtype(dtype)?.narrow(1, 0, d)?;
+    let compensation = Tensor::rand(-1f32, 1f32, (widths.len() - 1, d), device)?;
+    let segments: Vec<_> = pieces.iter().map(segment).collect();
+    let y = cuda::forward(&x, &segments, Some(&compensation), &routed(&experts, &widths, device)?)?;
+
+    let stack = |m: usize| -> Vec<f64> { pieces.iter().flat_map(|p| p[m].values.clone()).collect() };
+    let (gate, up) = (stack(0), stack(1));
+    let row = |r: usize| {
+        pieces
+            .iter()
+            .flat_map(move |p| p[2].values[p[2].values.len() / d * r..][..p[2].values.len() / d].to_vec())
+    };
+    let down: Vec<f64> = (0..d).flat_map(row).collect();
+    let mut seen = to_f64(&x)?;
+    if quantized {
+        seen = reference::requantize(&seen);
+    }
+    let compensation = to_f64(&compensation)?;
+    let view = |data, stride| View { data, stride };
+    let ffn = Ffn {
+        x: view(&seen, d),
+        gate_proj: view(&gate, d),
+        up_proj: view(&up, d),
+        down_proj: view(&down, i),
+        compensation: &compensation,
+        experts: &experts,
+        expert_widths: &widths,
+        hidden_size: d,
+    };
+    let round = |x: f64| match dtype {
+        DType::F16 if !quantized => half::f16::from_f64(x).to_f64(),
+        DType::BF16 if !quantized => half::bf16::from_f64(x).to_f64(),
+        _ => f64::from(x as f32),
+    };
+    let epsilon = match dtype {
+        DType::F32 => 6e-8,
+        DType::F16 => 4.9e-4,
+        _ => 3.9e-3,
+    };
+    let mut worst = 0f64;
+    for (token, found) in to_f64(&y)?.chunks(d).enumerate() {
+        let mut h = ffn.hidden(token, &round);
+        if quantized {
+            h = reference::requantize(&h);
+        }
+        for (column, (found, expected)) in found.iter().zip(ffn.output(token, &h)).enumerate() {
+            let row = &down[column * i..][..h.len()];
+            let terms = h.iter().zip(row).map(|(h, w)| (h * w).abs());
+            let (sum, term) = terms.fold((0.0, 0f64), |(sum, largest), t| (sum + t, largest.max(t)));
+            // h that round the other way; of a quantized h, one by 1/127 of its block's largest
+            let largest = |v: &[f64]| v.iter().fold(0f64, |m, x| m.max(x.abs()));
+            let noise =
+                if quantized { largest(&h) * largest(row) / 127.0 } else { epsilon * (term + 0.05 * sum) };
+            let share = (found - expected).abs() / (epsilon * expected.abs() + noise + 1e-5 * (1.0 + sum));
+            if share.is_nan() || share > 1.0 {
+                bail!(
+                    "FFN, {}, {tokens} tokens, {mix}, shells {shells}, token {token}, column {column}: found {found}, \
+                     expected {expected}",
+                    format.name()
+                );
+            }
+            worst = worst.max(share);
+        }
+    }
+    Ok(worst)
+}

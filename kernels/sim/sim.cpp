@@ -1,0 +1,326 @@
+// The scheduler behind sim.h, and the kernels themselves.
+#include "sim.h"
+
+#include <algorithm>
+#include <csetjmp>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+namespace sim {
+namespace {
+
+constexpr size_t STACK = 128 * 1024;
+constexpr unsigned WARP = 32;
+
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned bytes;
+    unsigned group;
+};
+
+struct Fibre {
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    ucontext_t start;
+    jmp_buf here;
+    bool started = false, done = false;
+    Thread thread;
+    // asynchronous copies that have not happened yet
+    std::vector<Copy> copies;
+    unsigned group = 0;
+};
+
+struct Warp {
+    unsigned waiting = 0;
+    const char* site = nullptr;
+    // two, as a thread may enter the next exchange while others still read this one
+    alignas(16) char slots[2][WARP][64];
+    unsigned turn = 0;
+    uint64_t haste = 0;
+};
+
+struct Machine {
+    std::vector<std::unique_ptr<Fibre>> fibres;
+    std::vector<Warp> warps;
+    std::vector<unsigned> ready;
+    std::vector<char> shared;
+    std::vector<std::string> sites;
+    std::mt19937_64 order;
+    jmp_buf scheduler;
+    Body body = nullptr;
+    const void* args = nullptr;
+    unsigned current = 0, threads = 0, waiting = 0, finished = 0;
+    const char* site = nullptr;
+    int skipped = -1;
+    size_t shared_bytes = 0;
+    char error[256];
+    bool failed = false;
+};
+
+thread_local Machine machine;
+Kernel* kernels = nullptr;
+
+Fibre& me() { return *machine.fibres[machine.current]; }
+
+[[noreturn]] void to_scheduler() { _longjmp(machine.scheduler, 1); }
+
+void wait() {
+    if (_setjmp(me().here) == 0) to_scheduler();
+}
+
+void fibre_main() {
+    for (;;) {
+        machine.body(machine.args);
+        me().done = true;
+        ++machine.finished;
+        wait();
+    }
+}
+
+void resume(unsigned index) {
+    machine.current = index;
+    Fibre& fibre = me();
+    if (_setjmp(machine.scheduler) != 0) return;
+    if (fibre.started) _longjmp(fibre.here, 1);
+    fibre.started = true;
+    getcontext(&fibre.start);
+    fibre.start.uc_stack.ss_sp = fibre.stack.get();
+    fibre.start.uc_stack.ss_size = STACK;
+    fibre.start.uc_link = nullptr;
+    makecontext(&fibre.start, fibre_main, 0);
+    setcontext(&fibre.start);
+}
+
+// Numbers barriers in the order in which they are met; true for the one to leave out.
+bool is_skipped(const char* site) {
+    auto& sites = machine.sites;
+    size_t index = 0;
+    while (index < sites.size() && sites[index] != site) ++index;
+    if (index == sites.size()) sites.emplace_back(site);
+    return int(index) == machine.skipped;
+}
+
+void make(const Copy& copy) {
+    memset(copy.to, 0, 16);
+    if (copy.bytes > 0) memcpy(copy.to, copy.from, copy.bytes);
+}
+
+void meet_warp(const char* site) {
+    unsigned index = machine.current / WARP;
+    Warp& warp = machine.warps[index];
+    if (warp.waiting > 0 && strcmp(warp.site, site) != 0) fail("threads of a warp wait at different places");
+    warp.site = site;
+    if (++warp.waiting < WARP) return wait();
+    warp.waiting = 0;
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        unsigned other = index * WARP + lane;
+        if (other != machine.current) machine.ready.push_back(other);
+    }
+    // the last one to arrive takes its turn like the others
+    machine.ready.push_back(machine.current);
+    wait();
+}
+
+void run_block(const Dim3& block, const Dim3& grid) {
+    Machine& m = machine;
+    m.ready.clear();
+    m.waiting = m.finished = 0;
+    for (Warp& warp : m.warps) {
+        warp.waiting = 0;
+        warp.haste = m.order();
+    }
+    std::fill(m.shared.begin(), m.shared.end(), char(0xff));
+    for (unsigned t = 0; t < m.threads; ++t) {
+        Fibre& fibre = *m.fibres[t];
+        fibre.done = false;
+        fibre.copies.clear();
+        fibre.thread = {{t, 0, 0}, block, {m.threads, 1, 1}, grid};
+        m.ready.push_back(t);
+    }
+    while (!m.ready.empty() && !m.failed) {
+        // of three at random the one whose warp is in the greatest haste, so that some warps run far ahead
+        auto haste = [&](size_t at) { return m.warps[m.ready[at] / WARP].haste; };
+        size_t pick = m.order() % m.ready.size();
+        for (int i = 0; i < 2; ++i) {
+            size_t other = m.order() % m.ready.size();
+            if (haste(other) > haste(pick)) pick = other;
+        }
+        std::swap(m.ready[pick], m.ready.back());
+        unsigned index = m.ready.back();
+        m.ready.pop_back();
+        resume(index);
+    }
+    if (!m.failed && m.finished != m.threads) {
+        m.failed = true;
+        snprintf(m.error, sizeof m.error, "%u of %u threads wait for others that have left", m.threads - m.finished,
+                 m.threads);
+    }
+}
+
+}  // namespace
+
+Kernel::Kernel(const char* name, Body body, size_t args_bytes)
+    : name(name), body(body), args_bytes(args_bytes), next(kernels) {
+    kernels = this;
+}
+
+const Thread& self() { return me().thread; }
+
+void fail(const char* what) {
+    const Thread& t = self();
+    snprintf(machine.error, sizeof machine.error, "%s, block (%u, %u), thread %u", what, t.block.x, t.block.y,
+             t.thread.x);
+    machine.failed = true;
+    to_scheduler();
+}
+
+void sync_block(const char* site) {
+    if (is_skipped(site)) return;
+    if (machine.waiting > 0 && strcmp(machine.site, site) != 0) fail("threads of a block wait at different barriers");
+    machine.site = site;
+    if (++machine.waiting == machine.threads) {
+        machine.waiting = 0;
+        for (unsigned t = 0; t < machine.threads; ++t) machine.ready.push_back(t);
+    }
+    wait();
+}
+
+void sync_warp(const char* site) {
+    if (!is_skipped(site)) meet_warp(site);
+}
+
+const void* exchange(const char* site, const void* mine, size_t bytes) {
+    Warp& warp = machine.warps[machine.current / WARP];
+    if (warp.waiting == 0) ++warp.turn;
+    auto& slots = warp.slots[warp.turn % 2];
+    memcpy(slots[machine.current % WARP], mine, bytes);
+    meet_warp(site);
+    return slots;
+}
+
+void* shared(size_t bytes) {
+    if (bytes > machine.shared_bytes) fail("the kernel uses more shared memory than was asked for");
+    return machine.shared.data() + (16 - reinterpret_cast<uintptr_t>(machine.shared.data()) % 16) % 16;
+}
+
+// At once or when it is waited for: a kernel has to be right in both cases.
+void copy_async(void* to, const void* from, unsigned bytes) {
+    check_aligned(to, 16);
+    if (bytes > 0) check_aligned(from, 16);
+    const Copy copy = {to, from, bytes, me().group};
+    if (machine.order() % 2 == 0) return make(copy);
+    me().copies.push_back(copy);
+}
+
+void copy_commit() { ++me().group; }
+
+void copy_wait(const char* site, unsigned leave) {
+    if (is_skipped(site)) return;
+    Fibre& fibre = me();
+    size_t done = 0;
+    for (; done < fibre.copies.size() && fibre.copies[done].group + leave < fibre.group; ++done)
+        make(fibre.copies[done]);
+    fibre.copies.erase(fibre.copies.begin(), fibre.copies.begin() + long(done));
+}
+
+unsigned ballot(const char* site, bool predicate) {
+    const char* all = static_cast<const char*>(exchange(site, &predicate, sizeof predicate));
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < WARP; ++lane) bits |= unsigned(all[64 * lane] != 0) << lane;
+    return bits;
+}
+
+void mma(const char* site, float d[4], const uint32_t a[4], const uint32_t b[2], float (*widen)(uint16_t)) {
+    struct Fragment {
+        uint32_t a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const char* all = static_cast<const char*>(exchange(site, &mine, sizeof mine));
+    auto fragment = [&](unsigned lane) { return reinterpret_cast<const Fragment*>(all + 64 * lane); };
+    auto element = [&](uint32_t pair, unsigned k) { return widen(uint16_t(k % 2 ? pair >> 16 : pair)); };
+    unsigned lane = machine.current % WARP;
+    for (unsigned i = 0; i < 4; ++i) {
+        // row of A and column of B of this element of D
+        unsigned row = lane / 4, high = i / 2, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            unsigned from = k % 8 / 2;
+            uint32_t left = fragment(row * 4 + from)->a[high + k / 8 * 2];
+            uint32_t right = fragment(column * 4 + from)->b[k / 8];
+            d[i] += element(left, k) * element(right, k);
+        }
+    }
+}
+
+void ldmatrix_x4(const char* site, uint32_t r[4], const void* row) {
+    check_aligned(row, 16);
+    const char* all = static_cast<const char*>(exchange(site, &row, sizeof row));
+    unsigned lane = machine.current % WARP;
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+        const char* from;
+        memcpy(&from, all + 64 * (matrix * 8 + lane / 4), sizeof from);
+        memcpy(&r[matrix], from + lane % 4 * 4, 4);
+    }
+}
+
+}  // namespace sim
+
+float __half2float(__half h) {
+    int exponent = h.bits >> 10 & 31;
+    float mantissa = float(h.bits & 1023), sign = h.bits & 0x8000 ? -1.0f : 1.0f;
+    if (exponent == 31) return mantissa != 0 ? NAN : sign * INFINITY;
+    return sign * (exponent == 0 ? ldexpf(mantissa, -24) : ldexpf(1024 + mantissa, exponent - 25));
+}
+
+__half __float2half_rn(float x) {
+    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    float y = fabsf(x);
+    if (x != x) return {0x7fff};
+    if (y >= 65520.0f) return {uint16_t(sign | 0x7c00)};
+    if (y < ldexpf(1, -14)) return {uint16_t(sign | uint16_t(nearbyintf(ldexpf(y, 24))))};
+    int exponent;
+    float mantissa = nearbyintf(ldexpf(frexpf(y, &exponent), 11));  // 1024 to 2048
+    return {uint16_t(sign | (((exponent + 14) << 10) + int(mantissa) - 1024))};
+}
+
+extern "C" size_t sim_args_bytes(const char* name) {
+    for (sim::Kernel* k = sim::kernels; k != nullptr; k = k->next)
+        if (strcmp(k->name, name) == 0) return k->args_bytes;
+    return 0;
+}
+
+// Runs a kernel; returns null or an error. `skipped` is the number of a barrier to leave out, or -1; *sites
+// becomes the number of barriers that were met.
+extern "C" const char* sim_launch(const char* name, const unsigned grid[2], unsigned threads, size_t shared_bytes,
+                                  const void* args, uint64_t seed, int skipped, unsigned* sites) {
+    using namespace sim;
+    Machine& m = machine;
+    Kernel* kernel = kernels;
+    while (kernel != nullptr && strcmp(kernel->name, name) != 0) kernel = kernel->next;
+    if (kernel == nullptr) return "no kernel of this name";
+    if (threads == 0 || threads % WARP != 0 || threads > 1024) return "a block must be of 32 to 1024 threads, in warps";
+    if (m.failed) m.fibres.clear();  // their stacks were left in the middle
+    while (m.fibres.size() < threads) m.fibres.emplace_back(new Fibre);
+    m.warps.resize(threads / WARP);
+    m.shared.resize(shared_bytes + 16);
+    m.shared_bytes = shared_bytes;
+    m.body = kernel->body;
+    m.args = args;
+    m.threads = threads;
+    m.skipped = skipped;
+    m.sites.clear();
+    m.failed = false;
+    m.order.seed(seed);
+    std::vector<Dim3> blocks;
+    for (unsigned y = 0; y < grid[1]; ++y)
+        for (unsigned x = 0; x < grid[0]; ++x) blocks.push_back({x, y, 0});
+    std::shuffle(blocks.begin(), blocks.end(), m.order);
+    for (const Dim3& block : blocks)
+        if (!m.failed) run_block(block, {grid[0], grid[1], 1});
+    *sites = unsigned(m.sites.size());
+    return m.failed ? m.error : nullptr;
+}
+
+#include "dynamoe.cu"

@@ -1,0 +1,156 @@
+//! Which kernel runs with how many blocks: functions of shapes alone, never of what the router decides.
+
+/// Type of activations, and of weights that are not quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// 32 bits.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Float {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// A kernel and the shape of its grid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    /// The kernel's name in `cu/dynamoe.cu`.
+    pub kernel: String,
+    /// Blocks in x and y.
+    pub grid: [u32; 2],
+    /// Threads in a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+}
+
+/// Tokens that decoding takes at a time; more are taken in groups.
+pub const DECODE_TOKENS: usize = 8;
+
+/// Router and decision in one launch, for few tokens.
+pub fn route(float: Float, tokens: usize, router_size: usize) -> Launch {
+    Launch {
+        kernel: format!("route_{}", float.suffix()),
+        grid: [router_size as u32, tokens.div_ceil(8) as u32],
+        threads: 256,
+        shared_bytes: 8 * 8 * 4 + 4,
+    }
+}
+
+/// The decision alone, for many tokens: `x · fc1ᵀ` comes from elsewhere.
+pub fn decide(tokens: usize) -> Launch {
+    Launch { kernel: "decide".into(), grid: [tokens.div_ceil(8) as u32, 1], threads: 256, shared_bytes: 0 }
+}
+
+/// gate_proj, up_proj and SwiGLU, then down_proj with compensation: few tokens.
+pub fn decode(float: Float, tokens: usize, hidden_size: usize, intermediate_size: usize) -> [Launch; 2] {
+    let group = tokens.clamp(1, DECODE_TOKENS).next_power_of_two();
+    [("gate_up", intermediate_size), ("down", hidden_size)].map(|(half, rows)| Launch {
+        kernel: format!("decode_{half}_{}_{group}", float.suffix()),
+        grid: [rows.div_ceil(4) as u32, tokens.div_ceil(group) as u32],
+        threads: 128,
+        shared_bytes: 0,
+    })
+}
+
+/// Tokens by expert, widest first, for prefill.
+pub fn sort() -> Launch {
+    Launch { kernel: "sort".into(), grid: [1, 1], threads: 512, shared_bytes: 16 * 4 + 16 * 16 * 4 }
+}
+
+/// gate_proj, up_proj and SwiGLU, then down_proj with compensation: many tokens, in f16 or bf16. `segments` are the
+/// lengths of the runs of neurons.
+pub fn prefill(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Launch; 2] {
+    let tiles = segments.iter().map(|neurons| neurons.div_ceil(64)).sum();
+    [("gate_up", tiles), ("down", hidden_size.div_ceil(128))].map(|(half, columns): (_, usize)| Launch {
+        kernel: format!("prefill_{half}_{}", float.suffix()),
+        grid: [tokens.div_ceil(128) as u32, columns as u32],
+        threads: 256,
+        shared_bytes: 3 * 2 * 128 * 128,
+    })
+}
+
+/// A format of GGUF's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Block {
+    /// 256 weights of 4 bits in 144 bytes.
+    Q4K,
+    /// 32 weights of 8 bits in 34 bytes.
+    Q8_0,
+}
+
+impl Block {
+    /// Weights in one block.
+    pub fn weights(self) -> usize {
+        if self == Self::Q4K { 256 } else { 32 }
+    }
+
+    /// Bytes of one block.
+    pub fn bytes(self) -> usize {
+        if self == Self::Q4K { 144 } else { 34 }
+    }
+
+    fn suffix(self) -> &'static str {
+        if self == Self::Q4K { "q4k" } else { "q8_0" }
+    }
+
+    // what a block of threads stages of `rows` rows
+    fn shared_bytes(self, rows: usize) -> u32 {
+        if self == Self::Q4K { 4 } else { (4 * 2 * rows * (32 * 34 / 16 + 1) * 16) as u32 }
+    }
+}
+
+/// What the columns of quantized weights have to be a multiple of, in every matrix of every segment.
+pub const QUANTIZED_COLUMNS: usize = 256;
+
+/// Quantizes activations `(T, columns)` for quantized decoding.
+pub fn quantize(float: Float, tokens: usize, columns: usize) -> Launch {
+    Launch {
+        kernel: format!("quantize_{}", float.suffix()),
+        grid: [columns.div_ceil(256) as u32, tokens as u32],
+        threads: 256,
+        shared_bytes: 0,
+    }
+}
+
+/// [`decode`] with quantized weights: `block` of gate_proj and up_proj, and of down_proj. `h` is f32 and is quantized
+/// between the two; `float` is the type of `y`.
+pub fn decode_quantized(
+    block: [Block; 2],
+    float: Float,
+    tokens: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+) -> [Launch; 2] {
+    let group = tokens.clamp(1, DECODE_TOKENS).next_power_of_two();
+    let launch = |kernel, rows: usize, shared_bytes| Launch {
+        kernel,
+        grid: [rows.div_ceil(4) as u32, tokens.div_ceil(group) as u32],
+        threads: 128,
+        shared_bytes,
+    };
+    let [gate_up, down] = block.map(Block::suffix);
+    [
+        launch(format!("decode_gate_up_{gate_up}_{group}"), intermediate_size, block[0].shared_bytes(2)),
+        launch(
+            format!("decode_down_{down}_{}_{group}", float.suffix()),
+            hidden_size,
+            block[1].shared_bytes(1),
+        ),
+    ]
+}

@@ -1,0 +1,154 @@
+//! Sorting and the prefill kernels against their reference.
+
+mod support;
+
+use dynamoe_kernels::args::{FfnArgs, SortArgs};
+use dynamoe_kernels::plan::{self, Float, Launch};
+use dynamoe_kernels::reference;
+use rand::Rng;
+use support::{Layer, MIXES, Memory, Mix, decode, experts, rng, run, run_without};
+
+const HALVES: [Float; 2] = [Float::F16, Float::Bf16];
+
+#[test]
+fn sorting_equals_the_reference() {
+    let mut rng = rng();
+    for tokens in [0, 1, 2, 7, 64, 512, 513, 1700] {
+        for mix in MIXES {
+            for count in [1, 4, 16] {
+                let chosen = experts(&mut rng, mix, tokens, count);
+                let (experts, order) = (Memory::of(&chosen), Memory::poisoned(tokens * 4));
+                let args = SortArgs {
+                    experts: experts.address(),
+                    order: order.address(),
+                    tokens: tokens as u32,
+                    expert_count: count as u32,
+                };
+                run(&plan::sort(), &args, &mut rng);
+                assert_eq!(order.read::<u32>(), reference::sort(&chosen), "{tokens} {mix:?} {count}");
+            }
+        }
+    }
+}
+
+/// Plans, arguments and outputs of one layer.
+struct Case {
+    layer: Layer,
+    launches: [Launch; 2],
+    args: FfnArgs,
+    outputs: [Memory; 2],
+    _order: Memory,
+}
+
+impl Case {
+    fn new(mut layer: Layer, shells: bool) -> Self {
+        let segments = if shells { layer.shells() } else { layer.prefixes() };
+        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
+        let mut args = layer.args(&segments);
+        let order = Memory::of(&reference::sort(&layer.experts));
+        let outputs = [layer.intermediate_size(), layer.d]
+            .map(|n| Memory::poisoned(layer.tokens * n * layer.float.bytes()));
+        (args.order, args.h, args.y) = (order.address(), outputs[0].address(), outputs[1].address());
+        let launches = plan::prefill(layer.float, layer.tokens, layer.d, &lengths);
+        Self { layer, launches, args, outputs, _order: order }
+    }
+
+    fn compare(&self) -> Result<(), String> {
+        self.outputs[0].read::<u8>(); // nothing beyond h was written
+        self.layer.compare(&decode(self.layer.float, &self.outputs[1]))
+    }
+}
+
+#[test]
+fn prefill_equals_the_reference() {
+    let mut rng = rng();
+    for (tokens, d, widths) in [
+        (0, 16, vec![8, 16]),
+        (1, 8, vec![8]),
+        (2, 200, vec![3, 17, 80]),
+        (7, 72, vec![64, 128]),
+        (64, 136, vec![24, 56, 88, 152]),
+        (130, 64, vec![8, 72, 320]),
+        (513, 40, vec![40, 72, 104, 136]),
+    ] {
+        for mix in MIXES {
+            for shells in [false, true] {
+                if shells && widths.iter().any(|w| w % 8 != 0) {
+                    continue;
+                }
+                let float = HALVES[rng.random_range(0..2)];
+                let case = Case::new(Layer::random(&mut rng, float, [tokens, d], &widths, mix), shells);
+                for launch in &case.launches {
+                    run(launch, &case.args, &mut rng);
+                }
+                case.compare()
+                    .unwrap_or_else(|e| panic!("{float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn tiles_outside_the_staircase_are_not_made() {
+    let mut rng = rng();
+    // 130 rows of which the last two tiles' rows are narrow
+    let mut layer = Layer::random(&mut rng, Float::Bf16, [260, 16], &[64, 192], Mix::Narrow);
+    layer.experts[200] = 1;
+    let case = Case::new(layer, false);
+    run(&case.launches[0], &case.args, &mut rng);
+    let h = decode(Float::Bf16, &case.outputs[0]);
+    for (row, h) in h.chunks(192).enumerate() {
+        let (made, left) = if row < 128 { (192, 192) } else { (64, 64) };
+        assert!(h[..made].iter().all(|x| !x.is_nan()) && h[left..].iter().all(|x| x.is_nan()), "row {row}");
+    }
+}
+
+/// Leaves out each barrier of `launch` in turn and says which losses are seen in `outcome`.
+fn losses(
+    launch: &Launch,
+    seeds: std::ops::Range<u64>,
+    mut attempt: impl FnMut(&Launch, u64, Option<u32>) -> Result<u32, String>,
+) -> Vec<bool> {
+    let mut found = vec![];
+    for seed in seeds {
+        let sites = attempt(launch, seed, None).unwrap();
+        found.resize(sites as usize, false);
+        for site in 0..sites {
+            found[site as usize] |= attempt(launch, seed, Some(site)).is_err();
+        }
+    }
+    found
+}
+
+#[test]
+fn a_missing_barrier_is_found() {
+    let mut rng = rng();
+    let chosen = experts(&mut rng, Mix::Mixed, 1100, 5);
+    let experts = Memory::of(&chosen);
+    let found = losses(&plan::sort(), 0..8, |launch, seed, without| {
+        let order = Memory::of(&vec![0u32; chosen.len()]);
+        let args = SortArgs {
+            experts: experts.address(),
+            order: order.address(),
+            tokens: chosen.len() as u32,
+            expert_count: 5,
+        };
+        let sites = run_without(launch, &args, seed, without)?;
+        if order.read::<u32>() == reference::sort(&chosen) { Ok(sites) } else { Err("order".into()) }
+    });
+    assert_eq!(found, [true; 6], "sort: each barrier is needed, and its loss is seen");
+
+    let case = Case::new(Layer::random(&mut rng, Float::F16, [20, 400], &[72], Mix::Wide), false);
+    for launch in &case.launches {
+        run(launch, &case.args, &mut rng);
+    }
+    let found = losses(&case.launches[0], 0..3, |launch, seed, without| {
+        let sites = run_without(launch, &case.args, seed, without)?;
+        run_without(&case.launches[1], &case.args, seed, None)?;
+        case.compare().map(|()| sites)
+    });
+    assert_eq!(
+        found, [true; 2],
+        "prefill: the wait for copies and the barrier are needed, and their loss is seen"
+    );
+}

@@ -1,0 +1,289 @@
+//! Decoding with quantized weights against the reference.
+
+mod support;
+
+use dynamoe_kernels::args::{FfnArgs, QuantizeArgs, Quantized, Segment};
+use dynamoe_kernels::plan::{self, Block, Float};
+use dynamoe_kernels::reference::{self, Ffn, Matrix};
+use rand::{Rng, RngCore};
+use rand_chacha::ChaCha8Rng;
+use support::{
+    FLOATS, MIXES, Memory, Mix, Strided, decode, epsilon, experts, floats, rng, round, run, run_without,
+};
+
+/// A matrix of random blocks: their bytes, and the weights that they stand for.
+struct Blocks {
+    memory: Memory,
+    weights: Vec<f64>,
+}
+
+impl Blocks {
+    fn random(rng: &mut ChaCha8Rng, block: Block, [rows, columns]: [usize; 2]) -> Self {
+        let mut bytes = vec![0; rows * columns / block.weights() * block.bytes()];
+        rng.fill_bytes(&mut bytes);
+        for block_bytes in bytes.chunks_mut(block.bytes()) {
+            let mut half = |at: usize, scale: f64| {
+                let value = half::f16::from_f64(rng.random_range(-scale..scale));
+                block_bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+            };
+            match block {
+                Block::Q4K => (half(0, 1e-3), half(2, 3e-3)),
+                Block::Q8_0 => (half(0, 3e-3), ()),
+            };
+        }
+        let weights = reference::dequantize(block, &bytes);
+        assert_eq!(weights.len(), rows * columns);
+        Self { memory: Memory::of(&bytes), weights }
+    }
+}
+
+/// Memory for `(rows, columns)` of quantized activations.
+struct Activations {
+    q: Memory,
+    scales: Memory,
+    sums: Memory,
+}
+
+impl Activations {
+    fn poisoned(rows: usize, columns: usize) -> Self {
+        let numbers = rows * columns;
+        Self {
+            q: Memory::poisoned(numbers),
+            scales: Memory::poisoned(numbers / 32 * 4),
+            sums: Memory::poisoned(numbers / 16 * 4),
+        }
+    }
+
+    fn args(&self) -> Quantized {
+        Quantized { q: self.q.address(), scales: self.scales.address(), sums: self.sums.address() }
+    }
+}
+
+#[test]
+fn quantizing_equals_the_reference() {
+    let mut rng = rng();
+    for float in FLOATS {
+        for (tokens, columns) in [(0, 256), (1, 32), (3, 288), (9, 512)] {
+            let x = Strided::random(&mut rng, float, [tokens, columns], 3.0);
+            let out = Activations::poisoned(tokens, columns);
+            let args = QuantizeArgs {
+                x: x.memory.address(),
+                out: out.args(),
+                tokens: tokens as u32,
+                columns: columns as u32,
+                x_stride: x.stride as u32,
+                ..QuantizeArgs::default()
+            };
+            run(&plan::quantize(float, tokens, columns), &args, &mut rng);
+            let (mut q, mut scales, mut sums) = (vec![], vec![], vec![]);
+            for token in 0..tokens {
+                for block in x.view().row(token, columns).chunks(32) {
+                    let expected = reference::quantize(block);
+                    sums.extend(
+                        expected
+                            .q
+                            .chunks(16)
+                            .map(|h| expected.scale * h.iter().map(|&q| f32::from(q)).sum::<f32>()),
+                    );
+                    scales.push(expected.scale);
+                    q.extend(expected.q);
+                }
+            }
+            assert_eq!((out.q.read::<i8>(), out.scales.read::<f32>()), (q, scales));
+            assert_eq!(out.sums.read::<f32>(), sums);
+        }
+    }
+}
+
+/// An FFN in blocks.
+struct Case {
+    float: Float,
+    block: [Block; 2],
+    tokens: usize,
+    d: usize,
+    widths: Vec<usize>,
+    experts: Vec<u32>,
+    x: Strided,
+    shells: Vec<[Blocks; 3]>,
+    compensation: Vec<f64>,
+}
+
+impl Case {
+    fn random(
+        rng: &mut ChaCha8Rng,
+        block: [Block; 2],
+        [tokens, d]: [usize; 2],
+        widths: &[usize],
+        mix: Mix,
+    ) -> Self {
+        let float = FLOATS[rng.random_range(0..3)];
+        let mut start = 0;
+        let shells = widths.iter().map(|&end| {
+            let neurons = end - std::mem::replace(&mut start, end);
+            let mut matrix = |block, shape| Blocks::random(rng, block, shape);
+            [matrix(block[0], [neurons, d]), matrix(block[0], [neurons, d]), matrix(block[1], [d, neurons])]
+        });
+        Self {
+            shells: shells.collect(),
+            float,
+            block,
+            tokens,
+            d,
+            widths: widths.to_vec(),
+            experts: experts(rng, mix, tokens, widths.len()),
+            x: Strided::random(rng, float, [tokens, d], 2.0),
+            compensation: floats(rng, (widths.len() - 1) * d, 1.0),
+        }
+    }
+
+    fn segments(&self) -> Vec<Segment> {
+        let mut start = 0;
+        let segment = |(&end, [gate, up, down]): (&usize, &[Blocks; 3])| {
+            let start = std::mem::replace(&mut start, end);
+            let [across, along] = [(self.block[0], self.d), (self.block[1], end - start)]
+                .map(|(b, n)| (n / b.weights()) as u32);
+            Segment {
+                gate: gate.memory.address(),
+                up: up.memory.address(),
+                down: down.memory.address(),
+                start: start as u32,
+                end: end as u32,
+                gate_stride: across,
+                up_stride: across,
+                down_stride: along,
+                reserved: 0,
+            }
+        };
+        self.widths.iter().zip(&self.shells).map(segment).collect()
+    }
+
+    /// Runs all four launches and compares `y`.
+    fn attempt(&self, seed: u64, without: Option<u32>) -> Result<u32, String> {
+        let (t, d, i) = (self.tokens, self.d, self.widths[self.widths.len() - 1]);
+        let widths: Vec<u32> = self.experts.iter().map(|&e| self.widths[e as usize] as u32).collect();
+        let compensation: Vec<f32> = self.compensation.iter().map(|&c| c as f32).collect();
+        let held = [Memory::of(&widths), Memory::of(&self.experts), Memory::of(&compensation)];
+        let (xq, hq) = (Activations::poisoned(t, d), Activations::poisoned(t, i));
+        let (h, y) = (Memory::poisoned(t * i * 4), Memory::poisoned(t * d * self.float.bytes()));
+        let mut args = FfnArgs {
+            h: h.address(),
+            y: y.address(),
+            widths: held[0].address(),
+            experts: held[1].address(),
+            compensation: if compensation.is_empty() { 0 } else { held[2].address() },
+            xq: xq.args(),
+            hq: hq.args(),
+            tokens: t as u32,
+            hidden_size: d as u32,
+            intermediate_size: i as u32,
+            expert_count: self.widths.len() as u32,
+            segment_count: self.widths.len() as u32,
+            ..FfnArgs::default()
+        };
+        args.segments[..self.widths.len()].copy_from_slice(&self.segments());
+        let [gate_up, down] = plan::decode_quantized(self.block, self.float, t, d, i);
+        let quantize = |x: &Memory, out: &Activations, [columns, stride]: [usize; 2], widths| QuantizeArgs {
+            x: x.address(),
+            out: out.args(),
+            widths,
+            tokens: t as u32,
+            columns: columns as u32,
+            x_stride: stride as u32,
+            reserved: 0,
+        };
+        let of_x = quantize(&self.x.memory, &xq, [d, self.x.stride], 0);
+        run_without(&plan::quantize(self.float, t, d), &of_x, seed, None)?;
+        let sites = run_without(&gate_up, &args, seed, without)?;
+        let of_h = quantize(&h, &hq, [i, i], args.widths);
+        run_without(&plan::quantize(Float::F32, t, i), &of_h, seed, None)?;
+        run_without(&down, &args, seed, without)?;
+        self.compare(&decode(self.float, &y))?;
+        Ok(sites)
+    }
+
+    fn compare(&self, y: &[f64]) -> Result<(), String> {
+        let (d, i) = (self.d, self.widths[self.widths.len() - 1]);
+        // activations as the kernels see them; weights in one piece
+        let seen: Vec<f64> =
+            (0..self.tokens).flat_map(|t| reference::requantize(self.x.view().row(t, d))).collect();
+        let stack =
+            |m: usize| -> Vec<f64> { self.shells.iter().flat_map(|s| s[m].weights.clone()).collect() };
+        let (gate, up) = (stack(0), stack(1));
+        let row = |r: usize| {
+            self.shells
+                .iter()
+                .flat_map(move |s| s[2].weights.chunks(s[2].weights.len() / d).nth(r).unwrap().to_vec())
+        };
+        let down: Vec<f64> = (0..d).flat_map(row).collect();
+        let matrix = |data, stride| Matrix { data, stride };
+        let ffn = Ffn {
+            x: matrix(&seen, d),
+            gate_proj: matrix(&gate, d),
+            up_proj: matrix(&up, d),
+            down_proj: matrix(&down, i),
+            compensation: &self.compensation,
+            experts: &self.experts,
+            expert_widths: &self.widths,
+            hidden_size: d,
+        };
+        for token in 0..self.tokens {
+            let h = ffn.hidden(token, &|x| round(Float::F32, x));
+            // blocks end with zeros where the expert ends
+            let mut padded = h.clone();
+            padded.resize(h.len().next_multiple_of(32), 0.0);
+            let h = &reference::requantize(&padded)[..h.len()];
+            for (c, (&found, expected)) in y[token * d..].iter().zip(ffn.output(token, h)).enumerate() {
+                let row = matrix(&down, i).row(c, h.len());
+                let terms: f64 = h.iter().zip(row).map(|(h, w)| (h * w).abs()).sum();
+                // one h that rounds the other way is off by 1/127 of its block's largest
+                let largest = |v: &[f64]| v.iter().fold(0f64, |m, x| m.max(x.abs()));
+                let tolerance = epsilon(self.float) * expected.abs()
+                    + 1e-5
+                    + 1e-5 * terms
+                    + largest(h) * largest(row) / 127.0;
+                if !((found - expected).abs() <= tolerance) {
+                    return Err(format!("token {token}, column {c}: found {found}, expected {expected}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn quantized_decoding_equals_the_reference() {
+    let mut rng = rng();
+    use Block::{Q4K, Q8_0};
+    for block in [[Q4K, Q4K], [Q8_0, Q8_0], [Q4K, Q8_0]] {
+        for (tokens, d, widths) in [
+            (0, 256, vec![256]),
+            (1, 256, vec![256, 512]),
+            (1, 1536, vec![256]),
+            (2, 512, vec![256, 768]),
+            (3, 256, vec![512, 768, 1792]),
+            (8, 768, vec![256, 512]),
+            (11, 256, vec![256, 512]),
+        ] {
+            for mix in MIXES {
+                let case = Case::random(&mut rng, block, [tokens, d], &widths, mix);
+                let outcome = case.attempt(rng.random(), None);
+                outcome.unwrap_or_else(|e| panic!("{block:?} {tokens} {d} {widths:?} {mix:?}: {e}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_missing_wait_is_found() {
+    let mut rng = rng();
+    let case = Case::random(&mut rng, [Block::Q8_0; 2], [2, 3072], &[256], Mix::Wide);
+    let mut found = vec![];
+    for seed in 0..4 {
+        let sites = case.attempt(seed, None).unwrap();
+        found.resize(sites as usize, false);
+        for site in 0..sites {
+            found[site as usize] |= case.attempt(seed, Some(site)).is_err();
+        }
+    }
+    assert_eq!(found, [true; 3], "the wait for copies and both barriers are needed, and their loss is seen");
+}
