@@ -76,7 +76,7 @@ for arch in sm_80 sm_90a; do
     check $arch '^(route|decode_.*_(f32|f16|bf16|q4k))_' 'LDG[.A-Z0-9]*[.]128' 'loads of 16 bytes'
     check $arch '^decode_.*_q8_0_' 'LDGSTS[.A-Z0-9]*[.]128' 'asynchronous copies of 16 bytes'
     check $arch '^decode_.*_(q4k|q8_0)_' 'IDP[.]4A' 'dp4a'
-    check $arch '^prefill_' 'HMMA[.]16816' 'products on tensor cores'
+    check $arch '^(prefill_.*|decode_(gate_up|down)_(f16|bf16)_8)$' 'HMMA[.]16816' 'products on tensor cores'
     check $arch '^prefill_' 'LDSM' 'ldmatrix'
     check $arch '^prefill_' 'LDGSTS[.A-Z0-9]*[.]128' 'asynchronous copies of 16 bytes'
 done

@@ -9,6 +9,13 @@
 
 constexpr uint32_t DECODE_THREADS = 128;
 
+// The segment of a neuron.
+__device__ __forceinline__ const Segment& segment_of(const FfnArgs& a, uint32_t neuron) {
+    uint32_t s = 0;
+    while (neuron >= a.segments[s].end) ++s;
+    return a.segments[s];
+}
+
 // The columns of h that exist: the widest token's, in whole vectors.
 template <class T>
 __device__ __forceinline__ uint32_t decode_limit(const FfnArgs& a, uint32_t first, uint32_t tokens) {
@@ -66,9 +73,7 @@ __device__ __forceinline__ void decode_gate_up(const FfnArgs& a) {
     const uint32_t neuron = blockIdx.x * (DECODE_THREADS / WARP) + warp_id();
     if (neuron >= decode_limit<T>(a, first, tokens)) return;
 
-    uint32_t s = 0;
-    while (neuron >= a.segments[s].end) ++s;
-    const Segment& segment = a.segments[s];
+    const Segment& segment = segment_of(a, neuron);
     const size_t row = neuron - segment.start;
     const T* const rows[2] = {static_cast<const T*>(segment.gate) + row * segment.gate_stride,
                               static_cast<const T*>(segment.up) + row * segment.up_stride};

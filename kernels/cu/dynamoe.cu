@@ -1,5 +1,6 @@
 // All kernels, by the names under which they are launched. nvcc compiles this file for GPUs, kernels/sim for a CPU.
 #include "decode.cuh"
+#include "decode_mma.cuh"
 #include "prefill.cuh"
 #include "quantized.cuh"
 #include "router.cuh"
@@ -15,18 +16,23 @@ FLOATS(ROUTE)
 DYNAMOE_KERNEL(decide, RouteArgs, ROUTE_THREADS, decide_tokens)
 DYNAMOE_KERNEL(sort, SortArgs, SORT_THREADS, sort_tokens)
 
-// KERNEL(…, N) for groups of 1, 2, 4 and 8 tokens
-#define GROUPS(KERNEL, ...)   \
-    KERNEL(__VA_ARGS__, 1) \
-    KERNEL(__VA_ARGS__, 2) \
-    KERNEL(__VA_ARGS__, 4) \
-    KERNEL(__VA_ARGS__, 8)
+// KERNEL(…, N) for groups of up to N tokens
+#define GROUPS_TO_4(KERNEL, ...) \
+    KERNEL(__VA_ARGS__, 1)       \
+    KERNEL(__VA_ARGS__, 2)       \
+    KERNEL(__VA_ARGS__, 4)
+#define GROUPS(KERNEL, ...) GROUPS_TO_4(KERNEL, __VA_ARGS__) KERNEL(__VA_ARGS__, 8)
 
-#define DECODE_GROUP(type, T, N)                                                                  \
+#define DECODE_GROUP(type, T, N)                                                                 \
     DYNAMOE_KERNEL(decode_gate_up_##type##_##N, FfnArgs, DECODE_THREADS, (decode_gate_up<T, N>)) \
     DYNAMOE_KERNEL(decode_down_##type##_##N, FfnArgs, DECODE_THREADS, (decode_down<T, N>))
-#define DECODE(type, T) GROUPS(DECODE_GROUP, type, T)
+#define DECODE_MMA(type, T)                                                                \
+    DYNAMOE_KERNEL(decode_gate_up_##type##_8, FfnArgs, MMA_THREADS, decode_mma_gate_up<T>) \
+    DYNAMOE_KERNEL(decode_down_##type##_8, FfnArgs, MMA_THREADS, decode_mma_down<T>)
+#define DECODE(type, T) GROUPS_TO_4(DECODE_GROUP, type, T)
 FLOATS(DECODE)
+DECODE_GROUP(f32, float, 8)
+HALVES(DECODE_MMA)
 
 #define QUANTIZE(type, T) DYNAMOE_KERNEL(quantize_##type, QuantizeArgs, QUANTIZE_THREADS, quantize<T>)
 FLOATS(QUANTIZE)

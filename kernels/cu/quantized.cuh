@@ -219,9 +219,7 @@ __device__ __forceinline__ void quantized_gate_up(const FfnArgs& a) {
     const uint32_t neuron = blockIdx.x * (DECODE_THREADS / WARP) + warp_id();
     if (neuron >= quantized_limit(a, first, tokens)) return;
 
-    uint32_t s = 0;
-    while (neuron >= a.segments[s].end) ++s;
-    const Segment& segment = a.segments[s];
+    const Segment& segment = segment_of(a, neuron);
     const size_t row = neuron - segment.start;
     const uint8_t* const rows[2] = {static_cast<const uint8_t*>(segment.gate) + row * segment.gate_stride * Q::BYTES,
                                     static_cast<const uint8_t*>(segment.up) + row * segment.up_stride * Q::BYTES};

@@ -7,7 +7,7 @@
 //! | which kernel, how many blocks | [`plan`] | |
 //! | arguments | [`args`] | `cu/args.h` |
 //! | router and decision | | `cu/router.cuh` |
-//! | 1 to 8 tokens | | `cu/decode.cuh` |
+//! | 1 to 8 tokens | | `cu/decode.cuh`, `cu/decode_mma.cuh` |
 //! | the same on GGUF blocks | | `cu/quantized.cuh` |
 //! | many tokens | | `cu/sort.cuh`, `cu/prefill.cuh` |
 //! | what each kernel computes | [`mod@reference`] | |

@@ -60,11 +60,14 @@ pub fn decide(tokens: usize) -> Launch {
 /// gate_proj, up_proj and SwiGLU, then down_proj with compensation: few tokens.
 pub fn decode(float: Float, tokens: usize, hidden_size: usize, intermediate_size: usize) -> [Launch; 2] {
     let group = tokens.clamp(1, DECODE_TOKENS).next_power_of_two();
-    [("gate_up", intermediate_size), ("down", hidden_size)].map(|(half, rows)| Launch {
+    // 16 rows to a block of tensor cores' warps, which add up in shared memory; else a warp for each row
+    let tensor_cores = group == 8 && float != Float::F32;
+    let (rows_of_block, threads) = if tensor_cores { (16, 256) } else { (4, 128) };
+    [("gate_up", intermediate_size, 2), ("down", hidden_size, 1)].map(|(half, rows, matrices)| Launch {
         kernel: format!("decode_{half}_{}_{group}", float.suffix()),
-        grid: [rows.div_ceil(4) as u32, tokens.div_ceil(group) as u32],
-        threads: 128,
-        shared_bytes: 0,
+        grid: [rows.div_ceil(rows_of_block) as u32, tokens.div_ceil(group) as u32],
+        threads,
+        shared_bytes: if tensor_cores { 8 * matrices * 8 * 16 * 4 } else { 0 },
     })
 }
 
