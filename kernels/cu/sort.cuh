@@ -40,7 +40,8 @@ __device__ __forceinline__ void sort_tokens(const SortArgs& a) {
         if (expert < a.expert_count) {
             uint32_t place = shared.next[expert] + earlier;
             for (uint32_t w = 0; w < warp_id(); ++w) place += shared.found[w][expert];
-            a.order[place] = token;
+            // true, unless experts change while they are sorted
+            if (place < a.tokens) a.order[place] = token;
         }
         __syncthreads();
         if (threadIdx.x < a.expert_count)
