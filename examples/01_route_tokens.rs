@@ -39,7 +39,11 @@ fn main() -> Result<()> {
     // Each token may have a dial of its own: here the first half runs dense, the second as narrow as can be.
     let dials: Vec<f64> = (0..t).map(|token| if token < t / 2 { 1.0 } else { 0.0 }).collect();
     let (y, routes) = ffn.forward_routed(&x, &dials)?;
-    println!("two dials in one call: mean width {:.3}, output {:?}", routes.wait()?.mean_width(&widths), y.dims());
+    println!(
+        "two dials in one call: mean width {:.3}, output {:?}",
+        routes.wait()?.mean_width(&widths),
+        y.dims()
+    );
     Ok(())
 }
 

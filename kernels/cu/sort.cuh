@@ -26,7 +26,6 @@ __device__ __forceinline__ void sort_tokens(const SortArgs& a) {
             place += count;
         }
     }
-    __syncthreads();
     for (uint32_t base = 0; base < a.tokens; base += SORT_THREADS) {
         const uint32_t token = base + threadIdx.x;
         const uint32_t expert = token < a.tokens ? a.experts[token] : MAX_EXPERTS;
@@ -40,7 +39,7 @@ __device__ __forceinline__ void sort_tokens(const SortArgs& a) {
         if (expert < a.expert_count) {
             uint32_t place = shared.next[expert] + earlier;
             for (uint32_t w = 0; w < warp_id(); ++w) place += shared.found[w][expert];
-            // true, unless experts change while they are sorted
+            // always so, unless experts change while they are sorted
             if (place < a.tokens) a.order[place] = token;
         }
         __syncthreads();
