@@ -170,6 +170,6 @@ fn q4k(block: &[u8], at: usize) -> f64 {
         (low & 15 | scales[sub - 4] >> 6 << 4, low >> 4 | scales[sub] >> 6 << 4)
     };
     let byte = nibbles[sub / 2 * 32 + at % 32];
-    let q = if sub % 2 == 0 { byte & 15 } else { byte >> 4 };
+    let q = if sub.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
     half(block, 0) * f64::from(scale) * f64::from(q) - half(block, 2) * f64::from(minimum)
 }

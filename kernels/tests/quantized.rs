@@ -241,7 +241,8 @@ impl Case {
                     + 1e-5
                     + 1e-5 * terms
                     + largest(h) * largest(row) / 127.0;
-                if !((found - expected).abs() <= tolerance) {
+                let error = (found - expected).abs();
+                if error.is_nan() || error > tolerance {
                     return Err(format!("token {token}, column {c}: found {found}, expected {expected}"));
                 }
             }

@@ -281,7 +281,8 @@ impl Layer {
                 let terms = h.iter().zip(self.down.view().row(d, h.len())).map(|(h, w)| (h * w).abs());
                 let (sum, largest) = terms.fold((0.0, 0f64), |(sum, largest), t| (sum + t, largest.max(t)));
                 let tolerance = epsilon * (expected.abs() + largest + 0.05 * sum) + 3e-6 * (1.0 + sum);
-                if !((found - expected).abs() <= tolerance) {
+                let error = (found - expected).abs();
+                if error.is_nan() || error > tolerance {
                     return Err(format!("token {token}, column {d}: found {found}, expected {expected}"));
                 }
             }
