@@ -85,34 +85,48 @@ fn dense_models(report: &Report) -> Vec<(&'static str, &'static str, f64)> {
 struct Quantity {
     id: &'static str,
     label: &'static str,
-    value: fn(&Point) -> f64,
-    error: fn(&Point) -> f64,
-    of_loss: fn(f64) -> f64,
+    /// Of a loss, given that of the dense model fine-tuned alike.
+    of_loss: fn(f64, f64) -> f64,
+    /// Of a loss and its standard error.
+    error: fn(f64, f64) -> f64,
 }
 
 const LOSS: Quantity = Quantity {
     id: "loss",
     label: "Loss, nats per token",
-    value: |p| p.loss,
-    error: |p| p.stderr,
-    of_loss: |loss| loss,
+    of_loss: |loss, _| loss,
+    error: |_, stderr| stderr,
 };
 const PERPLEXITY: Quantity = Quantity {
     id: "perplexity",
     label: "Perplexity",
-    value: |p| p.loss.exp(),
+    of_loss: |loss, _| loss.exp(),
     // The delta method: d exp(l) = exp(l) dl.
-    error: |p| p.stderr * p.loss.exp(),
-    of_loss: f64::exp,
+    error: |loss, stderr| stderr * loss.exp(),
+};
+const REGRET: Quantity = Quantity {
+    id: "regret",
+    label: "Regret: nats above dense fine-tuning",
+    of_loss: |loss, dense| loss - dense,
+    error: |_, stderr| stderr,
 };
 
-/// The main chart in nats and as perplexity; empty if no curve has a finite point.
+/// The main chart in nats, as perplexity, and as regret where the dense model was fine-tuned alike; empty if no
+/// curve has a finite point.
 pub(super) fn loss_against_width(report: &Report, styles: &Styles) -> Vec<Figure> {
-    [LOSS, PERPLEXITY].iter().filter_map(|q| width_chart(report, styles, q)).collect()
+    let regret = report.dense_finetuned_loss.filter(|loss| loss.is_finite()).map(|_| REGRET);
+    [LOSS, PERPLEXITY].into_iter().chain(regret).filter_map(|q| width_chart(report, styles, &q)).collect()
 }
 
 fn width_chart(report: &Report, styles: &Styles, q: &Quantity) -> Option<Figure> {
-    let mark = |p: &Point| Mark { x: p.mean_width, y: (q.value)(p), stderr: (q.error)(p), tip: point_tip(p) };
+    let dense = report.dense_finetuned_loss.unwrap_or(f64::NAN);
+    let value = |loss: f64| (q.of_loss)(loss, dense);
+    let mark = |p: &Point| Mark {
+        x: p.mean_width,
+        y: value(p.loss),
+        stderr: (q.error)(p.loss, p.stderr),
+        tip: point_tip(p),
+    };
     let mut series: Vec<Series> = Vec::new();
     for curve in &report.curves {
         let mut marks: Vec<Mark> = curve.points.iter().map(mark).collect();
@@ -120,11 +134,8 @@ fn width_chart(report: &Report, styles: &Styles, q: &Quantity) -> Option<Figure>
         series.push(Series { name: curve.name.clone(), style: styles.of(&curve.name), marks });
     }
     let references = dense_models(report);
-    let references = references.into_iter().map(|(name, class, l)| Reference {
-        name: name.into(),
-        y: (q.of_loss)(l),
-        class,
-    });
+    let references =
+        references.into_iter().map(|(name, class, l)| Reference { name: name.into(), y: value(l), class });
     Spec {
         id: q.id.into(),
         x_label: "Mean FFN width".into(),
