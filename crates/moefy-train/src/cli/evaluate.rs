@@ -11,7 +11,7 @@ use super::print;
 use crate::checkpoint::{Checkpoint, store_section};
 use crate::curves::spread;
 use crate::data::{DataSource, PaddedBatch};
-use crate::evaluate::{Dial, Setting, budget, pairs_point, point};
+use crate::evaluate::{Dial, Setting, budget, pairs_point, point, shuffled_point};
 use crate::model::RoutedModel;
 use crate::results::{Evaluation, PairsPoint, Point};
 use crate::run::load;
@@ -43,6 +43,9 @@ pub struct EvaluateArgs {
     /// Mean widths, 0 to 1
     #[arg(long, value_delimiter = ',')]
     budget: Vec<f64>,
+    /// Exchange the widths of each layer among tokens at random: what it costs to not know which tokens need them
+    #[arg(long)]
+    shuffled: bool,
     /// Text on which to solve --budget anew and store it in the checkpoint's table
     #[arg(long)]
     calibration_data: Vec<DataSource>,
@@ -92,7 +95,8 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let pairs = args.pairs.as_deref().map(|path| texts.pairs(path)).transpose()?;
     for setting in &settings {
         if !batches.is_empty() {
-            let point = point(&model, &batches, setting)?;
+            let measure = if args.shuffled { shuffled_point } else { point };
+            let point = measure(&model, &batches, setting)?;
             if !args.json {
                 print_point(&point, evaluation.results.is_empty())?;
             }

@@ -78,6 +78,15 @@ pub fn point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) ->
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
+/// Measures one setting of the dial with the widths of each layer exchanged among tokens ([`Policy::Shuffled`]).
+///
+/// # Errors
+/// As [`point`].
+pub fn shuffled_point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) -> Result<Point> {
+    let measured = score(model, batches, &Policy::Shuffled(&setting.sensitivity))?;
+    Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
+}
+
 /// A score as a row of results, without its dial.
 pub fn as_point(model: &RoutedModel, score: &Score) -> Point {
     let mean_width = score.mean_width();

@@ -3,6 +3,8 @@
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use dynamoe::Routes;
+use rand::Rng;
+use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use crate::data::{Batch, PaddedBatch};
@@ -18,6 +20,9 @@ pub const BATCH_TOKENS: usize = 4096;
 pub enum Policy<'a> {
     /// By the model's routers, one sensitivity for each layer.
     Dial(&'a [f64]),
+    /// As [`Policy::Dial`], but within each batch and layer the tokens exchange their widths at random: what is
+    /// left when routers say how many tokens are wide, but not which.
+    Shuffled(&'a [f64]),
     /// Each token of each layer draws its width; the mean is given.
     Random {
         /// Mean width as a share of the dense width.
@@ -127,6 +132,13 @@ fn score_batch(
     let (tokens, targets, weights) = batch.tensors(model.backbone().output_matrix().device())?;
     let (hidden, routes) = match policy {
         Policy::Dial(sensitivity) => model.forward(&tokens, sensitivity)?,
+        Policy::Shuffled(sensitivity) => {
+            let (_, mut routes) = model.forward(&tokens, sensitivity)?;
+            for (layer, routes) in routes.iter_mut().enumerate() {
+                shuffle_scored(&mut routes.0, &batch.weights, &mut rng(0, index, layer as u64));
+            }
+            (model.forward_with(&tokens, &routes)?, routes)
+        }
         Policy::Random { mean, seed } => {
             let routes = random_routes(model, batch.tokens.len(), *mean, (*seed, index));
             (model.forward_with(&tokens, &routes)?, routes)
@@ -171,6 +183,14 @@ pub fn batch_score(
     BatchScore { items: items.collect(), widths: routes.iter().map(of_layer).collect() }
 }
 
+/// Shuffles the entries whose weight is above 0: padding keeps its own.
+fn shuffle_scored(routes: &mut [usize], weights: &[f32], rng: &mut impl Rng) {
+    let scored: Vec<usize> = (0..weights.len()).filter(|&n| weights[n] > 0.0).collect();
+    let mut values: Vec<usize> = scored.iter().map(|&n| routes[n]).collect();
+    values.shuffle(rng);
+    scored.into_iter().zip(values).for_each(|(n, value)| routes[n] = value);
+}
+
 fn random_routes(model: &RoutedModel, tokens: usize, mean: f64, (seed, index): (u64, u64)) -> Vec<Routes> {
     let full = model.config().intermediate_size as f64;
     let shares: Vec<f64> = model.widths().iter().map(|&w| w as f64 / full).collect();
@@ -196,5 +216,21 @@ pub fn packed(batch: &Batch, first_item: usize) -> PaddedBatch {
         targets: part(1..row),
         weights: vec![1.0; batch.targets()],
         items: (first_item..first_item + batch.batch_size).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shuffling_keeps_the_scored_widths_and_leaves_padding_alone() {
+        let mut routes: Vec<usize> = (0..100).collect();
+        let weights: Vec<f32> = (0..100).map(|n| f32::from(u8::from(n % 3 > 0))).collect();
+        shuffle_scored(&mut routes, &weights, &mut rng(1, 2, 3));
+        assert!((0..100).step_by(3).all(|n| routes[n] == n));
+        assert!((0..100).any(|n| routes[n] != n));
+        routes.sort();
+        assert!(routes.into_iter().eq(0..100));
     }
 }
