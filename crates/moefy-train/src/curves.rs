@@ -23,30 +23,38 @@ const ORACLE_ROUNDS: usize = 6;
 /// Prices of a token's whole width, nats.
 const ORACLE_PRICES: [f64; 5] = [0.2, 0.5, 1.0, 2.0, 4.0];
 
-/// The curve of a trained model of `method` on `batches`; routed models take their dial from the table of
-/// budgets in their configuration.
+/// The curve of a trained model of `method` on `batches`: at both ends of its dial and at `widths`, or at its
+/// experts' widths for static nesting. Routed models take their dial from the table of budgets in their
+/// configuration.
 ///
 /// # Errors
 /// candle's.
-pub fn curve(model: &RoutedModel, method: Method, batches: &[PaddedBatch], seed: u64) -> Result<Curve> {
+pub fn curve(
+    model: &RoutedModel,
+    method: Method,
+    batches: &[PaddedBatch],
+    seed: u64,
+    widths: &[f64],
+) -> Result<Curve> {
     let layers = model.config().num_hidden_layers;
     let full = model.config().intermediate_size as f64;
     let shares: Vec<f64> = model.widths().iter().map(|&w| w as f64 / full).collect();
+    let between = || widths.iter().copied().filter(|&w| w > shares[0] && w < 1.0);
     let at = |sensitivity: f64| point(model, batches, &Setting::uniform(sensitivity, layers));
     let points: Vec<Point> = match method {
         Method::Dense => vec![at(1.0)?],
         Method::Static => shares.iter().map(|&share| at(share)).collect::<Result<_>>()?,
         Method::Random => {
-            let means = WIDTHS.iter().copied().filter(|&w| w > shares[0]).chain([shares[0], 1.0]);
+            let means = between().chain([shares[0], 1.0]);
             let random = |mean: f64| -> Result<Point> {
                 let scored = score(model, batches, &Policy::Random { mean, seed })?;
                 Ok(Point { budget: Some(mean), ..as_point(model, &scored) })
             };
             means.map(random).collect::<Result<_>>()?
         }
-        Method::Similarity | Method::Priced => {
+        Method::Similarity | Method::Priced | Method::Gain => {
             let mut points = vec![at(0.0)?, at(1.0)?];
-            for width in WIDTHS.iter().copied().filter(|&w| w > shares[0]) {
+            for width in between() {
                 points.push(point(model, batches, &Setting::of(Dial::Budget(width), model)?)?);
             }
             points
@@ -61,8 +69,9 @@ pub fn curve(model: &RoutedModel, method: Method, batches: &[PaddedBatch], seed:
         Method::Similarity => {
             "A router that predicts how similar each expert's output is to the whole FFN's."
         }
-        Method::Priced => {
-            "One checkpoint along its dial; the router is trained through the loss with a price on width."
+        Method::Priced => "A router trained through the loss, with a price on width.",
+        Method::Gain => {
+            "One checkpoint along its dial; the router predicts what further width would gain each token."
         }
     };
     Ok(sorted(method.label(), description, points))

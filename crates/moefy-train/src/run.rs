@@ -18,14 +18,15 @@ use serde_json::{Value, json};
 use crate::checkpoint::{Checkpoint, expected_tensors, save_model, write_atomic};
 use crate::cli::{ExpertArgs, measure};
 use crate::convert::convert;
-use crate::curves::{curve, oracle_curve, samples, spread};
+use crate::curves::{WIDTHS, curve, oracle_curve, samples, spread};
 use crate::data::{Batches, DataSource, PaddedBatch, Split};
 use crate::evaluate::cost::Cost;
 use crate::evaluate::{Dial, Setting, budget, pairs_point, point};
+use crate::hf_config::ModelConfig;
 use crate::hub;
 use crate::model::RoutedModel;
 use crate::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
-use crate::texts::{CALIBRATION_TOKENS, Scope, TextArgs, Texts, calibration, in_order};
+use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
 use crate::train::{Method, Outcome, TrainConfig, TrainModel, Trainer};
 
 pub use folder::{Existing, RunFolder, TRAINING};
@@ -98,7 +99,7 @@ pub fn publish(
     method: Method,
     calibration: &[PaddedBatch],
 ) -> Result<RoutedModel> {
-    if method == Method::Priced {
+    if matches!(method, Method::Priced | Method::Gain) {
         match budget::dial_scale(&model.routed()?, calibration)? {
             Some((scale, shift)) => model.rescale_routers(scale, shift)?,
             None => {
@@ -106,21 +107,46 @@ pub fn publish(
             }
         }
     }
+    let config = with_budgets(model, calibration, &budget::TABLE)?;
+    let path = folder.training("final");
+    write(source, model, &config, &path)?;
+    folder.publish(&path)?;
+    routed(model, &config)
+}
+
+/// The model's configuration with a table of budgets, solved for `widths` on `calibration`.
+///
+/// # Errors
+/// A model without a dynamoe section; candle's.
+pub fn with_budgets(model: &TrainModel, calibration: &[PaddedBatch], widths: &[f64]) -> Result<ModelConfig> {
     let mut config = model.config().clone();
     let dynamoe = config.dynamoe.as_mut().context("a trained model has a dynamoe section")?;
-    dynamoe.budgets = budget::table(&model.routed()?, calibration, &budget::TABLE)?;
+    dynamoe.budgets = budget::table(&model.routed()?, calibration, widths)?;
+    Ok(config)
+}
+
+/// The trained model as it is served, under another configuration of its dial.
+///
+/// # Errors
+/// Tensors that do not fit.
+pub fn routed(model: &TrainModel, config: &ModelConfig) -> Result<RoutedModel> {
+    RoutedModel::from_tensors(config, &mut |name, _| model.tensor(name))
+}
+
+/// Writes a trained model as the new folder `out`, in the types of the checkpoint that it came from.
+///
+/// # Errors
+/// The file system's; weights that are not finite.
+pub fn write(source: &Checkpoint, model: &TrainModel, config: &ModelConfig, out: &Path) -> Result<()> {
+    if out.exists() {
+        fs::remove_dir_all(out).with_context(|| format!("removing {}", out.display()))?;
+    }
     let mut weights = BTreeMap::new();
-    for (name, _) in expected_tensors(&config) {
+    for (name, _) in expected_tensors(config) {
         let tensor = model.tensor(&name)?.to_device(&Device::Cpu)?;
         weights.insert(name, tensor);
     }
-    let path = folder.training("final");
-    if path.exists() {
-        fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
-    }
-    save_model(source, &weights, config.dynamoe.as_ref(), &path, false)?;
-    folder.publish(&path)?;
-    RoutedModel::from_tensors(&config, &mut |name, _| model.tensor(name))
+    save_model(source, &weights, config.dynamoe.as_ref(), out, false)
 }
 
 /// Loads a checkpoint for inference, in f32.
@@ -211,11 +237,7 @@ impl Inputs {
         let shape = (job.train.batch_size, job.train.sequence_length);
         let split = if job.valid.is_empty() { Split::Train } else { Split::All };
         let batches = texts.training(&job.data, split, shape, job.train.seed)?;
-        let held_out = if job.valid.is_empty() {
-            in_order(&texts.training(&job.data, Split::HeldOut, shape, job.train.seed)?)
-        } else {
-            texts.scored(&job.valid, Scope::Documents(512))?
-        };
+        let held_out = texts.held_out(&job.data, &job.valid, job.train.sequence_length)?;
         if let Some(path) = &job.pairs {
             texts.pairs(path)?;
         }
@@ -315,7 +337,7 @@ pub fn run_job(
     let mut report = Report {
         title: run.title(),
         dense_loss: Some(dense_loss),
-        curves: vec![curve(&routed, job.train.method, &run.held_out, job.train.seed)?],
+        curves: vec![curve(&routed, job.train.method, &run.held_out, job.train.seed, &WIDTHS)?],
         training: vec![(job.train.method.label().to_owned(), metrics)],
         samples: run.samples(&routed)?,
         pairs: run.pairs(&routed)?,
@@ -364,7 +386,7 @@ impl Running<'_> {
     ) -> Result<(TrainModel, Outcome, Vec<TrainMetrics>)> {
         Finetune {
             source,
-            teacher: (config.distill > 0.0).then_some(teacher),
+            teacher: config.has_teacher().then_some(teacher),
             config,
             batches: &self.batches,
             state_dir: Some(state),
@@ -391,7 +413,7 @@ impl Running<'_> {
         if outcome != Outcome::Finished {
             return Ok(None);
         }
-        let curve = curve(&model.routed()?, method, &self.held_out, config.seed)?;
+        let curve = curve(&model.routed()?, method, &self.held_out, config.seed, &WIDTHS)?;
         write_atomic(&done, &serde_json::to_vec(&(&curve, &metrics))?)?;
         fs::remove_dir_all(&state).with_context(|| format!("removing {}", state.display()))?;
         Ok(Some((curve, metrics)))

@@ -19,6 +19,9 @@ use crate::results::{Sample, SampleToken};
 /// Tokens that calibration reads unless told otherwise.
 pub const CALIBRATION_TOKENS: usize = 32_768;
 
+/// Tokens scored of a held-out document.
+const SCORED_TOKENS: usize = 512;
+
 /// How text files are read.
 #[derive(Debug, Clone, Args)]
 pub struct TextArgs {
@@ -144,6 +147,23 @@ impl Texts {
                 Ok(in_order(&batches))
             }
         }
+    }
+
+    /// What results are measured on: `valid`, document by document, or without it the held-out part of `data`.
+    ///
+    /// # Errors
+    /// Unreadable or too little data.
+    pub fn held_out(
+        &self,
+        data: &[DataSource],
+        valid: &[DataSource],
+        sequence_length: usize,
+    ) -> Result<Vec<PaddedBatch>> {
+        if valid.is_empty() {
+            let size = (BATCH_TOKENS / sequence_length.max(1)).max(1);
+            return Ok(in_order(&self.training(data, Split::HeldOut, (size, sequence_length), 0)?));
+        }
+        self.scored(valid, Scope::Documents(SCORED_TOKENS))
     }
 
     /// Minimal pairs from a .jsonl file.

@@ -183,6 +183,9 @@ fn the_whole_way() {
         assert!((0.25..=1.0).contains(&number("mean_width")));
     }
     assert_eq!(points[1]["mean_width"], 1.0);
+    let shuffled = lab.evaluate("out", &["--sensitivity", "0.5,1", "--shuffled"])["results"].clone();
+    assert_eq!(shuffled[0]["tokens"], points[0]["tokens"]);
+    assert_eq!(shuffled[1]["loss"], points[1]["loss"]);
     let found = lab.evaluate("out", &["--budget", "0.5,0.75"]);
     assert_eq!(found["results"][0]["budget"], 0.5);
     assert_eq!(found["results"][1]["budget"], 0.75);
@@ -338,7 +341,7 @@ fn ctrl_c_saves_and_tells_how_to_continue() {
 
     lab.fails(&stopped, &["not empty", "--resume", "--force"]);
     let resumed = [&stopped[..], &["--resume"]].concat();
-    lab.fails(&[&resumed[..], &["--lr", "0.5"]].concat(), &["lr: was 0.001, now 0.5", "another --out"]);
+    lab.fails(&[&resumed[..], &["--lr", "0.5"]].concat(), &["lr: was 0.002, now 0.5", "another --out"]);
     lab.fails(&[&resumed[..], &["--data", "valid.txt"]].concat(), &["data: was", "valid.txt"]);
     lab.ok(&resumed);
     assert!(lab.tensors("whole") == lab.tensors("stopped"));
@@ -435,16 +438,23 @@ fn routers_are_trained_alone() {
 fn every_method_trains() {
     let lab = Lab::new();
     lab.convert();
-    for method in ["dense", "static", "random", "similarity", "priced"] {
+    let alone = ["--distill", "0", "--distill-hidden", "0", "--method"];
+    for method in ["dense", "static", "random", "similarity", "priced", "gain"] {
         let out = format!("{method}-trained");
-        lab.ok(&finetune_args(&out, &["--method", method]));
+        lab.ok(&finetune_args(&out, &[&alone[..], &[method]].concat()));
         assert!(lab.loss(&out) < lab.loss("converted"), "{method}");
         let routers = lab.tensors(&out).keys().any(|name| name.contains(".mlp.router.fc1"));
-        assert_eq!(routers, method == "similarity" || method == "priced", "{method}");
+        assert_eq!(routers, ["similarity", "priced", "gain"].contains(&method), "{method}");
     }
-    lab.ok(&finetune_args("distilled", &["--distill", "0.5", "--teacher", "dense"]));
-    assert!(lab.tensors("distilled") != lab.tensors("priced-trained"));
-    lab.fails(&finetune_args("out", &["--distill", "0.5"]), &["--teacher"]);
+    // a converted model is its own teacher
+    let distill = ["--distill", "0.5", "--distill-hidden", "2"];
+    lab.ok(&finetune_args("own", &distill));
+    lab.ok(&finetune_args("distilled", &[&distill[..], &["--teacher", "dense"]].concat()));
+    let (own, distilled) = (lab.loss("own"), lab.loss("distilled"));
+    assert!((own - distilled).abs() < 1e-3, "{own} {distilled}");
+    assert!(lab.tensors("distilled") != lab.tensors("gain-trained"));
+    lab.ok(&finetune_args("plain", &["--method", "dense", "--distill", "0.5"]));
+    assert!(lab.tensors("plain") == lab.tensors("dense-trained"));
     lab.ok(&run_args("run", "640", &["--no-baselines", "--distill", "0.5"]));
 }
 

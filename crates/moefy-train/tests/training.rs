@@ -1,6 +1,8 @@
 //! A training step as a whole.
 
-use candle_core::{Device, Tensor};
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
 use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind};
 use moefy_train::hf_config::{Architecture, ModelConfig};
 use moefy_train::model::{Gradient, Gradients, ops};
@@ -44,31 +46,42 @@ fn config(vocab_size: usize, extras: bool) -> ModelConfig {
 #[test]
 fn a_step_without_fused_operations_is_the_same_step() {
     for (vocab_size, extras) in [(50, false), (50, true), (4100, true)] {
-        for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity] {
+        for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity, Method::Gain] {
             let train = TrainConfig { method, ..TrainConfig::default() };
             let config = config(vocab_size, extras);
-            let mut random = |_: &str, shape: &[usize]| Ok(Tensor::randn(0f32, 0.3, shape, &Device::Cpu)?);
-            let model = TrainModel::new(&config, &train, &mut random).unwrap();
+            // a step may move more than gradients (the training dial), so each has its own model of the same weights
+            let mut made = BTreeMap::new();
+            let mut random = |name: &str, shape: &[usize]| {
+                let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
+                Ok(made.entry(name.to_owned()).or_insert_with(new).clone())
+            };
+            let [one, other] = [(); 2].map(|()| TrainModel::new(&config, &train, &mut random).unwrap());
             let batch = |shift: u32| {
                 let tokens: Vec<u32> = (0..66u32).map(|n| (n + shift) * 7919 % vocab_size as u32).collect();
                 Tensor::from_vec(tokens, (3, 22), &Device::Cpu).unwrap()
             };
             let objective = objective(&train, &[0.2, 0.6, 1.0]);
-            let step = |gradients: &mut Gradients| {
+            let step = |model: &TrainModel, gradients: &mut Gradients| {
                 let inputs = (&batch(0), &batch(1));
                 let loss = model.loss(inputs, objective.as_ref(), None, &train, (3, 0)).unwrap();
-                gradients.add(&loss.objective, model.params()).unwrap();
+                let store = gradients.add(&loss.objective, model.params()).unwrap();
+                let of_routers = model.router_loss(&loss, &store, &train).unwrap();
+                assert_eq!(of_routers.is_some(), method == Method::Gain);
+                of_routers.map(|loss| gradients.add(&loss, model.params()).unwrap());
                 loss.objective.to_scalar::<f32>().unwrap()
             };
             let (mut fused, mut composed) = (Gradients::new(), Gradients::new());
-            let (a, b) = (step(&mut fused), ops::composed(|| step(&mut composed)));
+            let (a, b) = (step(&one, &mut fused), ops::composed(|| step(&other, &mut composed)));
             assert!((a - b).abs() < 1e-5 * b.abs(), "{method:?}: loss {a}, {b}");
-            for (name, var) in model.params().iter() {
-                let values = |gradients: &Gradients| match gradients.get(var) {
+            for ((name, var), (_, twin)) in one.params().iter().zip(other.params().iter()) {
+                if name == "dial" {
+                    continue; // moved, not trained
+                }
+                let values = |gradients: &Gradients, var: &Var| match gradients.get(var) {
                     Some(Gradient::Host(values)) => values.clone(),
                     found => panic!("{method:?}, {name}: {found:?}"),
                 };
-                let (a, b) = (values(&fused), values(&composed));
+                let (a, b) = (values(&fused, var), values(&composed, twin));
                 let scale = b.iter().fold(1e-3f32, |max, x| max.max(x.abs()));
                 for (a, b) in a.iter().zip(&b) {
                     assert!((a - b).abs() < 2e-4 * scale, "{method:?}, {name}: {a}, {b}, largest {scale}");

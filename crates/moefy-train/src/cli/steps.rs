@@ -101,7 +101,7 @@ pub struct FinetuneArgs {
     /// Converted model
     #[arg(long)]
     model: String,
-    /// Dense model for --distill: a folder or a hub id
+    /// Dense model to distill from: a folder or a hub id [default: the model itself, at full width, as it is now]
     #[arg(long)]
     teacher: Option<String>,
     /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
@@ -130,9 +130,9 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
     let texts = Texts::open(source.dir(), source.config(), &args.text)?;
     let shape = (args.train.batch_size, args.train.sequence_length);
     let batches = texts.training(&args.data, Split::All, shape, args.train.seed)?;
-    let teacher = match (&args.teacher, args.train.distill > 0.0) {
+    let teacher = match (&args.teacher, args.train.has_teacher()) {
         (Some(teacher), true) => Some(load(&open_model(teacher)?, &device)?),
-        (None, true) => anyhow::bail!("--distill needs --teacher, the dense model to learn from"),
+        (None, true) => Some(load(&source, &device)?),
         (_, false) => None,
     };
     refuse_overlap(source.dir(), &args.out)?;

@@ -3,7 +3,7 @@
 //! The base was made by
 //!
 //! ```text
-//! moefy-train pretrain --out DIR --tokens 4000000 --lr 4e-3 --bf16
+//! moefy-train pretrain --out DIR --tokens 4000000 --lr 4e-3 --backbone-lr 1 --batch-size 16 --bf16
 //! ```
 
 pub mod corpus;
@@ -53,8 +53,7 @@ pub fn job(base: &Path, tokens: u64, seed: u64) -> Job {
     let source = |name: &str| vec![DataSource { path: base.join(name), weight: 1.0 }];
     let mut job = Job::new(base.display().to_string(), source("train.txt"));
     job.valid = source("valid.txt");
-    // most of this text is easy: width is worth a tenth of what it is worth to a language model
-    job.train = TrainConfig { tokens, seed, price_min: 0.01, price_max: 0.5, ..TrainConfig::default() };
+    job.train = TrainConfig { tokens, seed, ..TrainConfig::default() };
     job.baselines = vec![Method::Static];
     job.oracle = false; // it takes as long as all the rest
     job.text.cache_dir = Some(base.join("cache"));

@@ -20,12 +20,14 @@ pub enum Method {
     Similarity,
     /// The router is trained through the language-model loss, with a price on width.
     Priced,
+    /// The router predicts what each further shell of neurons would gain, from the loss's gradient.
+    Gain,
 }
 
 impl Method {
     /// Whether the method trains a router.
     pub fn has_router(self) -> bool {
-        matches!(self, Self::Similarity | Self::Priced)
+        matches!(self, Self::Similarity | Self::Priced | Self::Gain)
     }
 
     /// The name used in tables and legends.
@@ -35,7 +37,8 @@ impl Method {
             Self::Static => "static nested",
             Self::Random => "random routing",
             Self::Similarity => "similarity router",
-            Self::Priced => "DynaMoE",
+            Self::Priced => "priced router",
+            Self::Gain => "DynaMoE",
         }
     }
 }
@@ -56,7 +59,7 @@ pub enum Mode {
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct TrainConfig {
     /// How tokens are routed while training
-    #[arg(long, value_enum, default_value = "priced")]
+    #[arg(long, value_enum, default_value = "gain")]
     pub method: Method,
     /// Which weights are trained
     #[arg(long, value_enum, default_value = "full")]
@@ -65,7 +68,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 1_000_000)]
     pub tokens: u64,
     /// Sequences in a batch
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     pub batch_size: usize,
     /// Tokens in a sequence
     #[arg(long, default_value_t = 256)]
@@ -74,11 +77,14 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 1)]
     pub accumulation: usize,
     /// Peak learning rate
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 2e-3)]
     pub lr: f64,
     /// Learning rate of the routers, as a multiple of --lr
-    #[arg(long, default_value_t = 3.0)]
+    #[arg(long, default_value_t = 10.0)]
     pub router_lr: f64,
+    /// Learning rate of all but FFNs and routers, as a multiple of --lr
+    #[arg(long, default_value_t = 0.5)]
+    pub backbone_lr: f64,
     /// Share of the steps over which the learning rate rises from 0
     #[arg(long, default_value_t = 0.05)]
     pub warmup: f64,
@@ -92,19 +98,28 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 1.0)]
     pub clip: f64,
     /// Weight of the distillation from the dense model, 0 to 1; the rest is the language-model loss
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.8)]
     pub distill: f64,
+    /// Weight of the difference to the dense model's hidden states, relative to their size
+    #[arg(long, default_value_t = 3.0)]
+    pub distill_hidden: f64,
     /// Smallest price in nats of a token's whole width, at sensitivity 1 (priced)
     #[arg(long, default_value_t = 0.1)]
     pub price_min: f64,
     /// Largest price in nats of a token's whole width, at sensitivity 0 (priced)
     #[arg(long, default_value_t = 5.0)]
     pub price_max: f64,
-    /// Spread of the noise on router logits (priced)
-    #[arg(long, default_value_t = 0.5)]
+    /// Softness of the router's decisions to its gradient, in logits (priced, gain)
+    #[arg(long, default_value_t = 1.0)]
     pub temperature: f64,
-    /// Share of sequences trained at each end of the dial, full width and narrowest
+    /// Spread of the noise on router logits (priced, gain)
     #[arg(long, default_value_t = 0.1)]
+    pub noise: f64,
+    /// Exponent of the dial that a sequence draws: above 1 trains the narrow end more, below 1 the wide one (gain)
+    #[arg(long, default_value_t = 0.7)]
+    pub lean: f64,
+    /// Share of sequences trained at each end of the dial, full width and narrowest
+    #[arg(long, default_value_t = 0.15)]
     pub ends: f64,
     /// Seed of the data order, the dials and the noise
     #[arg(long, default_value_t = 0)]
@@ -155,6 +170,11 @@ impl TrainConfig {
         self.price_max * (self.price_min / self.price_max).powf(sensitivity)
     }
 
+    /// Whether training needs the dense model's predictions; plain fine-tuning never does.
+    pub fn has_teacher(&self) -> bool {
+        self.method != Method::Dense && (self.distill > 0.0 || self.distill_hidden > 0.0)
+    }
+
     /// Checks what the types cannot say.
     ///
     /// # Errors
@@ -163,9 +183,11 @@ impl TrainConfig {
         let positive = [
             ("--lr", self.lr),
             ("--router-lr", self.router_lr),
+            ("--backbone-lr", self.backbone_lr),
             ("--clip", self.clip),
             ("--price-min", self.price_min),
             ("--temperature", self.temperature),
+            ("--lean", self.lean),
         ];
         for (name, value) in positive {
             ensure!(value.is_finite() && value > 0.0, "{name} must be a number above 0, found {value}");
@@ -175,6 +197,8 @@ impl TrainConfig {
             ("--final-lr", self.final_lr, 1.0),
             ("--distill", self.distill, 1.0),
             ("--ends", self.ends, 0.5),
+            ("--noise", self.noise, 100.0),
+            ("--distill-hidden", self.distill_hidden, 1000.0),
             ("--weight-decay", self.weight_decay, 1.0),
         ];
         for (name, value, top) in shares {
@@ -217,7 +241,7 @@ mod tests {
 
     #[test]
     fn the_learning_rate_rises_then_falls() {
-        let config = TrainConfig { tokens: 400 * 4096, ..TrainConfig::default() };
+        let config = TrainConfig { tokens: 400 * 2048, ..TrainConfig::default() };
         let shares: Vec<f64> = (0..config.steps()).map(|step| config.lr_share(step)).collect();
         let top = shares.iter().position(|&s| s == 1.0).unwrap();
         assert_eq!((shares.len(), top), (400, 19));

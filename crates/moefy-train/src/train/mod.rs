@@ -4,6 +4,8 @@
 //! step is a function of (seed, step), so a resumed run needs no generator's state.
 
 pub mod config;
+pub mod dial;
+pub mod gain;
 pub mod objective;
 pub mod optimizer;
 pub mod progress;

@@ -12,6 +12,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::{Method, TrainConfig};
+use super::gain::Gain;
 
 /// One layer's input and parameters at one training step.
 pub struct LayerInput<'a> {
@@ -23,6 +24,8 @@ pub struct LayerInput<'a> {
     pub ffn: &'a TrainableFfn,
     /// Each sequence's dial, (B), as [`Objective::sample`] drew them.
     pub dials: &'a [f64],
+    /// Each sequence's threshold on router logits, (B).
+    pub thresholds: &'a [f32],
     /// Randomness of this layer and step.
     pub rng: &'a mut ChaCha8Rng,
 }
@@ -55,6 +58,7 @@ pub fn objective(config: &TrainConfig, width_shares: &[f64]) -> Box<dyn Objectiv
         Method::Static => Box::new(Static { experts: shares.len() }),
         Method::Random => Box::new(Random { shares }),
         Method::Similarity => Box::new(Similarity { ends: config.ends, experts: shares.len() }),
+        Method::Gain => Box::new(Gain::new(shares.len(), config)),
         Method::Priced => Box::new(Priced { shares, config: config.clone() }),
     }
 }
@@ -75,7 +79,7 @@ fn per_token(values: &[f64], tokens: usize) -> impl Iterator<Item = f64> + '_ {
 }
 
 /// A dial from 0 to 1, uniform but for a share `ends` at each end.
-fn dial(rng: &mut ChaCha8Rng, ends: f64) -> f64 {
+pub(super) fn dial(rng: &mut ChaCha8Rng, ends: f64) -> f64 {
     let (u, v): (f64, f64) = (rng.random(), rng.random());
     if u < ends {
         0.0
@@ -236,8 +240,9 @@ impl Objective for Priced {
             (0..tokens * narrower).map(|_| logit(input.rng.random_range(1e-6..1.0 - 1e-6))).collect();
         let noise = Tensor::from_vec(noise, (tokens, narrower), device)?;
 
-        let margin = (logits.broadcast_sub(&column(thresholds)?)? / temperature)?; // (N, E-1)
-        let go_on = sigmoid(&margin.neg()?)?; // probability of a wider expert than e
+        let margin = logits.broadcast_sub(&column(thresholds)?)?; // (N, E-1)
+        let go_on = sigmoid(&(margin.neg()? / temperature)?)?; // probability of a wider expert than e
+        let noise = (noise * self.config.noise)?;
         let sampled = (margin.detach() + noise)?.lt(0f64)?.to_dtype(DType::F32)?;
         let (mut soft, mut hard) = (vec![Tensor::ones((tokens, 1), DType::F32, device)?], Vec::new());
         hard.push(soft[0].clone());
@@ -292,7 +297,7 @@ mod tests {
         dials: &'a [f64],
         rng: &'a mut ChaCha8Rng,
     ) -> LayerInput<'a> {
-        LayerInput { x, logits: Some(logits), ffn, dials, rng }
+        LayerInput { x, logits: Some(logits), ffn, dials, thresholds: &[0.0], rng }
     }
 
     fn ffn(d: usize, widths: &[usize]) -> TrainableFfn {

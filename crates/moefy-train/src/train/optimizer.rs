@@ -29,8 +29,10 @@ pub struct AdamW {
 /// What changes from step to step.
 #[derive(Debug, Clone, Copy)]
 pub struct Update {
-    /// Learning rate of everything but routers.
+    /// Learning rate of FFNs.
     pub lr: f64,
+    /// Learning rate of all but FFNs and routers.
+    pub backbone_lr: f64,
     /// Learning rate of router tensors.
     pub router_lr: f64,
     /// Decay of matrices.
@@ -89,7 +91,11 @@ impl AdamW {
             let Some(grad) = grads.get(var) else { continue };
             let moments = self.moments.get_mut(name);
             let moments = moments.with_context(|| format!("no optimizer state for {name}"))?;
-            let lr = if name.contains(".mlp.router.") { update.router_lr } else { update.lr };
+            let lr = match name {
+                _ if name.contains(".mlp.router.") => update.router_lr,
+                _ if name.contains(".mlp.") => update.lr,
+                _ => update.backbone_lr,
+            };
             let decay = if var.rank() > 1 { update.weight_decay } else { 0.0 };
             let rule = Rule {
                 lr: (lr / correction[0]) as f32,
@@ -204,7 +210,8 @@ mod tests {
             for ((w, s), g) in expected.iter_mut().zip(&mut state).zip(values(&grad)) {
                 reference(w, s, 0.5 * f64::from(g), t, 0.01, 0.1);
             }
-            let update = Update { lr: 0.01, router_lr: 1.0, weight_decay: 0.1, scale: 0.5 };
+            let update =
+                Update { lr: 0.01, backbone_lr: 0.01, router_lr: 1.0, weight_decay: 0.1, scale: 0.5 };
             let mut grads = Gradients::new();
             grads.set(&vars[0], Gradient::Host(values(&grad)));
             grads.set(&vars[1], Gradient::Device(grad));

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use candle_core::{D, DType, Device, Tensor, Var};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use dynamoe::router::logit;
 use dynamoe::{TrainableFfn, names};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::{Method, Mode, TrainConfig};
+use super::dial::TrainingDial;
+use super::gain::{self, LayerGains, Place};
 use super::objective::{LayerInput, Objective};
 use crate::hf_config::ModelConfig;
 use crate::model::ops::{RouterWeights, ffn};
@@ -22,6 +26,7 @@ pub struct TrainModel {
     backbone: Backbone,
     ffns: Vec<TrainableFfn>,
     routers: Vec<Option<RouterWeights>>,
+    dial: Option<TrainingDial>,
 }
 
 /// The losses of one batch, each a scalar of the graph.
@@ -30,8 +35,14 @@ pub struct StepLoss {
     pub objective: Tensor,
     /// The language-model loss alone, nats per token.
     pub language_model: Tensor,
-    /// Mean FFN width used, as a share of the dense width.
-    pub mean_width: Tensor,
+    /// Mean FFN width used by each sequence, as a share of the dense width: (B).
+    pub widths: Vec<f32>,
+    /// Each sequence's dial: (B).
+    dials: Vec<f64>,
+    /// Each sequence's threshold: (B).
+    thresholds: Vec<f32>,
+    /// Of each layer, where the router learns gains.
+    gains: Vec<LayerGains>,
 }
 
 /// A generator that depends on nothing but its arguments.
@@ -71,7 +82,8 @@ impl TrainModel {
             ffns.push(ffn);
             routers.push(router);
         }
-        Ok(Self { config: config.clone(), params, frozen, backbone, ffns, routers })
+        let dial = (train.method == Method::Gain).then(|| TrainingDial::new(&mut params)).transpose()?;
+        Ok(Self { config: config.clone(), params, frozen, backbone, ffns, routers, dial })
     }
 
     /// The model's configuration.
@@ -121,6 +133,28 @@ impl TrainModel {
         Ok(())
     }
 
+    /// What the routers learn from the gradients of `loss`: a scalar of their graph; none where they do not learn
+    /// gains. Moves the training dial.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn router_loss(
+        &self,
+        loss: &StepLoss,
+        gradients: &GradStore,
+        train: &TrainConfig,
+    ) -> Result<Option<Tensor>> {
+        let Some(dial) = &self.dial else { return Ok(None) };
+        let shares = self.width_shares();
+        let narrowest = f64::from(shares[0]);
+        let found: Vec<f64> =
+            loss.widths.iter().map(|&w| (f64::from(w) - narrowest) / (1.0 - narrowest)).collect();
+        dial.adapt(&loss.dials, &found)?;
+        let temperature = train.temperature;
+        let place = Place { thresholds: &loss.thresholds, shares: &shares, temperature };
+        gain::router_loss(&loss.gains, gradients, dial, &place)
+    }
+
     /// The losses of one batch: `tokens` and `targets (B, T)` u32. `streams` numbers the step and the batch
     /// within it, for the dials and the noise.
     ///
@@ -137,45 +171,68 @@ impl TrainModel {
         let (sequences, _) = tokens.dims2()?;
         let stream = |layer: usize| micro << 20 | layer as u64;
         let dials = objective.sample(&mut rng(train.seed, step, stream(0xF_FFFF)), sequences);
-        let shares = self.shares(tokens.device())?;
-        let (mut charged, mut widths) = (Vec::new(), Vec::new());
+        let thresholds = match &self.dial {
+            Some(dial) => dial.thresholds(&dials)?,
+            None => dials.iter().map(|&dial| logit(dial)).collect(),
+        };
+        let teacher = teacher.map(|teacher| Lesson::new(teacher, tokens)).transpose()?;
+        let shares = Tensor::new(self.width_shares(), tokens.device())?;
+        let (mut charged, mut widths, mut strayed) = (Vec::new(), Vec::new(), Vec::new());
+        let mut gains = Vec::new();
         let hidden = self.backbone.forward(tokens, &mut |layer, x| {
-            let logits = self.routers[layer].as_ref().map(|router| router.logits(x)).transpose()?;
+            let seen = if self.dial.is_some() { x.detach() } else { x.clone() };
+            let logits = self.routers[layer].as_ref().map(|router| router.logits(&seen)).transpose()?;
             let weights = &self.ffns[layer];
             let mut rng = rng(train.seed, step, stream(layer));
-            let input = LayerInput { x, logits: logits.as_ref(), ffn: weights, dials: &dials, rng: &mut rng };
-            let routed = objective.route(input)?;
+            if let Some(teacher) = teacher.as_ref().filter(|_| train.distill_hidden > 0.0 && layer > 0) {
+                strayed.push(relative_error(x, &teacher.inputs[layer])?);
+            }
+            let (dials, thresholds) = (&dials[..], &thresholds[..]);
+            let input =
+                LayerInput { x, logits: logits.as_ref(), ffn: weights, dials, thresholds, rng: &mut rng };
+            let mut routed = objective.route(input)?;
+            if let (Some(_), Some(logits)) = (&self.dial, logits) {
+                let reach = Var::from_tensor(&routed.reach)?;
+                routed.reach = reach.as_tensor().clone();
+                gains.push(LayerGains { logits, reach });
+            }
             charged.extend(routed.loss);
-            widths.push(routed.reach.detach().mean(0)?.mul(&shares)?.sum_all()?);
+            let reach = routed.reach.detach().reshape((sequences, (), shares.dim(0)?))?;
+            widths.push(reach.mean(1)?.broadcast_mul(&shares)?.sum(1)?); // (B)
             ffn(weights, x, &routed.reach)
         })?;
         let targets = targets.flatten_all()?;
         let ones = Tensor::ones(targets.dim(0)?, DType::F32, targets.device())?;
         let language_model = self.backbone.losses(&hidden, &targets, &ones)?.mean_all()?;
-        let mut total = match teacher {
-            Some(teacher) => {
-                let distilled = distillation(&self.backbone.logits(&hidden)?, teacher, tokens)?;
-                ((&language_model * (1.0 - train.distill))? + (distilled * train.distill)?)?
+        let mut total = language_model.clone();
+        if let Some(teacher) = &teacher {
+            if train.distill > 0.0 {
+                let logits = self.backbone.logits(&hidden)?;
+                total = (total + (teacher.shift(&logits, &targets)? * train.distill)?)?;
             }
-            None => language_model.clone(),
-        };
+            if train.distill_hidden > 0.0 {
+                strayed.push(relative_error(&hidden, &teacher.hidden)?);
+                total = (total + (Tensor::stack(&strayed, 0)?.mean_all()? * train.distill_hidden)?)?;
+            }
+        }
         if !charged.is_empty() {
             total = (total + Tensor::stack(&charged, 0)?.mean_all()?)?;
         }
         Ok(StepLoss {
             objective: total,
             language_model: language_model.detach(),
-            mean_width: Tensor::stack(&widths, 0)?.mean_all()?,
+            widths: Tensor::stack(&widths, 0)?.mean(0)?.to_vec1()?,
+            dials,
+            thresholds,
+            gains,
         })
     }
 
-    /// Each shell's share of the width, (E).
-    fn shares(&self, device: &Device) -> Result<Tensor> {
+    /// Each shell's share of the width.
+    fn width_shares(&self) -> Vec<f32> {
         let widths = self.config.expert_widths();
         let full = self.config.intermediate_size as f32;
-        let shells: Vec<f32> =
-            dynamoe::swiglu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect();
-        Ok(Tensor::new(shells, device)?)
+        dynamoe::swiglu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect()
     }
 }
 
@@ -225,11 +282,75 @@ fn layer_weights(
     Ok((ffn, router))
 }
 
-/// Cross entropy of the student's prediction under the dense teacher's, nats per token.
-fn distillation(logits: &Tensor, teacher: &RoutedModel, tokens: &Tensor) -> Result<Tensor> {
-    let full = vec![1.0; teacher.config().num_hidden_layers];
-    let hidden = teacher.forward(tokens, &full)?.0;
-    let target = candle_nn::ops::softmax(&teacher.logits(&hidden)?, D::Minus1)?.detach();
-    let predicted = candle_nn::ops::log_softmax(logits, D::Minus1)?;
-    Ok((target * predicted)?.sum(D::Minus1)?.mean_all()?.neg()?)
+/// What the dense model makes of a batch, without gradient.
+struct Lesson {
+    /// Probabilities of the next token, (N, V).
+    predicted: Tensor,
+    /// Input of every layer's FFN, (N, D).
+    inputs: Vec<Tensor>,
+    /// After the final norm, (N, D).
+    hidden: Tensor,
+}
+
+impl Lesson {
+    fn new(teacher: &RoutedModel, tokens: &Tensor) -> candle_core::Result<Self> {
+        let mut inputs = Vec::new();
+        let hidden = teacher.backbone().forward(tokens, &mut |layer, x| {
+            inputs.push(x.detach());
+            Ok(teacher.ffns()[layer].forward_routed(x, &[1.0])?.0)
+        })?;
+        // without gradient, so the fused operation may be used
+        let predicted = candle_nn::ops::softmax_last_dim(&teacher.logits(&hidden)?)?.detach();
+        Ok(Self { predicted, inputs, hidden: hidden.detach() })
+    }
+
+    /// Cross entropy under the dense model's predictions, less that under the `targets (N)`. Both have the same
+    /// normaliser, so with `t` predicted and `y` the target, and `z` the logits, it is `z_y - Σ_v t_v z_v`.
+    fn shift(&self, logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
+        let target = logits.gather(&targets.unsqueeze(1)?, 1)?.mean_all()?;
+        let predicted = (&self.predicted * logits)?.sum_all()? / targets.dim(0)? as f64;
+        target - predicted?
+    }
+}
+
+/// `Σ (x - y)² / Σ y²`, a scalar.
+fn relative_error(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
+    (x - y)?.sqr()?.sum_all()? / y.sqr()?.sum_all()?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_nn::ops::{log_softmax, softmax};
+
+    #[test]
+    fn the_shift_turns_one_cross_entropy_into_the_other() {
+        let random = |columns| Tensor::randn(0f32, 2.0, (6, columns), &Device::Cpu).unwrap();
+        let (predicted, hidden) = (softmax(&random(11), 1).unwrap(), random(4));
+        let logits = Var::from_tensor(&random(11)).unwrap();
+        let targets = Tensor::new(&[0u32, 3, 10, 3, 7, 1], &Device::Cpu).unwrap();
+        let log = log_softmax(logits.as_tensor(), 1).unwrap();
+        let hard = log.gather(&targets.unsqueeze(1).unwrap(), 1).unwrap().mean_all().unwrap().neg().unwrap();
+        let soft = (&predicted * &log).unwrap().sum(1).unwrap().mean_all().unwrap().neg().unwrap();
+        let lesson = Lesson { predicted, inputs: Vec::new(), hidden };
+        let shifted = (hard + lesson.shift(&logits, &targets).unwrap()).unwrap();
+        let value = |t: &Tensor| t.to_scalar::<f32>().unwrap();
+        assert!((value(&shifted) - value(&soft)).abs() < 1e-5);
+        let gradient =
+            |t: &Tensor| t.backward().unwrap().get(&logits).unwrap().flatten_all().unwrap().to_vec1::<f32>();
+        for (a, b) in gradient(&shifted).unwrap().iter().zip(gradient(&soft).unwrap()) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn relative_errors_do_not_depend_on_the_size() {
+        let x = Tensor::randn(0f32, 1.0, (5, 3), &Device::Cpu).unwrap();
+        let error = |x: &Tensor, y: &Tensor| relative_error(x, y).unwrap().to_scalar::<f32>().unwrap();
+        assert_eq!(error(&x, &x), 0.0);
+        for size in [1e-3, 1.0, 1e3] {
+            let y = (&x * size).unwrap();
+            assert!((error(&(&y * 1.5).unwrap(), &y) - 0.25).abs() < 1e-4);
+        }
+    }
 }

@@ -175,8 +175,12 @@ impl Trainer<'_> {
             }
             report.objective += share * total;
             report.loss += share * scalar(&loss.language_model)?;
-            report.mean_width += share * scalar(&loss.mean_width)?;
-            grads.add(&loss.objective, params)?;
+            report.mean_width +=
+                share * loss.widths.iter().map(|&w| f64::from(w)).sum::<f64>() / loss.widths.len() as f64;
+            let store = grads.add(&loss.objective, params)?;
+            if let Some(of_routers) = self.model.router_loss(&loss, &store, self.config)? {
+                grads.add(&of_routers, params)?;
+            }
         }
         report.grad_norm = share * grads.norm(params)?;
         if !report.grad_norm.is_finite() {
@@ -185,6 +189,7 @@ impl Trainer<'_> {
         let lr = self.config.lr * self.config.lr_share(step);
         let update = Update {
             lr,
+            backbone_lr: lr * self.config.backbone_lr,
             router_lr: lr * self.config.router_lr,
             weight_decay: self.config.weight_decay,
             scale: share * (self.config.clip / report.grad_norm.max(1e-12)).min(1.0),
