@@ -10,6 +10,7 @@ pub mod activations;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod convert;
 pub mod curves;
 pub mod data;

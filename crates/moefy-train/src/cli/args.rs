@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
 use clap::{Args, Command, ValueEnum};
 use dynamoe::{RouterConfig, RouterKind, config};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 use crate::convert::ConvertOptions;
@@ -36,8 +36,8 @@ impl DeviceArg {
 }
 
 /// How a dense model is cut into experts.
-#[derive(Debug, Clone, Args, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ExpertArgs {
     /// Nested experts: widths are e/N of the FFN's, in blocks that quantization likes
     #[arg(long, default_value_t = 4)]

@@ -1,6 +1,7 @@
 //! The command line: raw arguments, checked, to the library's calls.
 
 mod args;
+mod compare;
 mod evaluate;
 mod steps;
 mod whole;
@@ -31,6 +32,8 @@ enum Command {
     Demo(whole::DemoArgs),
     /// All steps for a model of yours: calibrate, convert, fine-tune, evaluate, report
     Run(whole::RunArgs),
+    /// Train methods and settings alike with several seeds; one table, one picture
+    Compare(compare::CompareArgs),
     /// Measure a dense model's neurons on text
     Calibrate(steps::CalibrateArgs),
     /// Reorder a dense model's neurons and add routers
@@ -58,6 +61,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     match cli.command {
         Command::Demo(args) => whole::demo(&args, &*stop_on_signal()?),
         Command::Run(args) => whole::run(&args, &*stop_on_signal()?),
+        Command::Compare(args) => compare::compare(&args, &*stop_on_signal()?),
         Command::Calibrate(args) => steps::calibrate(&args),
         Command::Convert(args) => steps::convert(&args),
         Command::Finetune(args) => steps::finetune(&args, &*stop_on_signal()?),

@@ -1,0 +1,108 @@
+//! `compare`: methods and settings × seeds.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use super::args::{DeviceArg, ExpertArgs};
+use super::print;
+use crate::compare::{Comparison, Variant, compare as run_comparison, variants};
+use crate::data::DataSource;
+use crate::texts::TextArgs;
+use crate::train::{Method, TrainConfig};
+
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true)]
+    data: Vec<DataSource>,
+    /// Text to measure on [default: a held-out part of --data]
+    #[arg(long)]
+    valid: Vec<DataSource>,
+    /// Folder of the table and of finished cells; a comparison that was stopped goes on
+    #[arg(long)]
+    out: PathBuf,
+    /// TOML file with a [[variant]] for each setting: a name, and flags that differ from those given here
+    #[arg(long, value_name = "FILE")]
+    variants: Option<PathBuf>,
+    /// Methods compared with --method, where there is no --variants
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["dense", "static", "random", "similarity"])]
+    baselines: Vec<Method>,
+    /// Seeds: this many from --seed up
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// Mean widths to compare at
+    #[arg(long, value_delimiter = ',', default_values_t = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])]
+    at: Vec<f64>,
+    /// Tokens on which curves are measured at most
+    #[arg(long, default_value_t = 100_000)]
+    eval_tokens: usize,
+    /// The variant (or method's label) whose oracle is searched, with the first seed
+    #[arg(long, value_name = "NAME")]
+    oracle: Option<String>,
+    /// Keep the trained checkpoints, under OUT/checkpoints
+    #[arg(long)]
+    keep: bool,
+    #[command(flatten)]
+    experts: ExpertArgs,
+    #[command(flatten)]
+    train: TrainConfig,
+    #[command(flatten)]
+    text: TextArgs,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceArg,
+    /// TOML file whose keys are these flags
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl CompareArgs {
+    fn variants(&self) -> Result<Vec<Variant>> {
+        if let Some(path) = &self.variants {
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("--variants {}", path.display()))?;
+            let found = variants(&text, &self.experts, &self.train);
+            return found.with_context(|| format!("--variants {}", path.display()));
+        }
+        let mut methods = self.baselines.clone();
+        methods.retain(|method| *method != self.train.method);
+        methods.push(self.train.method);
+        let variant = |method: Method| Variant {
+            name: method.label().to_owned(),
+            experts: self.experts.clone(),
+            train: TrainConfig { method, ..self.train.clone() },
+        };
+        Ok(methods.into_iter().map(variant).collect())
+    }
+}
+
+pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<()> {
+    args.at.iter().try_for_each(|&width| dynamoe::config::check_dial("--at", width))?;
+    ensure!(args.at.is_sorted(), "--at: expected widths in ascending order, found {:?}", args.at);
+    ensure!(args.seeds > 0, "--seeds must be 1 or more, found 0");
+    let comparison = Comparison {
+        model: args.model.clone(),
+        data: args.data.clone(),
+        valid: args.valid.clone(),
+        variants: args.variants()?,
+        seeds: (args.train.seed..).take(args.seeds as usize).collect(),
+        widths: args.at.clone(),
+        eval_tokens: args.eval_tokens,
+        oracle: args.oracle.clone(),
+        keep: args.keep,
+        text: args.text.clone(),
+    };
+    match run_comparison(&comparison, &args.out, &args.device.open()?, stop)? {
+        Some(table) => {
+            print(&format_args!("{}", table.markdown()))?;
+            print(&format_args!("{}", args.out.join("report.html").display()))
+        }
+        None => print(&format_args!("stopped; the same command goes on")),
+    }
+}
