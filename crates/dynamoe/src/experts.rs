@@ -33,6 +33,20 @@ pub trait NestedExperts: Send + Sync {
     fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
         None
     }
+
+    /// Runs rows in any order: `order` lists all rows of `x (T, D)`, widest expert first; `reach` as for
+    /// [`NestedExperts::forward`]. Results are in the order of `x`.
+    ///
+    /// # Errors
+    /// candle's.
+    fn forward_unsorted(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Result<Tensor> {
+        let mut back = vec![0u32; order.len()];
+        for (sorted, &row) in order.iter().enumerate() {
+            back[row as usize] = sorted as u32;
+        }
+        let sorted = x.index_select(&Tensor::new(order, x.device())?, 0)?;
+        self.forward(&sorted, reach)?.index_select(&Tensor::new(back, x.device())?, 0)
+    }
 }
 
 /// Experts as prefixes of the dense matrices: nothing is copied, and each group of rows with the same expert

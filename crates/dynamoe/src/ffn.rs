@@ -194,12 +194,7 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
             // widest first; stable, so that the order of equals is that of the text
             let mut order: Vec<u32> = (0..tokens as u32).collect();
             order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
-            let mut back = vec![0u32; tokens];
-            for (sorted, &row) in order.iter().enumerate() {
-                back[row as usize] = sorted as u32;
-            }
-            let sorted = x.index_select(&Tensor::new(order, x.device())?, 0)?;
-            self.experts.forward(&sorted, &reach)?.index_select(&Tensor::new(back, x.device())?, 0)?
+            self.experts.forward_unsorted(x, &order, &reach)?
         };
         self.compensate(y, routes)
     }
@@ -209,6 +204,9 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         let largest = self.experts.widths().len() - 1;
         if routes.0.iter().all(|&e| e == largest) {
             return Ok(y);
+        }
+        if routes.0.iter().all(|&e| e == routes.0[0]) {
+            return y.broadcast_add(&compensation.narrow(0, routes.0[0], 1)?.to_dtype(y.dtype())?);
         }
         let zero = compensation.narrow(0, 0, 1)?.zeros_like()?;
         let table = Tensor::cat(&[compensation, &zero], 0)?.to_dtype(y.dtype())?; // (E, D)

@@ -5,6 +5,7 @@
 //! `R` the router's hidden size.
 
 pub mod config;
+pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod error;

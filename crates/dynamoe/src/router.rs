@@ -91,7 +91,11 @@ impl Router {
     /// candle's, for a shape that does not fit.
     pub fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Self::Mlp { fc1, fc2 } => fc2.forward(&fc1.forward(&x.to_dtype(DType::F32)?)?.silu()?),
+            Self::Mlp { fc1, fc2 } => {
+                let x = x.to_dtype(DType::F32)?;
+                crate::cpu::router_logits(fc1, fc2, &x)
+                    .unwrap_or_else(|| fc2.forward(&fc1.forward(&x)?.silu()?))
+            }
             Self::Static(logits) => {
                 Tensor::new(logits.as_slice(), x.device())?.broadcast_as((x.dim(0)?, logits.len()))
             }

@@ -1,7 +1,10 @@
 //! The layer's invariants, and its fast paths against the reference, on fresh random inputs.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, Linear, Module};
+use dynamoe::cpu::{PackedExperts, PackedMatrix};
 use dynamoe::reference::{ReferenceFfn, ReferenceLinear};
 use dynamoe::{DynaMoeFfn, NestedExperts, PrefixExperts, Router, Routes, Shell, ShellExperts, TrainableFfn};
 use proptest::prelude::*;
@@ -70,6 +73,17 @@ impl Layer {
             shell
         });
         ShellExperts::new(shells.collect(), Activation::Silu, &self.widths).unwrap()
+    }
+
+    fn packed(&self) -> PackedExperts {
+        let pack = |l: &Linear| Arc::new(PackedMatrix::from_tensor(l.weight()).unwrap());
+        let shells = self.shells(DType::F32);
+        let shells = shells.shells().iter().map(|s| Shell {
+            gate_proj: pack(&s.gate_proj),
+            up_proj: pack(&s.up_proj),
+            down_proj: pack(&s.down_proj),
+        });
+        PackedExperts::new(shells.collect(), Activation::Silu, &self.widths).unwrap()
     }
 
     fn ffn<X: NestedExperts>(&self, experts: X, sensitivity: f64) -> DynaMoeFfn<X> {
@@ -153,6 +167,10 @@ fn fast_paths_equal_the_reference() {
                     assert_eq!((y.dims(), y.dtype()), (x.dims(), dtype));
                     let expected = expected(&layer, &x, sensitivity, &routes);
                     assert_close(&y, &expected, tolerance);
+                    if dtype == DType::F32 {
+                        let packed = layer.ffn(layer.packed(), 1.0);
+                        assert_close(&packed.forward_with(&strided, &routes).unwrap(), &expected, tolerance);
+                    }
                     let shells = layer.ffn(layer.shells(dtype), 1.0);
                     let strided = poisoned(&x).to_dtype(dtype).unwrap().contiguous().unwrap();
                     assert_close(&shells.forward_with(&strided, &routes).unwrap(), &expected, tolerance);
