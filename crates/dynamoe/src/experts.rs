@@ -49,6 +49,13 @@ pub trait NestedExperts: Send + Sync {
     }
 }
 
+/// `act(gate) ∘ up`, both `(…, n)`.
+pub type Glu = fn(&Tensor, &Tensor, Activation) -> Result<Tensor>;
+
+fn glu(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    activation.forward(gate)? * up
+}
+
 /// Experts as prefixes of the dense matrices: nothing is copied, and each group of rows with the same expert
 /// takes one product with a prefix of each matrix.
 #[derive(Debug, Clone)]
@@ -57,6 +64,7 @@ pub struct PrefixExperts {
     up_proj: Tensor,
     down_proj: Tensor,
     activation: Activation,
+    glu: Glu,
     widths: Vec<usize>,
 }
 
@@ -82,7 +90,12 @@ impl PrefixExperts {
             }
         }
         crate::config::check_widths(widths, i)?;
-        Ok(Self { gate_proj, up_proj, down_proj, activation, widths: widths.to_vec() })
+        Ok(Self { gate_proj, up_proj, down_proj, activation, glu, widths: widths.to_vec() })
+    }
+
+    /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
+    pub fn with_glu(self, glu: Glu) -> Self {
+        Self { glu, ..self }
     }
 
     /// `O_e(x)` for all rows of `x (T, D)`.
@@ -93,7 +106,7 @@ impl PrefixExperts {
         let width = self.widths[expert];
         let gate = x.matmul(&self.gate_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
         let up = x.matmul(&self.up_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
-        let h = (self.activation.forward(&gate)? * up)?;
+        let h = (self.glu)(&gate, &up, self.activation)?;
         h.matmul(&self.down_proj.narrow(1, 0, width)?.t()?) // (T, D)
     }
 }
@@ -142,6 +155,7 @@ pub struct Shell<P> {
 pub struct ShellExperts<P> {
     shells: Vec<Shell<P>>,
     activation: Activation,
+    glu: Glu,
     widths: Vec<usize>,
     #[cfg(feature = "cuda")]
     cuda_weight: fn(&P) -> Option<CudaWeight>,
@@ -161,10 +175,16 @@ impl<P> ShellExperts<P> {
         Ok(Self {
             shells,
             activation,
+            glu,
             widths: widths.to_vec(),
             #[cfg(feature = "cuda")]
             cuda_weight: |_| None,
         })
+    }
+
+    /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
+    pub fn with_glu(self, glu: Glu) -> Self {
+        Self { glu, ..self }
     }
 
     /// `weight` says where a projection's matrix `(out, in)` lies on a CUDA device. It is asked in every pass, as
@@ -188,7 +208,7 @@ impl<P> ShellExperts<P> {
 impl<P: Module + Send + Sync> ShellExperts<P> {
     fn shell(&self, shell: usize, x: &Tensor) -> Result<Tensor> {
         let Shell { gate_proj, up_proj, down_proj } = &self.shells[shell];
-        down_proj.forward(&(self.activation.forward(&gate_proj.forward(x)?)? * up_proj.forward(x)?)?)
+        down_proj.forward(&(self.glu)(&gate_proj.forward(x)?, &up_proj.forward(x)?, self.activation)?)
     }
 }
 
