@@ -5,7 +5,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
         Arc, Mutex, PoisonError, RwLock, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -31,6 +31,7 @@ pub struct LoadedModel {
     layers: usize,
     default: RwLock<(Dial, Arc<[f64]>)>,
     counters: Counters,
+    on_cpu_kernels: AtomicUsize,
 }
 
 static LOADED: Mutex<Vec<Weak<LoadedModel>>> = Mutex::new(Vec::new());
@@ -47,7 +48,8 @@ impl LoadedModel {
         let dial = Dial::Sensitivity(config.sensitivity);
         let sensitivities = sensitivities(&config, layers, dial)?;
         let counters = Counters::new(layers, config.experts());
-        let model = Arc::new(Self { config, layers, default: RwLock::new((dial, sensitivities)), counters });
+        let default = RwLock::new((dial, sensitivities));
+        let model = Arc::new(Self { config, layers, default, counters, on_cpu_kernels: AtomicUsize::new(0) });
         let mut models = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         models.retain(|model| model.strong_count() > 0);
         models.push(Arc::downgrade(&model));
@@ -67,6 +69,15 @@ impl LoadedModel {
     /// What the model has done so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Layers whose FFN is one pass on dynamoe's CPU kernels; the others run shell by shell.
+    pub fn on_cpu_kernels(&self) -> usize {
+        self.on_cpu_kernels.load(Relaxed)
+    }
+
+    pub(crate) fn set_on_cpu_kernels(&self, layers: usize) {
+        self.on_cpu_kernels.store(layers, Relaxed);
     }
 
     /// The dial of requests that bring none.

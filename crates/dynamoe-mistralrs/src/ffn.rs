@@ -4,27 +4,60 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, Routes, ShellExperts, names, router::logit};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, Routes, names, router::logit};
 use mistralrs_core::{
     layers::Activation,
     plugin::{AnyMoeTrainableLayer, MlpLayer},
     row_data::row_data,
 };
-use mistralrs_quant::QuantMethod;
 
 use crate::{
+    cpu::{EngineExperts, FastExperts, Slot},
     dial::{LoadedModel, RequestDial},
-    weights::{LayerWeights, Projection},
+    weights::LayerWeights,
 };
 
 /// Tensors under their names in the checkpoint.
 pub type NamedTensors = Vec<(String, Tensor)>;
 
+/// The FFNs that [`swap_ffns`] put into a model.
+pub struct SwappedFfns {
+    /// The model's handle: its default dial and its counters.
+    pub model: Arc<LoadedModel>,
+    /// The tensors that the model has beyond the engine's projections: an engine that writes the model has to
+    /// write these too.
+    pub tensors: NamedTensors,
+    fast: Vec<Arc<FastExperts>>,
+}
+
+impl SwappedFfns {
+    /// Runs FFNs that are on the CPU as one pass over all their shells: `mlps` are those that were swapped. To be
+    /// called when their projections are what they shall be, quantized or not; they can be changed again after
+    /// [`SwappedFfns::release_cpu_kernels`].
+    ///
+    /// Returns how many of the FFNs do so; the others run shell by shell on the engine's projections, as all do
+    /// before.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn use_cpu_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<usize> {
+        let mut made = 0;
+        for (fast, mlp) in self.fast.iter().zip(mlps) {
+            made += usize::from(fast.make(mlp.get_isq_layers())?);
+        }
+        self.model.set_on_cpu_kernels(made);
+        Ok(made)
+    }
+
+    /// Back to the engine's projections, shell by shell.
+    pub fn release_cpu_kernels(&self) {
+        self.fast.iter().for_each(|fast| fast.clear());
+        self.model.set_on_cpu_kernels(0);
+    }
+}
+
 /// Replaces a loaded model's MLPs (one for each layer, first layer first) by the FFNs of a DynaMoE checkpoint;
 /// `weights` says where each is read from.
-///
-/// Returns the model's handle and the tensors that the model has beyond the engine's projections: an engine that
-/// writes the model has to write these too.
 ///
 /// # Errors
 /// MLPs, weights and `config` that do not fit each other; tensors that are missing or of another shape.
@@ -32,17 +65,18 @@ pub fn swap_ffns(
     mlps: Vec<&mut Box<dyn MlpLayer>>,
     config: &DynaMoeConfig,
     weights: Vec<LayerWeights>,
-) -> Result<(Arc<LoadedModel>, NamedTensors)> {
+) -> Result<SwappedFfns> {
     let layers = mlps.len();
     ensure!(layers == weights.len(), "expected weights for {layers} layers, found {}", weights.len());
     config.validate(config.intermediate_size(), layers)?;
     let model = LoadedModel::register(config.clone(), layers)?;
-    let mut tensors = Vec::new();
+    let (mut tensors, mut fast) = (Vec::new(), Vec::with_capacity(layers));
     for (layer, (mlp, weights)) in mlps.into_iter().zip(weights).enumerate() {
         let hidden_size = mlp.get_params().first().copied().unwrap_or(0);
         let activation = mlp.hidden_act();
         let ffn = weights.read(config, hidden_size, activation.try_into()?)?;
         tensors.extend(router_tensors(layer, &ffn));
+        fast.push(Arc::clone(&ffn.experts().fast));
         *mlp = Box::new(EngineFfn {
             ffn,
             model: Arc::clone(&model),
@@ -51,7 +85,7 @@ pub fn swap_ffns(
             activation,
         });
     }
-    Ok((model, tensors))
+    Ok(SwappedFfns { model, tensors, fast })
 }
 
 /// Router and compensation of a layer.
@@ -70,7 +104,7 @@ fn router_tensors<X: NestedExperts>(layer: usize, ffn: &DynaMoeFfn<X>) -> NamedT
 
 #[derive(Clone)]
 struct EngineFfn {
-    ffn: DynaMoeFfn<ShellExperts<Projection>>,
+    ffn: DynaMoeFfn<EngineExperts>,
     model: Arc<LoadedModel>,
     layer: usize,
     params: [usize; 2],
@@ -124,8 +158,8 @@ impl MlpLayer for EngineFfn {
         self.ffn.forward_with(&x, &routes)?.reshape(xs.shape())
     }
 
-    fn get_isq_layers(&mut self) -> Vec<&mut Arc<dyn QuantMethod>> {
-        let shells = self.ffn.experts_mut().shells_mut().iter_mut();
+    fn get_isq_layers(&mut self) -> Vec<&mut Slot> {
+        let shells = self.ffn.experts_mut().shells.shells_mut().iter_mut();
         shells.flat_map(|s| [&mut s.gate_proj.0, &mut s.up_proj.0, &mut s.down_proj.0]).collect()
     }
 
@@ -148,7 +182,7 @@ impl MlpLayer for EngineFfn {
     }
 
     fn dtype_device(&self) -> (DType, Device) {
-        let first = self.ffn.experts().shells().first();
+        let first = self.ffn.experts().shells.shells().first();
         first.map_or((DType::F32, Device::Cpu), |shell| shell.gate_proj.0.dtype_and_device())
     }
 }

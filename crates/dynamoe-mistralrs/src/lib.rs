@@ -14,6 +14,7 @@
 
 mod checkpoint;
 mod counters;
+mod cpu;
 mod dial;
 mod ffn;
 mod loader;
@@ -25,7 +26,7 @@ mod weights;
 
 pub use counters::{Counters, LayerCounts};
 pub use dial::{Dial, LoadedModel, RequestDial, loaded};
-pub use ffn::{NamedTensors, swap_ffns};
+pub use ffn::{NamedTensors, SwappedFfns, swap_ffns};
 pub use loader::DynaMoeLoader;
 pub use weights::LayerWeights;
 

@@ -45,7 +45,7 @@ impl NormalModelLoader for DynaMoeLoader {
             metadata.matformer_slicing_config.is_none(),
             "a MatFormer slice of a DynaMoE model is not supported: set the dial instead"
         );
-        let mapper = &metadata.mapper;
+        let (mapper, loading_isq) = (&metadata.mapper, metadata.loading_isq);
         let mut weights = Vec::new();
         for layer in 0..self.num_layers(config)? {
             let ranks = mapper.get_comm_for(layer)?.world_size();
@@ -57,10 +57,15 @@ impl NormalModelLoader for DynaMoeLoader {
             });
         }
         let stub_config = checkpoint.base_of_width(stub::WIDTH)?;
-        let mut model = AutoNormalLoader.load(&stub_config, stub::without_ffns(&vb), metadata, attention)?;
-        let (handle, router_tensors) = swap_ffns(model.get_mlps_mut(), &checkpoint.dynamoe, weights)
+        let mut base = AutoNormalLoader.load(&stub_config, stub::without_ffns(&vb), metadata, attention)?;
+        let ffns = swap_ffns(base.get_mlps_mut(), &checkpoint.dynamoe, weights)
             .context("cannot load the DynaMoE FFNs")?;
-        Ok(Box::new(DynaMoeModel { base: model, handle, router_tensors }))
+        let mut model = DynaMoeModel::new(base, ffns);
+        // what is quantized or filled after loading gets them then
+        if !loading_isq {
+            model.use_cpu_kernels()?;
+        }
+        Ok(Box::new(model))
     }
 
     fn load_xlora(

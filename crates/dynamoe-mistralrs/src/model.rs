@@ -1,36 +1,129 @@
 //! The dense model of the engine with its FFNs swapped.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use candle_core::{Device, Result, Tensor};
 use mistralrs_core::{
+    Topology,
     plugin::{
-        AnyMoeBaseModelMixin, DeviceMapper, EitherCache, FlashParams, IsqModel, ModelConfigLike,
-        ModelConfigMetadata, NonGranularState, NormalModel, PagedAttentionInputMetadata,
+        AnyMoeBaseModelMixin, DeviceMapper, EitherCache, FlashParams, ImatrixDataSource, IsqModel,
+        IsqOrganization, ModelConfigLike, ModelConfigMetadata, MultiProgress, NonGranularState, NormalModel,
+        PagedAttentionInputMetadata, UqffFullSer,
     },
     row_data::RowData,
 };
-use mistralrs_quant::QuantMethod;
+use mistralrs_quant::{CollectedImatrixData, IsqType};
 
-use crate::{dial::LoadedModel, ffn::NamedTensors};
+use crate::{
+    cpu::{Slot, speed_up},
+    ffn::SwappedFfns,
+};
 
 /// Passes everything on to the dense model, and adds what that does not know of: the tensors of the routers to
-/// what is written, and the default dial to requests that bring none.
+/// what is written, the default dial to requests that bring none, and CPU kernels to what is on the CPU.
 pub(crate) struct DynaMoeModel {
-    pub base: Box<dyn NormalModel + Send + Sync>,
-    pub handle: Arc<LoadedModel>,
-    pub router_tensors: NamedTensors,
+    inner: Inner,
 }
 
-impl IsqModel for DynaMoeModel {
-    fn get_layers(&mut self) -> (Vec<(&mut Arc<dyn QuantMethod>, Option<usize>)>, &dyn DeviceMapper) {
+/// The dense model with its FFNs swapped: the engine's own ways to quantize, read and write work on this.
+struct Inner {
+    base: Box<dyn NormalModel + Send + Sync>,
+    ffns: SwappedFfns,
+}
+
+impl DynaMoeModel {
+    pub fn new(base: Box<dyn NormalModel + Send + Sync>, ffns: SwappedFfns) -> Self {
+        Self { inner: Inner { base, ffns } }
+    }
+
+    /// Runs what is on the CPU on dynamoe's kernels, until the engine changes it.
+    pub fn use_cpu_kernels(&mut self) -> Result<()> {
+        let Inner { base, ffns } = &mut self.inner;
+        let made = ffns.use_cpu_kernels(base.get_mlps_mut())?;
+        let mut projections = 0;
+        for (slot, _) in base.get_layers().0 {
+            projections += usize::from(speed_up(slot)?);
+        }
+        let layers = ffns.model.layers();
+        tracing::info!("CPU kernels run {made} of {layers} FFNs and {projections} other projections");
+        Ok(())
+    }
+}
+
+impl IsqModel for Inner {
+    fn get_layers(&mut self) -> (Vec<(&mut Slot, Option<usize>)>, &dyn DeviceMapper) {
         self.base.get_layers()
     }
 
     fn residual_tensors(&self) -> Vec<(String, Tensor)> {
         let mut tensors = self.base.residual_tensors();
-        tensors.extend(self.router_tensors.iter().cloned());
+        tensors.extend(self.ffns.tensors.iter().cloned());
         tensors
+    }
+}
+
+/// As [`Inner`], but the engine gets its own projections before it changes or watches them.
+impl IsqModel for DynaMoeModel {
+    fn get_layers(&mut self) -> (Vec<(&mut Slot, Option<usize>)>, &dyn DeviceMapper) {
+        self.inner.get_layers()
+    }
+
+    fn residual_tensors(&self) -> Vec<(String, Tensor)> {
+        self.inner.residual_tensors()
+    }
+
+    fn begin_track_stats(&mut self) -> anyhow::Result<()> {
+        self.inner.ffns.release_cpu_kernels();
+        self.inner.begin_track_stats()
+    }
+
+    fn extract_imatrix_data(&mut self) -> Result<CollectedImatrixData> {
+        self.inner.extract_imatrix_data()
+    }
+
+    fn quantize(
+        &mut self,
+        dtype: Option<IsqType>,
+        device: Device,
+        topology: Option<&Topology>,
+        silent: bool,
+        imatrix_source: Option<ImatrixDataSource<'_>>,
+        organization: IsqOrganization,
+        apply_quantization: bool,
+        write_artifacts: Option<&PathBuf>,
+        full_ser: UqffFullSer<'_>,
+        multi_progress: Arc<MultiProgress>,
+    ) -> Result<()> {
+        if apply_quantization {
+            self.inner.ffns.release_cpu_kernels();
+        }
+        self.inner.quantize(
+            dtype,
+            device,
+            topology,
+            silent,
+            imatrix_source,
+            organization,
+            apply_quantization,
+            write_artifacts,
+            full_ser,
+            multi_progress,
+        )?;
+        if apply_quantization {
+            self.use_cpu_kernels()?;
+        }
+        Ok(())
+    }
+
+    fn load_from_artifacts(
+        &mut self,
+        device: Device,
+        topology: Option<&Topology>,
+        silent: bool,
+        artifacts: &[PathBuf],
+    ) -> Result<()> {
+        self.inner.load_from_artifacts(device, topology, silent, artifacts)?;
+        self.use_cpu_kernels()
     }
 }
 
@@ -44,7 +137,7 @@ impl NormalModel for DynaMoeModel {
         metadata: Option<(Vec<(Tensor, Tensor)>, &PagedAttentionInputMetadata)>,
         flash_params: &FlashParams,
     ) -> Result<Tensor> {
-        self.base.forward(input_ids, seqlen_offsets, context_lens, position_ids, metadata, flash_params)
+        self.inner.base.forward(input_ids, seqlen_offsets, context_lens, position_ids, metadata, flash_params)
     }
 
     fn xlora_forward(
@@ -68,31 +161,31 @@ impl NormalModel for DynaMoeModel {
     }
 
     fn device(&self) -> &Device {
-        self.base.device()
+        self.inner.base.device()
     }
 
     fn cache(&self) -> &EitherCache {
-        self.base.cache()
+        self.inner.base.cache()
     }
 
     fn cache_mut(&mut self) -> &mut EitherCache {
-        self.base.cache_mut()
+        self.inner.base.cache_mut()
     }
 
     fn max_seq_len(&self) -> usize {
-        self.base.max_seq_len()
+        self.inner.base.max_seq_len()
     }
 
     fn config(&self) -> &ModelConfigMetadata {
-        self.base.config()
+        self.inner.base.config()
     }
 
     fn model_config(&self) -> Arc<dyn ModelConfigLike + Send + Sync> {
-        self.base.model_config()
+        self.inner.base.model_config()
     }
 
     fn default_row_data(&self) -> Option<Arc<dyn RowData>> {
-        Some(self.handle.default_request())
+        Some(self.inner.ffns.model.default_request())
     }
 }
 

@@ -7,9 +7,11 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, Linear, Module};
 use dynamoe::{DynaMoeConfig, DynaMoeFfn, Router, Shell, ShellExperts, names};
 use mistralrs_quant::{
-    DummyLayer, IsqType, QuantMethod, QuantMethodConfig, Shard, ShardedVarBuilder, UnquantLinear,
-    apply_immediate_isq, immediate_isq_match,
+    DummyLayer, GluActivationType, IsqType, QuantMethod, QuantMethodConfig, Shard, ShardedVarBuilder,
+    UnquantLinear, apply_immediate_isq, immediate_isq_match,
 };
+
+use crate::cpu::{EngineExperts, FastExperts};
 
 /// One of the engine's projections, quantized or not, as a candle module over rows.
 #[derive(Debug, Clone)]
@@ -20,6 +22,18 @@ impl Module for Projection {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         self.0.forward_autocast(&x.unsqueeze(0)?)?.squeeze(0)
     }
+}
+
+/// `act(gate) ∘ up` as the engine's own MLPs compute it.
+pub(crate) fn fused_glu(gate: &Tensor, up: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
+    let kind = match activation {
+        Activation::Silu | Activation::Swish => GluActivationType::Silu,
+        Activation::NewGelu | Activation::GeluPytorchTanh => GluActivationType::Gelu,
+        Activation::Gelu => GluActivationType::GeluErf,
+        Activation::Relu => GluActivationType::Relu,
+        other => return other.forward(gate)? * up,
+    };
+    mistralrs_quant::fused_glu(gate, up, kind)
 }
 
 /// Where the FFN of one layer is read from.
@@ -37,14 +51,17 @@ impl LayerWeights {
         config: &DynaMoeConfig,
         hidden_size: usize,
         activation: Activation,
-    ) -> Result<DynaMoeFfn<ShellExperts<Projection>>> {
+    ) -> Result<DynaMoeFfn<EngineExperts>> {
         let mut start = 0;
         let mut shells = Vec::with_capacity(config.experts());
         for (shell, &end) in config.expert_widths.iter().enumerate() {
             shells.push(self.shell(shell, start..end, hidden_size, config.intermediate_size())?);
             start = end;
         }
-        let experts = ShellExperts::new(shells, activation, &config.expert_widths)?;
+        let experts = EngineExperts {
+            shells: ShellExperts::new(shells, activation, &config.expert_widths)?.with_glu(fused_glu),
+            fast: Arc::new(FastExperts::new(activation, &config.expert_widths)),
+        };
         let mut get = |name: &str, shape: &[usize]| Ok(self.full_precision(name, shape)?);
         let router = Router::load(config, hidden_size, &mut get)?;
         let compensation = match config.router.compensation && config.experts() > 1 {
