@@ -1,71 +1,18 @@
 //! DynaMoE models in the real engine: full width equals the dense model, routed logits equal the trainer's,
 //! quantization and UQFF keep both.
 
+#[path = "support/engine.rs"]
+mod engine;
 mod support;
 
 use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
-use dynamoe_mistralrs::{Dial, LoadedModel, loaded};
-use mistralrs::{
-    IsqType, Model, ModelDType, RequestBuilder, TextMessageRole, TextModelBuilder, UqffTextModelBuilder,
-};
+use dynamoe_mistralrs::Dial;
+use engine::{Engine, LOADING, PROMPT, build, plain};
+use mistralrs::{IsqType, ModelDType, TextModelBuilder, UqffTextModelBuilder};
 use moefy_train::{hf_config::ModelConfig, model::RoutedModel};
-use std::sync::Arc;
 use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints, largest_difference, numbers};
-use tokio::sync::Mutex;
-
-/// Models are loaded one at a time: [`loaded`] tells the newest one.
-static LOADING: Mutex<()> = Mutex::const_new(());
-
-const PROMPT: &str = "The quick brown fox jumps over the lazy dog.";
-
-struct Engine {
-    model: Model,
-    handle: Option<Arc<LoadedModel>>,
-}
-
-async fn build(builder: TextModelBuilder) -> Engine {
-    let _one = LOADING.lock().await;
-    let before = loaded();
-    let model = builder.with_force_cpu().with_dtype(ModelDType::F32).build().await.unwrap();
-    let handle = loaded().into_iter().find(|model| !before.iter().any(|other| Arc::ptr_eq(other, model)));
-    Engine { model, handle }
-}
-
-fn plain(folder: &str) -> TextModelBuilder {
-    TextModelBuilder::new(folder).with_prefix_cache_n(None)
-}
-
-impl Engine {
-    fn handle(&self) -> &Arc<LoadedModel> {
-        self.handle.as_ref().expect("a DynaMoE model")
-    }
-
-    /// Logits of every prompt token, the tokens, and the mean width used.
-    async fn logits(&self, dial: Option<Dial>) -> (Vec<f32>, Vec<u32>, Option<f64>) {
-        let request = RequestBuilder::new().add_message(TextMessageRole::User, PROMPT);
-        let dial = dial.map(|dial| self.handle().request(dial).unwrap());
-        let request = match &dial {
-            Some(dial) => request.add_logits_processor(dial.processor()),
-            None => request,
-        };
-        let (chunks, tokens) = self.model.send_raw_chat_request(request).await.unwrap();
-        let width = dial.and_then(|dial| dial.mean_width(self.handle().config().intermediate_size()));
-        (chunks.iter().flat_map(numbers).collect(), tokens, width)
-    }
-
-    async fn text(&self, prompt: &str, dial: Dial) -> String {
-        let dial = self.handle().request(dial).unwrap();
-        let request = RequestBuilder::new()
-            .set_deterministic_sampler()
-            .set_sampler_max_len(12)
-            .add_logits_processor(dial.processor())
-            .add_message(TextMessageRole::User, prompt);
-        let answer = self.model.send_chat_request(request).await.unwrap();
-        answer.choices[0].message.content.clone().unwrap_or_default()
-    }
-}
 
 /// The trainer's logits for the engine's tokens.
 fn trainers_logits(checkpoints: &Checkpoints, tokens: &[u32], sensitivity: &[f64]) -> Vec<f32> {

@@ -5,13 +5,13 @@ mod http;
 mod support;
 
 use std::{
-    io::{Read, Write},
+    io::Write,
     net::TcpStream,
     thread,
     time::{Duration, Instant},
 };
 
-use http::{Server, chat, completion, with};
+use http::{Server, chat, completion, open_stream, read_until, with};
 use serde_json::{Value, json};
 use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints};
 
@@ -217,28 +217,6 @@ fn bad_requests_get_a_message_and_do_no_harm() {
     // what upstream does not know, it ignores
     server.json(CHAT, &with(chat("x", 1), "no_such_field", 1));
     is_well(&server);
-}
-
-/// Opens a connection and sends a streaming request by hand.
-fn open_stream(server: &Server, tokens: usize) -> TcpStream {
-    let body = with(completion("Once upon a time", tokens), "stream", true).to_string();
-    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let head =
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length:";
-    write!(stream, "{head} {}\r\n\r\n{body}", body.len()).unwrap();
-    stream
-}
-
-/// Reads on from what was `read` before until `text` has come.
-fn read_until(stream: &mut TcpStream, mut read: String, text: &str) -> String {
-    let mut buffer = [0; 4096];
-    while !read.contains(text) {
-        let count = stream.read(&mut buffer).unwrap();
-        assert!(count > 0, "the stream ended before {text:?}: {read}");
-        read.push_str(&String::from_utf8_lossy(&buffer[..count]));
-    }
-    read
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! A server of its own for each test, and a small client.
 
+#![allow(dead_code)] // each test file uses some of it
+
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -19,8 +22,13 @@ pub struct Server {
 impl Server {
     /// Starts a server over `model` at a free port and waits until it listens.
     pub fn start(model: &str, arguments: &[&str]) -> Self {
+        Self::run(&[&["--model", model, "--dtype", "f32", "--cpu"], arguments].concat())
+    }
+
+    /// The same with all arguments but the port.
+    pub fn run(arguments: &[&str]) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_serve"))
-            .args(["--model", model, "--port", "0", "--dtype", "f32", "--cpu"])
+            .args(["--port", "0"])
             .args(arguments)
             .env("RUST_LOG", "warn")
             .stdout(Stdio::piped())
@@ -61,6 +69,13 @@ impl Server {
         events.into_iter().map(|event| serde_json::from_str(event).unwrap()).collect()
     }
 
+    /// Memory that the process holds, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() * 1024
+    }
+
     /// Sends SIGTERM.
     pub fn terminate(&self) {
         let status = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
@@ -84,6 +99,28 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Opens a connection and sends a streaming request by hand.
+pub fn open_stream(server: &Server, tokens: usize) -> TcpStream {
+    let body = with(completion("Once upon a time", tokens), "stream", true).to_string();
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length:";
+    write!(stream, "{head} {}\r\n\r\n{body}", body.len()).unwrap();
+    stream
+}
+
+/// Reads on from what was `read` before until `text` has come.
+pub fn read_until(stream: &mut TcpStream, mut read: String, text: &str) -> String {
+    let mut buffer = [0; 4096];
+    while !read.contains(text) {
+        let count = stream.read(&mut buffer).unwrap();
+        assert!(count > 0, "the stream ended before {text:?}: {read}");
+        read.push_str(&String::from_utf8_lossy(&buffer[..count]));
+    }
+    read
 }
 
 /// A greedy completion of `tokens` tokens.

@@ -13,7 +13,6 @@ use tempfile::TempDir;
 
 /// Tokens of the byte-level tokenizer: one for each byte, then `<s>` and `</s>`.
 pub const VOCAB_SIZE: usize = 258;
-const ROUTER_HIDDEN_SIZE: usize = 8;
 
 /// The shape of a checkpoint.
 #[derive(Clone, Copy)]
@@ -21,14 +20,30 @@ pub struct Shape {
     pub hidden_size: usize,
     pub expert_widths: [usize; 4],
     pub layers: usize,
-    pub heads: usize,
+    /// Heads of queries, heads of keys, size of a head.
+    pub heads: [usize; 3],
+    pub vocab_size: usize,
+    /// Whether the embedding is the output matrix too, where the architecture leaves it open.
+    pub tied: bool,
+    pub positions: usize,
+    pub router_hidden_size: usize,
 }
 
 /// Fast, and every width fits blocks of 32.
-pub const SMALL: Shape = Shape { hidden_size: 64, expert_widths: [64, 128, 192, 256], layers: 2, heads: 4 };
+pub const SMALL: Shape = Shape {
+    hidden_size: 64,
+    expert_widths: [64, 128, 192, 256],
+    layers: 2,
+    heads: [4, 2, 16],
+    vocab_size: VOCAB_SIZE,
+    tied: false,
+    positions: 512,
+    router_hidden_size: 8,
+};
+
 /// Every width fits a K-quant's blocks of 256.
 pub const FOR_K_QUANTS: Shape =
-    Shape { hidden_size: 256, expert_widths: [256, 512, 768, 1024], layers: 2, heads: 4 };
+    Shape { hidden_size: 256, expert_widths: [256, 512, 768, 1024], heads: [4, 2, 64], ..SMALL };
 
 /// A dense checkpoint and the DynaMoE checkpoint over the same weights.
 pub struct Checkpoints {
@@ -145,15 +160,28 @@ impl Numbers {
 
 /// Writes both checkpoints of a base architecture; equal seeds give equal weights.
 pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
-    let base = base(architecture);
-    let (d, width) = (shape.hidden_size, shape.expert_widths[3]);
-    let (heads, kv_heads, head_dim) = (shape.heads, shape.heads / 2, d / shape.heads);
+    let folder = TempDir::new().unwrap();
+    let (tensors, config) = write_checkpoints(folder.path(), architecture, shape, seed);
+    Checkpoints { folder, tensors, config }
+}
+
+/// Writes both into `folder`, as `dense` and `dynamoe`, and returns the tensors and config.json of the latter.
+pub fn write_checkpoints(
+    folder: &Path,
+    architecture: &str,
+    shape: Shape,
+    seed: u64,
+) -> (BTreeMap<String, Tensor>, Value) {
+    let mut base = base(architecture);
+    base.tied |= shape.tied;
+    let (d, width, vocab_size) = (shape.hidden_size, shape.expert_widths[3], shape.vocab_size);
+    let [heads, kv_heads, head_dim] = shape.heads;
     let mut numbers = Numbers(rand_chacha::ChaCha8Rng::seed_from_u64(seed));
     let mut tensors = BTreeMap::new();
     let mut add = |name: String, tensor: Tensor| tensors.insert(name, tensor);
     let norm = |numbers: &mut Numbers, n: usize| numbers.tensor(&[n], 1.0 + base.norm_offset, 0.1);
 
-    add("model.embed_tokens.weight".into(), numbers.tensor(&[VOCAB_SIZE, d], 0.0, 1.0));
+    add("model.embed_tokens.weight".into(), numbers.tensor(&[vocab_size, d], 0.0, 1.0));
     for layer in 0..shape.layers {
         let at = |name: &str| format!("model.layers.{layer}.{name}");
         for (name, rows) in [("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)] {
@@ -180,12 +208,11 @@ pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
     }
     add("model.norm.weight".into(), norm(&mut numbers, d));
     if !base.tied {
-        add("lm_head.weight".into(), numbers.matrix(VOCAB_SIZE, d));
+        add("lm_head.weight".into(), numbers.matrix(vocab_size, d));
     }
 
-    let folder = TempDir::new().unwrap();
-    let dense = config(architecture, &base, shape, [heads, kv_heads, head_dim]);
-    write(&folder.path().join("dense"), &dense, &tensors);
+    let dense = config(architecture, &base, shape);
+    write(&folder.join("dense"), &dense, &tensors);
     for layer in 0..shape.layers {
         tensors.extend(router(layer, shape, &mut numbers));
     }
@@ -198,19 +225,20 @@ pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
     config["dynamoe"] = json!({
         "version": 1, "base_architecture": architecture, "base_model_type": base.model_type,
         "expert_widths": shape.expert_widths, "sensitivity": 0.5,
-        "router": {"kind": "mlp", "hidden_size": ROUTER_HIDDEN_SIZE, "compensation": true},
+        "router": {"kind": "mlp", "hidden_size": shape.router_hidden_size, "compensation": true},
         "budgets": [{"width": 0.5, "sensitivity": alternating(0.3, 0.4)}, {"width": 0.75, "sensitivity": alternating(0.5, 0.6)}],
     });
-    write(&folder.path().join("dynamoe"), &config, &tensors);
-    Checkpoints { folder, tensors, config }
+    write(&folder.join("dynamoe"), &config, &tensors);
+    (tensors, config)
 }
 
-fn config(architecture: &str, base: &Base, shape: Shape, [heads, kv_heads, head_dim]: [usize; 3]) -> Value {
+fn config(architecture: &str, base: &Base, shape: Shape) -> Value {
+    let [heads, kv_heads, head_dim] = shape.heads;
     let mut config = json!({
         "architectures": [architecture], "model_type": base.model_type,
         "hidden_size": shape.hidden_size, "intermediate_size": shape.expert_widths[3], "num_hidden_layers": shape.layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
-        "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "vocab_size": shape.vocab_size, "max_position_embeddings": shape.positions, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": base.tied, "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32",
     });
     let (config, extra) = (config.as_object_mut().unwrap(), base.config.as_object().unwrap());
@@ -220,7 +248,7 @@ fn config(architecture: &str, base: &Base, shape: Shape, [heads, kv_heads, head_
 
 /// A router whose scores lie around one half, so that every expert is used at a sensitivity of one half.
 fn router(layer: usize, shape: Shape, numbers: &mut Numbers) -> Vec<(String, Tensor)> {
-    let (d, r, narrower) = (shape.hidden_size, ROUTER_HIDDEN_SIZE, shape.expert_widths.len() - 1);
+    let (d, r, narrower) = (shape.hidden_size, shape.router_hidden_size, shape.expert_widths.len() - 1);
     vec![
         (dynamoe::names::ROUTER_FC1_WEIGHT, numbers.matrix(r, d)),
         (dynamoe::names::ROUTER_FC1_BIAS, numbers.tensor(&[r], 0.0, 0.1)),

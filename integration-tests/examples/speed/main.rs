@@ -1,0 +1,75 @@
+//! Tokens per second of a DynaMoE model against the dense model over the same random weights, in the same engine.
+//!
+//! ```sh
+//! cargo run --release -p dynamoe-integration-tests --example speed -- SHAPE PRECISION [ROUNDS] [FOLDER] [batch]
+//! ```
+//!
+//! SHAPE is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's
+//! work); PRECISION is `f32` or a quantization of the engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints
+//! and, quantized, UQFF files for the next time. `batch` measures concurrent requests instead of single ones.
+//!
+//! Rounds alternate between the models, so that a machine that slows down slows all of them. Tables show medians
+//! over the rounds with the extremes in brackets; ratios are those of a round. `ideal` is the ratio of the bytes
+//! (decode) or multiplications (prefill) that all matrices leave at the mean width that was used.
+
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+mod batch;
+mod models;
+mod single;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use support::{SMALL, Shape};
+
+use models::Models;
+
+const LLAMA: Shape = Shape {
+    hidden_size: 2048,
+    expert_widths: [2048, 4096, 6144, 8192],
+    layers: 8,
+    heads: [32, 8, 64],
+    vocab_size: 32_000,
+    tied: false,
+    positions: 2048,
+    router_hidden_size: 64,
+};
+
+const QWEN3: Shape = Shape {
+    hidden_size: 1024,
+    expert_widths: [768, 1536, 2304, 3072],
+    layers: 28,
+    heads: [16, 8, 128],
+    vocab_size: 151_936,
+    tied: true,
+    positions: 2048,
+    router_hidden_size: 64,
+};
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let batches = arguments.last().is_some_and(|last| last == "batch");
+    if batches {
+        arguments.pop();
+    }
+    let argument = |n: usize| arguments.get(n).map(String::as_str);
+    let (name, architecture, shape) = match argument(0) {
+        Some(name @ "llama-617m") => (name, "LlamaForCausalLM", LLAMA),
+        Some(name @ "qwen3-0.6b") => (name, "Qwen3ForCausalLM", QWEN3),
+        None | Some("small") => ("small", "LlamaForCausalLM", Shape { positions: 1024, ..SMALL }),
+        Some(other) => bail!("expected llama-617m, qwen3-0.6b or small, found {other}"),
+    };
+    let precision = argument(1).unwrap_or("f32");
+    let rounds = argument(2).map_or(Ok(5), str::parse)?;
+    let temporary = tempfile::tempdir()?;
+    let folder = argument(3).map_or_else(|| temporary.path().to_owned(), PathBuf::from);
+    let models = Models::load(&folder.join(name), architecture, shape, precision).await?;
+    println!("{name}, {precision}, {} threads, {rounds} rounds\n", std::thread::available_parallelism()?);
+    match batches {
+        true => batch::measure(&models, rounds).await,
+        false => single::measure(&models, rounds).await,
+    }
+}
