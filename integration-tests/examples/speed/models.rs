@@ -30,10 +30,8 @@ pub struct Models {
 
 /// What one request took.
 pub struct Took {
-    /// Seconds for each token of the prompt.
-    pub prefill: f64,
-    /// Seconds for each token after the first.
-    pub decode: f64,
+    /// Seconds from the request to its whole answer.
+    pub seconds: f64,
     /// Mean width over all tokens that were computed.
     pub width: f64,
 }
@@ -110,15 +108,10 @@ impl Models {
             Some(Response::InternalError(error) | Response::ValidationError(error)) => bail!("{error}"),
             _ => bail!("the engine did not answer"),
         };
-        let total = start.elapsed().as_secs_f64();
+        let seconds = start.elapsed().as_secs_f64();
         ensure!(usage.completion_tokens == new, "{} tokens came instead of {new}", usage.completion_tokens);
-        let prompt_time = f64::from(usage.total_prompt_time_sec);
         let width = dial.and_then(|dial| dial.mean_width(self.shape.expert_widths[3])).unwrap_or(1.0);
-        Ok(Took {
-            prefill: prompt_time / prompt.len() as f64,
-            decode: (total - prompt_time) / (new.max(2) - 1) as f64,
-            width,
-        })
+        Ok(Took { seconds, width })
     }
 }
 

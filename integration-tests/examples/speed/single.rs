@@ -43,12 +43,13 @@ pub async fn measure(models: &Models, rounds: usize) -> Result<()> {
     for round in 0..=rounds {
         for case in &mut cases {
             let prefill = models.run(case.model, case.sensitivity, &long, 1).await?;
-            let decode = models.run(case.model, case.sensitivity, &short, NEW_TOKENS).await?;
+            let first = models.run(case.model, case.sensitivity, &short, 1).await?;
+            let decode = models.run(case.model, case.sensitivity, &short, 1 + NEW_TOKENS).await?;
             (case.prefill_width, case.decode_width) = (prefill.width, decode.width);
             // the first round warms up
             if round > 0 {
-                case.prefill.push(prefill.prefill);
-                case.decode.push(decode.decode);
+                case.prefill.push(prefill.seconds / PROMPT_TOKENS as f64);
+                case.decode.push((decode.seconds - first.seconds) / NEW_TOKENS as f64);
             }
         }
     }
