@@ -3,7 +3,7 @@
 # Needs no GPU. Without CUDA_HOME the toolkit is made of PyPI's wheels, in DIR.
 #
 #   kernels/check-cuda.sh [DIR]      DIR is kept for the next time, by default ~/.cache/dynamoe/cuda
-#   kernels/check-cuda.sh --skip     succeeds where there is neither CUDA_HOME nor pip
+#   kernels/check-cuda.sh --skip     succeeds where there is no CUDA_HOME and no way to fetch the wheels
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -26,9 +26,8 @@ toolkit() {
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --no-deps --no-compile --only-binary=:all: \
         --root-user-action=ignore --target "$dir.part" \
         nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
-        nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
-    rm -rf "$dir"
-    mv "$dir.part" "$dir"
+        nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51 &&
+        rm -rf "$dir" && mv "$dir.part" "$dir"
 }
 
 if [ -z "${CUDA_HOME:-}" ]; then
@@ -38,7 +37,10 @@ if [ -z "${CUDA_HOME:-}" ]; then
     fi
     dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/dynamoe/cuda}
     mkdir -p "$(dirname "$dir")"
-    toolkit "$dir"
+    if ! toolkit "$dir"; then
+        $skip && echo "check-cuda: skipped, the toolkit's wheels cannot be fetched" && exit
+        fail "cannot fetch the toolkit's wheels with pip: set CUDA_HOME to a CUDA 13.0 toolkit"
+    fi
     CUDA_HOME=$dir/nvidia/cu13
 fi
 export PATH=$CUDA_HOME/bin:$PATH
