@@ -127,13 +127,13 @@ async fn load(folder: &Path, isq: Option<IsqType>, precision: &str) -> Result<Mo
         builder.with_force_cpu().with_dtype(ModelDType::F32).with_prefix_cache_n(None).with_max_num_seqs(16)
     };
     let plain = TextModelBuilder::new(folder.display());
-    let Some(isq) = isq else { return Ok(set(plain).build().await?) };
+    let Some(isq) = isq else { return set(plain).build().await };
     let quantized = folder.join(precision);
     if !quantized.join("residual.safetensors").exists() {
         drop(set(plain).with_isq(isq).write_uqff(quantized.join("model.uqff")).build().await?);
     }
     let reader = UqffTextModelBuilder::new(quantized.display(), vec![PathBuf::from("model-0.uqff")]);
-    Ok(set(reader.into_inner()).build().await?)
+    set(reader.into_inner()).build().await
 }
 
 /// Median and extremes.
