@@ -1,5 +1,7 @@
 //! Models in the engine, without a server.
 
+#![allow(dead_code)] // each test file uses some of it
+
 use std::sync::Arc;
 
 use dynamoe_mistralrs::{Dial, LoadedModel, loaded};
