@@ -107,8 +107,11 @@ async fn quantized_equals_dense_quantized(isq: IsqType) {
     let (error, difference) = (largest_difference(&exact, &dense), largest_difference(&dense, &full));
     println!("{isq:?}: quantization moves dense logits by {error:e}, full width by {difference:e} more");
     assert!(error > 1e-3, "{isq:?} quantized nothing");
-    // the blocks are the same; sums in another order move an activation to the next step of its own quantization
-    assert!(difference <= 0.02 * error, "{isq:?}: {difference}");
+    // the blocks are the same; sums in another order move an activation to the next step of its own quantization,
+    // which is as coarse as Q8_0: then both are as far from the exact logits
+    let limit = if isq == IsqType::Q8_0 { 1.0 } else { 0.02 };
+    assert!(difference <= limit * error, "{isq:?}: {difference}");
+    assert!(largest_difference(&exact, &full) <= 1.5 * error, "{isq:?}: full width is farther from exact");
 }
 
 #[tokio::test]

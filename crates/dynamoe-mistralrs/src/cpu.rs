@@ -179,6 +179,10 @@ fn ggml_type(number: usize) -> Option<GgmlDType> {
     numbers.iter().find(|(n, _)| *n == number).map(|(_, dtype)| *dtype)
 }
 
+fn unquantized(weight: Tensor) -> Result<Slot> {
+    Ok(Arc::new(UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(weight, None)))?))
+}
+
 /// Puts a projection on packed kernels if it is quantized to a type that these know.
 pub(crate) fn speed_up(slot: &mut Slot) -> Result<bool> {
     match slot.unquant_weight_bias() {
@@ -199,9 +203,18 @@ impl FastExperts {
         Self { activation, widths: widths.to_vec(), experts: RwLock::default() }
     }
 
-    /// Forgets it: the engine is about to change the shells.
-    pub fn clear(&self) {
-        *self.experts.write().unwrap_or_else(PoisonError::into_inner) = None;
+    /// Forgets it, since the engine is about to change the shells in `slots`: parts of whole matrices become
+    /// matrices of their own.
+    pub fn release(&self, slots: Vec<&mut Slot>) -> Result<()> {
+        if self.experts.write().unwrap_or_else(PoisonError::into_inner).take().is_none() {
+            return Ok(());
+        }
+        for slot in slots {
+            if let Some((weight, None)) = slot.unquant_weight_bias() {
+                *slot = unquantized(weight.force_contiguous()?)?;
+            }
+        }
+        Ok(())
     }
 
     fn get(&self) -> Option<Arc<dyn NestedExperts>> {
@@ -246,8 +259,7 @@ impl FastExperts {
             for (shell, slot) in shells.iter().zip(slots.iter_mut().skip(matrix).step_by(3)) {
                 let part = joined.narrow(dim, start, shell.dim(dim)?)?;
                 start += shell.dim(dim)?;
-                **slot =
-                    Arc::new(UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(part, None)))?);
+                **slot = unquantized(part)?;
             }
             Ok(joined)
         };
@@ -313,9 +325,8 @@ mod tests {
         Arc::new(GgufMatMul::new(QuantMethodConfig::Gguf { q_weight, b: bias }).unwrap())
     }
 
-    fn unquantized(weight: &Tensor) -> Slot {
-        let linear = Linear::new(weight.clone(), None);
-        Arc::new(UnquantLinear::new(QuantMethodConfig::Unquantized(linear)).unwrap())
+    fn plain(weight: &Tensor) -> Slot {
+        unquantized(weight.clone()).unwrap()
     }
 
     /// The largest difference as a share of the largest number of `expected`.
@@ -364,7 +375,7 @@ mod tests {
     fn what_has_no_kernel_stays() {
         let weight = random(32, 64);
         let of_type = |dtype| quantized(&weight, dtype, None);
-        for mut slot in [of_type(GgmlDType::Q4_1), of_type(GgmlDType::F32), unquantized(&weight)] {
+        for mut slot in [of_type(GgmlDType::Q4_1), of_type(GgmlDType::F32), plain(&weight)] {
             let before = Arc::clone(&slot);
             assert!(!speed_up(&mut slot).unwrap());
             assert!(Arc::ptr_eq(&before, &slot));
@@ -414,11 +425,18 @@ mod tests {
         let expected = run(&experts);
         let fast = Arc::clone(&experts.fast);
         assert!(fast.make(slots(&mut experts)).unwrap());
-        let fast = run(&experts);
-        // what is left in the slots is the same
-        experts.fast.clear();
+        let by_kernels = run(&experts);
+        // what is left in the slots is the same, and can be quantized
+        fast.release(slots(&mut experts)).unwrap();
         let shells = run(&experts);
-        for found in [fast, shells] {
+        for slot in slots(&mut experts) {
+            let (count, isq) = (AtomicUsize::new(0), Some(IsqType::Q8_0));
+            let (before, guard) = (Arc::clone(slot), QuantizeOntoGuard::new());
+            let after = Arc::clone(slot).apply_isq(isq, Device::Cpu, &count, None, guard).unwrap();
+            let before = before.dequantize_w().unwrap();
+            assert!(difference(&after.dequantize_w().unwrap(), &before) < 0.01);
+        }
+        for found in [by_kernels, shells] {
             for ((found, expected), reach) in found.iter().zip(&expected).zip(reaches) {
                 let difference = difference(found, expected);
                 assert!(difference < tolerance, "{reach:?}: {difference}");
@@ -429,7 +447,7 @@ mod tests {
     #[test]
     fn fast_experts_are_the_shells() {
         let widths = [256, 512, 768];
-        agrees(experts(&widths, 256, unquantized), 1e-5);
+        agrees(experts(&widths, 256, plain), 1e-5);
         // an activation may be rounded to the next step of its own quantization
         agrees(experts(&widths, 256, |w| quantized(w, GgmlDType::Q4K, None)), 1e-3);
         agrees(experts(&widths, 256, |w| quantized(w, GgmlDType::Q8_0, None)), 1e-3);
@@ -437,7 +455,7 @@ mod tests {
 
     #[test]
     fn shells_without_a_kernel_run_one_by_one() {
-        let mut experts = experts(&[32, 64], 64, |w| quantized(w, GgmlDType::Q4_1, None));
+        let mut experts = experts(&[64, 128], 64, |w| quantized(w, GgmlDType::Q4_1, None));
         let fast = Arc::clone(&experts.fast);
         assert!(!fast.make(slots(&mut experts)).unwrap());
         assert_eq!(experts.forward(&random(2, 64), &[2, 1]).unwrap().dims(), [2, 64]);

@@ -49,10 +49,17 @@ impl SwappedFfns {
         Ok(made)
     }
 
-    /// Back to the engine's projections, shell by shell.
-    pub fn release_cpu_kernels(&self) {
-        self.fast.iter().for_each(|fast| fast.clear());
+    /// Back to the engine's projections, shell by shell, each with memory of its own: candle quantizes all of the
+    /// memory that a tensor is a part of.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn release_cpu_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<()> {
+        for (fast, mlp) in self.fast.iter().zip(mlps) {
+            fast.release(mlp.get_isq_layers())?;
+        }
         self.model.set_on_cpu_kernels(0);
+        Ok(())
     }
 }
 

@@ -50,6 +50,12 @@ impl DynaMoeModel {
     }
 }
 
+impl Inner {
+    fn release_cpu_kernels(&mut self) -> Result<()> {
+        self.ffns.release_cpu_kernels(self.base.get_mlps_mut())
+    }
+}
+
 impl IsqModel for Inner {
     fn get_layers(&mut self) -> (Vec<(&mut Slot, Option<usize>)>, &dyn DeviceMapper) {
         self.base.get_layers()
@@ -73,7 +79,7 @@ impl IsqModel for DynaMoeModel {
     }
 
     fn begin_track_stats(&mut self) -> anyhow::Result<()> {
-        self.inner.ffns.release_cpu_kernels();
+        self.inner.release_cpu_kernels()?;
         self.inner.begin_track_stats()
     }
 
@@ -95,7 +101,7 @@ impl IsqModel for DynaMoeModel {
         multi_progress: Arc<MultiProgress>,
     ) -> Result<()> {
         if apply_quantization {
-            self.inner.ffns.release_cpu_kernels();
+            self.inner.release_cpu_kernels()?;
         }
         self.inner.quantize(
             dtype,
