@@ -123,6 +123,27 @@ fn concurrent_requests_with_mixed_dials_say_what_they_say_alone() {
     }
 }
 
+/// A request that began from a cached prefix and is put off for shorter ones, in the middle of its answer, must go
+/// on from its own keys and values.
+#[test]
+fn an_answer_from_a_cached_prefix_outlives_shorter_requests_beside_it() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--max-seqs", "4"]);
+    let prefix = "It was late, and all the others slept";
+    let long = completion(&format!("{prefix} but one"), 90);
+    let alone = server.json(TEXT, &long);
+    server.json(TEXT, &completion(prefix, 4));
+    thread::scope(|scope| {
+        let beside = scope.spawn(|| server.json(TEXT, &long));
+        for words in 0..40 {
+            let server = &server;
+            scope.spawn(move || server.json(TEXT, &completion(&"on ".repeat(1 + words % 8), 3 + words % 5)));
+            thread::sleep(Duration::from_millis(4));
+        }
+        assert_eq!(text_of(&beside.join().unwrap()), text_of(&alone));
+    });
+}
+
 #[test]
 fn the_default_dial_is_shown_and_set() {
     let checkpoints = llama();
