@@ -128,7 +128,8 @@ fn concurrent_requests_with_mixed_dials_say_what_they_say_alone() {
 #[test]
 fn an_answer_from_a_cached_prefix_outlives_shorter_requests_beside_it() {
     let checkpoints = llama();
-    let server = Server::start(&checkpoints.dynamoe(), &["--max-seqs", "4"]);
+    // one prefix is kept: a request whose whole prompt is cached computes it anew
+    let server = Server::start(&checkpoints.dynamoe(), &["--max-seqs", "4", "--prefix-cache", "1"]);
     let prefix = "It was late, and all the others slept";
     let long = completion(&format!("{prefix} but one"), 90);
     let alone = server.json(TEXT, &long);
