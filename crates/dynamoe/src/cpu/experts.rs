@@ -21,6 +21,9 @@ use super::matrix::{Output, PackedMatrix, groups_each, unset, with_rows};
 use super::parallel::{Phase, run};
 use crate::experts::{NestedExperts, Shell};
 
+/// Sums of 16 rows that an item of few tokens keeps: groups times tokens.
+const RUN: usize = 8 * TILE;
+
 /// Neurons whose outputs are rounded together: blocks of 256 or a divisor of them.
 const CHUNK: usize = 256;
 
@@ -178,15 +181,16 @@ impl Pass<'_> {
         let encode = |panel: usize| self.encode_x(panel);
 
         let down = &self.experts.shells[0].down_proj;
-        let columns: usize =
-            self.experts.shells[..self.reach.len()].iter().map(|s| s.down_proj.group_bytes()).sum();
-        let each = groups_each(down.groups(), columns, tokens);
+        let each = run_groups(down.groups(), down.group_bytes(), tokens);
         let outputs = |item: usize| self.down(item * each..((item + 1) * each).min(down.groups()));
 
         let encode = Phase { items: panels, cost: 4 * tokens * d, run: &encode };
         let outputs = Phase { items: down.groups().div_ceil(each), cost: outer, run: &outputs };
         if tokens <= TILE {
-            let (items, chunks) = (self.items(LANES * 2), self.items(CHUNK));
+            let shells = &self.experts.shells[..self.reach.len()];
+            let groups = shells.iter().map(|s| s.gate_proj.groups()).sum();
+            let each = run_groups(groups, shells[0].gate_proj.group_bytes(), tokens);
+            let (items, chunks) = (self.items(LANES * each), self.items(CHUNK));
             let neurons = |item: usize| self.neurons(&items[item]);
             let round = |item: usize| self.round(&chunks[item]);
             let neurons = Phase { items: items.len(), cost: inner, run: &neurons };
@@ -247,17 +251,27 @@ impl Pass<'_> {
 
     /// Few tokens: neurons' floats.
     fn neurons(&self, item: &Item) {
-        let start = self.experts.shell_start(item.shell);
-        let mut sums = [[[0f32; LANES]; TILE]; 2];
-        for neuron in item.neurons.clone().step_by(LANES) {
-            self.group(item.shell, neuron / LANES, item.tokens.clone(), &mut sums);
-            let count = LANES.min(item.neurons.end - neuron);
-            for token in item.tokens.clone() {
+        let Shell { gate_proj, up_proj, .. } = &self.experts.shells[item.shell];
+        let (tokens, start) = (item.tokens.len(), self.experts.shell_start(item.shell));
+        let groups = item.neurons.start / LANES..item.neurons.end.div_ceil(LANES);
+        // one matrix after the other: the memory delivers long runs faster
+        let (mut gate, mut up) = ([[0f32; LANES]; RUN], [[0f32; LANES]; RUN]);
+        for (matrix, sums) in [(gate_proj, &mut gate), (up_proj, &mut up)] {
+            for (group, sums) in groups.clone().zip(sums.chunks_exact_mut(tokens)) {
+                matrix.multiply(self.isa, group, self.input(matrix), item.tokens.clone(), sums);
+            }
+        }
+        if self.silu() {
+            self.isa.swiglu(&mut gate[..groups.len() * tokens], &up[..groups.len() * tokens]);
+        }
+        for (group, (gate, up)) in groups.zip(gate.chunks_exact(tokens).zip(up.chunks_exact(tokens))) {
+            let count = LANES.min(item.neurons.end - group * LANES);
+            for (token, (gate, up)) in item.tokens.clone().zip(gate.iter().zip(up)) {
                 // SAFETY: each neuron is in one item
                 unsafe {
-                    self.gate.store(token, start + neuron, &sums[0][token], count);
+                    self.gate.store(token, start + group * LANES, gate, count);
                     if !self.silu() {
-                        self.up.store(token, start + neuron, &sums[1][token], count);
+                        self.up.store(token, start + group * LANES, up, count);
                     }
                 }
             }
@@ -316,21 +330,24 @@ impl Pass<'_> {
     /// Some groups of the output: the sum over shells, in their order.
     fn down(&self, groups: Range<usize>) {
         let tokens = self.order.len();
-        let mut sums = [[0f32; LANES]; TILE];
+        let mut sums = [[0f32; LANES]; RUN];
         for first in (0..tokens).step_by(TILE) {
-            let end = (first + TILE).min(tokens);
-            for group in groups.clone() {
-                let sums = &mut sums[..end - first];
-                sums.fill([0.0; LANES]);
-                for ((shell, hidden), &rows) in self.experts.shells.iter().zip(&self.hidden).zip(self.reach) {
-                    if rows > first {
-                        let tokens = first..end.min(rows);
-                        let sums = &mut sums[..tokens.len()];
-                        shell.down_proj.multiply(self.isa, group, hidden.input(), tokens, sums);
-                    }
+            let all = first..(first + TILE).min(tokens);
+            let sums = &mut sums[..groups.len() * all.len()];
+            sums.fill([0.0; LANES]);
+            for ((shell, hidden), &rows) in self.experts.shells.iter().zip(&self.hidden).zip(self.reach) {
+                if rows <= first {
+                    break;
                 }
+                let tokens = first..all.end.min(rows);
+                for (group, sums) in groups.clone().zip(sums.chunks_exact_mut(all.len())) {
+                    let sums = &mut sums[..tokens.len()];
+                    shell.down_proj.multiply(self.isa, group, hidden.input(), tokens.clone(), sums);
+                }
+            }
+            for (group, sums) in groups.clone().zip(sums.chunks_exact(all.len())) {
                 let count = LANES.min(self.experts.hidden_size - group * LANES);
-                for (token, sums) in (first..end).zip(&*sums) {
+                for (token, sums) in all.clone().zip(sums) {
                     let row = self.order[token] as usize;
                     // SAFETY: each group is in one item
                     unsafe { self.y.store(row, group * LANES, sums, count) }
@@ -338,6 +355,11 @@ impl Pass<'_> {
             }
         }
     }
+}
+
+/// [`groups_each`], no more than an item keeps sums for.
+fn run_groups(groups: usize, bytes: usize, tokens: usize) -> usize {
+    groups_each(groups, bytes, tokens).min(RUN / tokens.min(TILE))
 }
 
 fn activate(activation: Activation, gate: &[f32], up: &[f32]) -> Result<Vec<f32>> {

@@ -104,7 +104,7 @@ impl Isa {
         unsafe {
             match group.format {
                 Format::F32 => match self.0 {
-                    Variant::Portable => floats::<Portable, T>(group, panel, sums),
+                    Variant::Portable => floats_portable(group, panel, sums),
                     #[cfg(target_arch = "x86_64")]
                     Variant::Avx2 => super::x86::floats_avx2(group, panel, sums),
                     #[cfg(target_arch = "x86_64")]
@@ -128,7 +128,7 @@ impl Isa {
         // SAFETY: passed on
         unsafe {
             match self.0 {
-                Variant::Portable => blocks::<Portable, B, T>(group, panel, sums),
+                Variant::Portable => blocks_portable::<B, T>(group, panel, sums),
                 #[cfg(target_arch = "x86_64")]
                 Variant::Avx2 => super::x86::blocks_avx2::<B, T>(group, panel, sums),
                 #[cfg(target_arch = "x86_64")]
@@ -187,6 +187,25 @@ pub(super) fn swiglu(gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
             *gate *= crate::math::sigmoid(*gate) * up;
         }
     }
+}
+
+/// Not inlined: where the compiler may use the processor's own vectors, it computes the addresses of this variant
+/// before it knows which variant runs.
+#[inline(never)]
+unsafe fn blocks_portable<B: Blocks, const T: usize>(
+    group: Group,
+    panel: Panel,
+    sums: &mut [[f32; LANES]; T],
+) {
+    // SAFETY: passed on
+    unsafe { blocks::<Portable, B, T>(group, panel, sums) }
+}
+
+/// As [`blocks_portable`].
+#[inline(never)]
+unsafe fn floats_portable<const T: usize>(group: Group, panel: Panel, sums: &mut [[f32; LANES]; T]) {
+    // SAFETY: passed on
+    unsafe { floats::<Portable, T>(group, panel, sums) }
 }
 
 /// Quantized weights. The integers of a part are exact; parts are added as floats.

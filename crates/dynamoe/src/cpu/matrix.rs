@@ -234,11 +234,12 @@ pub(super) fn unset(len: usize) -> Vec<f32> {
     vec![f32::from_bits(UNSET); len]
 }
 
-/// Groups of `bytes` bytes that one item takes, fine enough to share them fairly: for few tokens, about 64 KiB of
-/// weights; for many, more of them, which share a panel of inputs.
+/// Groups of `bytes` bytes that one item takes, fine enough to share them fairly. For few tokens, about 128 KiB of
+/// weights: memory delivers long runs faster than short ones (docs/log.md). For many, some groups that share a
+/// panel of inputs.
 pub(super) fn groups_each(groups: usize, bytes: usize, tokens: usize) -> usize {
     let fair = groups / (8 * rayon::current_num_threads());
-    let enough = if tokens <= TILE { (64 << 10) / bytes.max(1) } else { 4 };
+    let enough = if tokens <= TILE { (128 << 10) / bytes.max(1) } else { 4 };
     enough.min(fair).max(1)
 }
 
