@@ -78,7 +78,7 @@ pub fn apply(root: &Path, patch_file: &Path) -> Result<()> {
             Err(e) => return Err(fails(e.to_string())),
         };
         let after = diffy::apply(&before, diff).map_err(|e| fails(e.to_string()))?;
-        fs::write(&path, after).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        write(&path, &after)?;
     }
     Ok(())
 }
@@ -180,5 +180,7 @@ fn read(path: &Path) -> Result<String> {
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+    // a new file may be the first of its folder
+    let made = path.parent().map_or(Ok(()), fs::create_dir_all);
+    made.and_then(|()| fs::write(path, text)).map_err(|e| format!("cannot write {}: {e}", path.display()))
 }
