@@ -171,11 +171,18 @@ async fn forward(mut answers: Receiver<Answer>, usage: Option<Usage>, events: Se
     }
 }
 
-/// The end of a stream whose last token completes no letter: the engine sends nothing for it. As in OpenAI's API,
-/// a last chunk without choices then tells the usage.
+/// The end of a stream whose last token completes no letter: the engine sends nothing for it. Only an answer that
+/// is as long as it may be ends so; its last chunk says that, with no more text.
 fn without_last_word(before: Option<Value>, usage: Option<&Usage>) -> ApiResult<(Value, bool)> {
     let mut chunk = before.ok_or_else(|| ApiError::internal("the engine did not answer"))?;
-    chunk["choices"] = json!([]);
+    for choice in chunk["choices"].as_array_mut().into_iter().flatten() {
+        choice["finish_reason"] = "length".into();
+        for text in ["/delta/content", "/text"] {
+            if let Some(text) = choice.pointer_mut(text) {
+                *text = "".into();
+            }
+        }
+    }
     Ok((Usage::tell(usage, chunk)?, true))
 }
 
@@ -217,6 +224,19 @@ mod tests {
         assert_eq!(body, json!({"prompt": "x"}));
         assert_eq!(take_dial(&mut json!({"sensitivity": 1})).unwrap(), Some(Dial::Sensitivity(1.0)));
         assert_eq!(take_dial(&mut json!({})).unwrap(), None);
+    }
+
+    #[test]
+    fn a_stream_that_ends_within_a_letter_says_that_it_ended() {
+        let chat = json!({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "so"}}]});
+        let text = json!({"choices": [{"index": 0, "text": "so", "finish_reason": null}]});
+        for (chunk, content) in [(chat, "/delta/content"), (text, "/text")] {
+            let (last, done) = without_last_word(Some(chunk), None).unwrap();
+            let choice = &last["choices"][0];
+            assert!(done && choice["finish_reason"] == "length");
+            assert_eq!(choice.pointer(content).unwrap(), "");
+        }
+        assert!(without_last_word(None, None).is_err());
     }
 
     #[test]

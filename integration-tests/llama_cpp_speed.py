@@ -1,7 +1,7 @@
 """Tokens per second of llama.cpp on a dense checkpoint of `--example speed`, quantized to one type throughout.
 
     pip install llama-cpp-python gguf
-    python llama_cpp.py FOLDER/llama-617m/dense [q4_k|q8_0|f32] [ROUNDS]
+    python llama_cpp_speed.py FOLDER/llama-617m/dense [q4_k|q8_0|f32] [ROUNDS]
 
 The GGUF file is kept beside the checkpoint.
 """
