@@ -36,6 +36,10 @@ debug = "line-tables-only"
 [profile.dev.package."*"]
 opt-level = 3
 debug = false
+
+[profile.dev.package.mistralrs-core]
+opt-level = 1
+debug = false
 TOML
 cat > "$outside/src/main.rs" <<'RUST'
 use dynamoe_mistralrs as _;
