@@ -12,35 +12,42 @@ const SIZES: [usize; 5] = [1, 2, 4, 8, 16];
 const PROMPT_TOKENS: usize = 8;
 const NEW_TOKENS: usize = 24;
 
-/// Prints the time of a step at each batch size, dense and at a mean width of one half.
+/// Prints the time of a step at each batch size: dense, at full width, and at a mean width of one half.
 pub async fn measure(models: &Models, rounds: usize) -> Result<()> {
     let half = models.sensitivity_for(0.5).await?;
     println!("decode steps, {NEW_TOKENS} tokens of each request\n");
-    println!("| batch | dense, ms | width ½, ms | × dense | mean width | expected widest | ideal |");
-    println!("| --- | --- | --- | --- | --- | --- | --- |");
+    println!(
+        "| batch | dense, ms | sensitivity 1, ms | width ½, ms | ÷ dense | ÷ sensitivity 1 | mean width | expected widest | bytes left |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     let (others, ffn) = models.weights();
     for size in SIZES {
-        let (mut dense, mut routed) = (Vec::new(), Vec::new());
-        models.handle.counters().reset();
+        let cases = [(&models.dense, None), (&models.routed, Some(1.0)), (&models.routed, Some(half))];
+        let mut times = [const { Vec::new() }; 3];
         for round in 0..=rounds {
-            let times = (
-                step(models, &models.dense, None, size).await?,
-                step(models, &models.routed, Some(half), size).await?,
-            );
-            if round > 0 {
-                dense.push(times.0);
-                routed.push(times.1);
+            for ((model, sensitivity), times) in cases.into_iter().zip(&mut times) {
+                // what is left in the counters is the last case's
+                models.handle.counters().reset();
+                let time = step(models, model, sensitivity, size).await?;
+                // the first round warms up
+                if round > 0 {
+                    times.push(1e3 * time);
+                }
             }
         }
         let (mean, widest) = widths(models, size);
-        let ratio = Spread::of(dense.iter().zip(&routed).map(|(dense, routed)| dense / routed));
-        let ms = |times: Vec<f64>| Spread::of(times.into_iter().map(|time| 1e3 * time)).show(2);
+        let [dense, full, half] = times;
+        let ratio =
+            |other: &[f64]| Spread::of(half.iter().zip(other).map(|(half, other)| half / other)).show(2);
+        let ms = |times: &[f64]| Spread::of(times.iter().copied()).show(2);
         println!(
-            "| {size} | {} | {} | {} | {mean:.3} | {widest:.3} | {:.3} |",
-            ms(dense),
-            ms(routed),
-            ratio.show(3),
-            (others + ffn) / (others + ffn * widest)
+            "| {size} | {} | {} | {} | {} | {} | {mean:.3} | {widest:.3} | {:.3} |",
+            ms(&dense),
+            ms(&full),
+            ms(&half),
+            ratio(&dense),
+            ratio(&full),
+            (others + ffn * widest) / (others + ffn)
         );
     }
     Ok(())
