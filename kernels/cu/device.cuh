@@ -8,10 +8,12 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-// At least 512 threads a multiprocessor: left to itself, the compiler spills to make room for more.
-#define DYNAMOE_KERNEL(name, Args, threads, body) \
-    extern "C" __global__ void __launch_bounds__(threads, 512 / threads) name(const __grid_constant__ Args args) { body(args); }
+// At least `blocks` on a multiprocessor: left to itself, the compiler spills to make room for more.
+#define DYNAMOE_KERNEL_OF(name, Args, threads, blocks, body) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args) { body(args); }
 #endif
+// At least 512 threads a multiprocessor.
+#define DYNAMOE_KERNEL(name, Args, threads, body) DYNAMOE_KERNEL_OF(name, Args, threads, 512 / threads, body)
 
 constexpr uint32_t WARP = 32;
 constexpr uint32_t ALL = 0xffffffff;
@@ -99,9 +101,10 @@ __device__ __forceinline__ float warp_sum(float x) {
 template <class S>
 __device__ __forceinline__ S& shared_memory() {
 #ifdef DYNAMOE_SIM
-    return *static_cast<S*>(sim::shared(sizeof(S)));
+    return *static_cast<S*>(sim::shared(sizeof(S), alignof(S)));
 #else
-    extern __shared__ __align__(128) unsigned char dynamoe_shared[];
+    // what wgmma's operands need, the most of all
+    extern __shared__ __align__(1024) unsigned char dynamoe_shared[];
     return *reinterpret_cast<S*>(dynamoe_shared);
 #endif
 }

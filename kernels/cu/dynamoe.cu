@@ -2,6 +2,7 @@
 #include "decode.cuh"
 #include "decode_mma.cuh"
 #include "prefill.cuh"
+#include "prefill_wgmma.cuh"
 #include "quantized.cuh"
 #include "router.cuh"
 #include "sort.cuh"
@@ -52,3 +53,12 @@ FLOATS(QUANTIZED_DOWN_Q8_0)
     DYNAMOE_KERNEL(prefill_gate_up_##type, FfnArgs, PREFILL_THREADS, prefill_gate_up<T>) \
     DYNAMOE_KERNEL(prefill_down_##type, FfnArgs, PREFILL_THREADS, prefill_down<T>)
 HALVES(PREFILL)
+
+// one block fills a multiprocessor's shared memory
+#define PREFILL_WGMMA_N(type, T, N)                                                                                \
+    DYNAMOE_KERNEL_OF(prefill_gate_up_##type##_wgmma##N, FfnArgs, PREFILL_THREADS, 1, (wgmma_gate_up<T, N>)) \
+    DYNAMOE_KERNEL_OF(prefill_down_##type##_wgmma##N, FfnArgs, PREFILL_THREADS, 1, (wgmma_down<T, N>))
+#define PREFILL_WGMMA(type, T) PREFILL_WGMMA_N(type, T, 128) PREFILL_WGMMA_N(type, T, 256)
+#if defined(DYNAMOE_SIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+HALVES(PREFILL_WGMMA)
+#endif

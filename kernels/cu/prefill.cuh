@@ -14,17 +14,21 @@ constexpr uint32_t TILE = 128;       // rows of either operand
 constexpr uint32_t TILE_K = 64;      // 128 bytes: 8 chunks of 16
 constexpr uint32_t CHUNKS = 8;
 constexpr uint32_t STAGES = 3;
-constexpr uint32_t TILE_NEURONS = TILE / 2;
-constexpr uint32_t COPIES = TILE * CHUNKS / PREFILL_THREADS;  // by each thread, of each operand
 
-// A row's chunks are permuted by its number, so that eight rows' same chunk lies in different banks.
-struct Operand {
-    uint4 chunks[TILE][CHUNKS];
+// A row's chunks are permuted by its number, so that eight rows' same chunk lies in different banks. At a multiple of
+// 1024 bytes this is what wgmma calls a swizzle of 128 bytes.
+template <uint32_t ROWS>
+struct alignas(1024) Operand {
+    uint4 chunks[ROWS][CHUNKS];
     __device__ __forceinline__ uint4* at(uint32_t row, uint32_t chunk) { return &chunks[row][chunk ^ row % CHUNKS]; }
 };
 
+// Copies that each of a block's threads makes of an operand.
+template <uint32_t ROWS>
+constexpr uint32_t COPIES = ROWS * CHUNKS / PREFILL_THREADS;
+
 struct PrefillShared {
-    Operand a[STAGES], b[STAGES];
+    Operand<TILE> a[STAGES], b[STAGES];
 };
 
 // The threads' share in filling an operand: each copies one chunk of rows 32 apart.
@@ -42,7 +46,7 @@ __device__ __forceinline__ uint32_t warp_column() { return warp_id() % 4; }
 
 // acc += a · bᵀ over one stage. `column[g]` is the first row of b in the warp's group g.
 template <class T>
-__device__ __forceinline__ void multiply(Operand& a, Operand& b, const uint32_t (&column)[2], Accumulators& acc) {
+__device__ __forceinline__ void multiply(Operand<TILE>& a, Operand<TILE>& b, const uint32_t (&column)[2], Accumulators& acc) {
     const uint32_t lane = lane_id();
 #pragma unroll
     for (uint32_t k = 0; k < CHUNKS; k += 2) {
@@ -86,11 +90,11 @@ __device__ __forceinline__ void multiply_all(Source& source, uint32_t steps, con
     }
 }
 
-// Rows of x, gathered, against rows of gate_proj (0 to 63) and up_proj (64 to 127).
-template <class T>
+// Rows of x, gathered, against N rows of which the first half are of gate_proj, the second of up_proj.
+template <class T, uint32_t N>
 struct GateUpSource {
-    const T* a[COPIES];
-    const T* b[COPIES];
+    const T* a[COPIES<TILE>];
+    const T* b[COPIES<N>];
     const T* anywhere;  // what is not read still has an address
     uint32_t k, columns;
 
@@ -98,32 +102,39 @@ struct GateUpSource {
                                             uint32_t first_neuron)
         : anywhere(static_cast<const T*>(args.x)), k(copy_chunk() * PACK<T>), columns(args.hidden_size) {
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES; ++i) {
+        for (uint32_t i = 0; i < COPIES<TILE>; ++i) {
             const uint32_t row = first_row + copy_row(i);
             const T* x = static_cast<const T*>(args.x);
             a[i] = row < args.tokens ? x + size_t(args.order[row]) * args.x_stride : nullptr;
-            const uint32_t neuron = first_neuron + copy_row(i) % TILE_NEURONS;
-            const bool is_gate = copy_row(i) < TILE_NEURONS;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < COPIES<N>; ++i) {
+            const uint32_t neuron = first_neuron + copy_row(i) % (N / 2);
+            const bool is_gate = copy_row(i) < N / 2;
             const T* matrix = static_cast<const T*>(is_gate ? segment.gate : segment.up);
             const uint32_t stride = is_gate ? segment.gate_stride : segment.up_stride;
             b[i] = neuron < segment.end ? matrix + size_t(neuron - segment.start) * stride : nullptr;
         }
     }
 
-    __device__ __forceinline__ void fill(Operand& to_a, Operand& to_b) {
-        const bool inside = k < columns;
+    template <uint32_t ROWS>
+    __device__ __forceinline__ void copy(Operand<ROWS>& to, const T* const (&rows)[COPIES<ROWS>]) {
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES; ++i) {
-            const bool has_a = inside && a[i] != nullptr, has_b = inside && b[i] != nullptr;
-            copy_async(to_a.at(copy_row(i), copy_chunk()), has_a ? a[i] + k : anywhere, has_a ? 16 : 0);
-            copy_async(to_b.at(copy_row(i), copy_chunk()), has_b ? b[i] + k : anywhere, has_b ? 16 : 0);
+        for (uint32_t i = 0; i < COPIES<ROWS>; ++i) {
+            const bool exists = k < columns && rows[i] != nullptr;
+            copy_async(to.at(copy_row(i), copy_chunk()), exists ? rows[i] + k : anywhere, exists ? 16 : 0);
         }
+    }
+
+    __device__ __forceinline__ void fill(Operand<TILE>& to_a, Operand<N>& to_b) {
+        copy(to_a, a);
+        copy(to_b, b);
         k += TILE_K;
     }
 };
 
-// Rows of h against rows of down_proj, segment by segment, as far as the tile's widest row reaches.
-template <class T>
+// Rows of h against N rows of down_proj, segment by segment, as far as the tile's widest row reaches.
+template <class T, uint32_t N>
 struct DownSource {
     const FfnArgs& args;
     uint32_t first_row, first_column, limit;
@@ -143,21 +154,23 @@ struct DownSource {
         return steps;
     }
 
-    __device__ __forceinline__ void fill(Operand& to_a, Operand& to_b) {
-        const Segment& segment = args.segments[s];
+    // `count` rows from `first` on, of a matrix whose rows are `stride` apart
+    template <uint32_t ROWS>
+    __device__ __forceinline__ void copy(Operand<ROWS>& to, const T* matrix, size_t stride, uint32_t first,
+                                         uint32_t count) {
         const bool inside = k < length(s);
-        const T* h = static_cast<const T*>(args.h) + segment.start + k;
-        const T* down = static_cast<const T*>(segment.down) + k;
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES; ++i) {
-            const uint32_t row = first_row + copy_row(i), column = first_column + copy_row(i);
-            const bool has_a = inside && row < args.tokens, has_b = inside && column < args.hidden_size;
-            copy_async(to_a.at(copy_row(i), copy_chunk()),
-                       has_a ? h + size_t(row) * args.intermediate_size : static_cast<const T*>(args.h), has_a ? 16 : 0);
-            copy_async(to_b.at(copy_row(i), copy_chunk()),
-                       has_b ? down + size_t(column) * segment.down_stride : static_cast<const T*>(segment.down),
-                       has_b ? 16 : 0);
+        for (uint32_t i = 0; i < COPIES<ROWS>; ++i) {
+            const uint32_t row = first + copy_row(i);
+            const bool exists = inside && row < count;
+            copy_async(to.at(copy_row(i), copy_chunk()), exists ? matrix + row * stride + k : matrix, exists ? 16 : 0);
         }
+    }
+
+    __device__ __forceinline__ void fill(Operand<TILE>& to_a, Operand<N>& to_b) {
+        const Segment& segment = args.segments[s];
+        copy(to_a, static_cast<const T*>(args.h) + segment.start, args.intermediate_size, first_row, args.tokens);
+        copy(to_b, static_cast<const T*>(segment.down), segment.down_stride, first_column, args.hidden_size);
         k += TILE_K;
         if (k - copy_chunk() * PACK<T> >= length(s)) {
             ++s;
@@ -177,23 +190,41 @@ __device__ __forceinline__ void store2(T* p, float x, float y) {
     *reinterpret_cast<uint32_t*>(p) = bits;
 }
 
+// The segment of tile blockIdx.y, and the tile's first neuron in it.
+struct NeuronTile {
+    const Segment& segment;
+    uint32_t first;
+};
+
+__device__ __forceinline__ NeuronTile neuron_tile(const FfnArgs& a, uint32_t neurons) {
+    uint32_t tile = blockIdx.y, s = 0;
+    for (;; ++s) {
+        const uint32_t tiles = (a.segments[s].end - a.segments[s].start + neurons - 1) / neurons;
+        if (tile < tiles) return {a.segments[s], a.segments[s].start + tile * neurons};
+        tile -= tiles;
+    }
+}
+
+// Two neighbouring neurons of a row of h; `gate` and `up` are pairs.
+template <class T>
+__device__ __forceinline__ void store_hidden(const FfnArgs& a, uint32_t row, uint32_t width, uint32_t neuron,
+                                             const float* gate, const float* up) {
+    float out[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) out[i] = neuron + i < width ? silu(gate[i]) * up[i] : 0.0f;
+    store2(static_cast<T*>(a.h) + size_t(row) * a.intermediate_size + neuron, out[0], out[1]);
+}
+
 // Grid (ceil(T / 128), tiles of 64 neurons in every segment).
 template <class T>
 __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE;
-    uint32_t tile = blockIdx.y, s = 0;
-    for (;; ++s) {
-        const uint32_t tiles = (a.segments[s].end - a.segments[s].start + TILE_NEURONS - 1) / TILE_NEURONS;
-        if (tile < tiles) break;
-        tile -= tiles;
-    }
-    const Segment& segment = a.segments[s];
-    const uint32_t first_neuron = segment.start + tile * TILE_NEURONS;
+    const NeuronTile tile = neuron_tile(a, TILE / 2);
     // the first row is the widest
-    if (first_neuron >= a.widths[a.order[first_row]]) return;
+    if (tile.first >= a.widths[a.order[first_row]]) return;
 
-    GateUpSource<T> source(a, segment, first_row, first_neuron);
-    const uint32_t column[2] = {warp_column() * 16, TILE_NEURONS + warp_column() * 16};
+    GateUpSource<T, TILE> source(a, tile.segment, first_row, tile.first);
+    const uint32_t column[2] = {warp_column() * 16, TILE / 2 + warp_column() * 16};
     Accumulators acc = {};
     multiply_all<T>(source, (a.hidden_size + TILE_K - 1) / TILE_K, column, acc);
 
@@ -204,18 +235,11 @@ __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
             const uint32_t row = first_row + warp_row() + m * 16 + half * 8 + lane_id() / 4;
             if (row >= a.tokens) continue;
             const uint32_t width = a.widths[a.order[row]];
-            T* h = static_cast<T*>(a.h) + size_t(row) * a.intermediate_size;
 #pragma unroll
             for (uint32_t n = 0; n < 2; ++n) {
-                const uint32_t neuron = first_neuron + warp_column() * 16 + n * 8 + lane_id() % 4 * 2;
-                if (neuron >= segment.end) continue;
-                float out[2];
-#pragma unroll
-                for (uint32_t i = 0; i < 2; ++i) {
-                    const float gate = acc.d[m][0][n][half * 2 + i], up = acc.d[m][1][n][half * 2 + i];
-                    out[i] = neuron + i < width ? silu(gate) * up : 0.0f;
-                }
-                store2(h + neuron, out[0], out[1]);
+                const uint32_t neuron = tile.first + warp_column() * 16 + n * 8 + lane_id() % 4 * 2;
+                if (neuron >= tile.segment.end) continue;
+                store_hidden<T>(a, row, width, neuron, &acc.d[m][0][n][half * 2], &acc.d[m][1][n][half * 2]);
             }
         }
 }
@@ -225,7 +249,7 @@ template <class T>
 __device__ __forceinline__ void prefill_down(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * TILE;
     const uint32_t width = a.widths[a.order[first_row]];
-    DownSource<T> source(a, first_row, first_column, min_of(round_up(width, PACK<T>), a.intermediate_size));
+    DownSource<T, TILE> source(a, first_row, first_column, min_of(round_up(width, PACK<T>), a.intermediate_size));
     const uint32_t column[2] = {warp_column() * 32, warp_column() * 32 + 16};
     Accumulators acc = {};
     multiply_all<T>(source, source.steps(), column, acc);

@@ -1,7 +1,7 @@
 //! Compiles the kernels with the host's C++ compiler.
 
 fn main() {
-    for path in ["sim.h", "sim.cpp", "../cu"] {
+    for path in ["sim.h", "sim.cpp", "machine.h", "wgmma.cpp", "../cu"] {
         println!("cargo:rerun-if-changed={path}");
     }
     cc::Build::new()
@@ -15,5 +15,6 @@ fn main() {
         .include("../cu")
         .include(".")
         .file("sim.cpp")
+        .file("wgmma.cpp")
         .compile("dynamoe_kernels_sim");
 }

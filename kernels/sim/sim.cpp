@@ -1,70 +1,16 @@
 // The scheduler behind sim.h, and the kernels themselves.
-#include "sim.h"
+#include "machine.h"
 
 #include <algorithm>
-#include <csetjmp>
 #include <cstdio>
-#include <memory>
-#include <random>
-#include <string>
-#include <ucontext.h>
-#include <vector>
 
 namespace sim {
-namespace {
-
-constexpr size_t STACK = 128 * 1024;
-constexpr unsigned WARP = 32;
-
-struct Copy {
-    void* to;
-    const void* from;
-    unsigned bytes;
-    unsigned group;
-};
-
-struct Fibre {
-    std::unique_ptr<char[]> stack{new char[STACK]};
-    ucontext_t start;
-    jmp_buf here;
-    bool started = false, done = false;
-    Thread thread;
-    // asynchronous copies that have not happened yet
-    std::vector<Copy> copies;
-    unsigned group = 0;
-};
-
-struct Warp {
-    unsigned waiting = 0;
-    const char* site = nullptr;
-    // two, as a thread may enter the next exchange while others still read this one
-    alignas(16) char slots[2][WARP][64];
-    unsigned turn = 0;
-    uint64_t haste = 0;
-};
-
-struct Machine {
-    std::vector<std::unique_ptr<Fibre>> fibres;
-    std::vector<Warp> warps;
-    std::vector<unsigned> ready;
-    std::vector<char> shared;
-    std::vector<std::string> sites;
-    std::mt19937_64 order;
-    jmp_buf scheduler;
-    Body body = nullptr;
-    const void* args = nullptr;
-    unsigned current = 0, threads = 0, waiting = 0, finished = 0;
-    const char* site = nullptr;
-    int skipped = -1;
-    size_t shared_bytes = 0;
-    char error[256];
-    bool failed = false;
-};
 
 thread_local Machine machine;
-Kernel* kernels = nullptr;
 
-Fibre& me() { return *machine.fibres[machine.current]; }
+namespace {
+
+Kernel* kernels = nullptr;
 
 [[noreturn]] void to_scheduler() { _longjmp(machine.scheduler, 1); }
 
@@ -75,6 +21,7 @@ void wait() {
 void fibre_main() {
     for (;;) {
         machine.body(machine.args);
+        if (!me().wgmma.running.empty()) fail("a thread leaves with wgmma in flight");
         me().done = true;
         ++machine.finished;
         wait();
@@ -95,18 +42,22 @@ void resume(unsigned index) {
     setcontext(&fibre.start);
 }
 
-// Numbers barriers in the order in which they are met; true for the one to leave out.
+void make(const Copy& copy) {
+    memset(copy.to, 0, 16);
+    if (copy.bytes > 0) memcpy(copy.to, copy.from, copy.bytes);
+    const size_t chunk = size_t(static_cast<char*>(copy.to) - shared_window()) / 16;
+    machine.writers[chunk] = machine.current + 1;
+    me().wgmma.unfenced.push_back(chunk);
+}
+
+}  // namespace
+
 bool is_skipped(const char* site) {
     auto& sites = machine.sites;
     size_t index = 0;
     while (index < sites.size() && sites[index] != site) ++index;
     if (index == sites.size()) sites.emplace_back(site);
     return int(index) == machine.skipped;
-}
-
-void make(const Copy& copy) {
-    memset(copy.to, 0, 16);
-    if (copy.bytes > 0) memcpy(copy.to, copy.from, copy.bytes);
 }
 
 void meet_warp(const char* site) {
@@ -125,6 +76,8 @@ void meet_warp(const char* site) {
     wait();
 }
 
+namespace {
+
 void run_block(const Dim3& block, const Dim3& grid) {
     Machine& m = machine;
     m.ready.clear();
@@ -132,12 +85,15 @@ void run_block(const Dim3& block, const Dim3& grid) {
     for (Warp& warp : m.warps) {
         warp.waiting = 0;
         warp.haste = m.order();
+        warp.lazy = m.order() % 2 == 0;
     }
     std::fill(m.shared.begin(), m.shared.end(), char(0xff));
+    std::fill(m.writers.begin(), m.writers.end(), 0);
     for (unsigned t = 0; t < m.threads; ++t) {
         Fibre& fibre = *m.fibres[t];
         fibre.done = false;
         fibre.copies.clear();
+        fibre.wgmma = {};
         fibre.thread = {{t, 0, 0}, block, {m.threads, 1, 1}, grid};
         m.ready.push_back(t);
     }
@@ -154,10 +110,15 @@ void run_block(const Dim3& block, const Dim3& grid) {
         m.ready.pop_back();
         resume(index);
     }
-    if (!m.failed && m.finished != m.threads) {
+    if (m.failed) return;
+    const char* what = wgmma_block_ends();
+    if (m.finished != m.threads) {
         m.failed = true;
         snprintf(m.error, sizeof m.error, "%u of %u threads wait for others that have left", m.threads - m.finished,
                  m.threads);
+    } else if (what != nullptr) {
+        m.failed = true;
+        snprintf(m.error, sizeof m.error, "%s, block (%u, %u)", what, block.x, block.y);
     }
 }
 
@@ -202,9 +163,10 @@ const void* exchange(const char* site, const void* mine, size_t bytes) {
     return slots;
 }
 
-void* shared(size_t bytes) {
+void* shared(size_t bytes, size_t align) {
     if (bytes > machine.shared_bytes) fail("the kernel uses more shared memory than was asked for");
-    return machine.shared.data() + (16 - reinterpret_cast<uintptr_t>(machine.shared.data()) % 16) % 16;
+    // no better aligned than was asked for
+    return shared_window() + align % 1024;
 }
 
 // At once or when it is waited for: a kernel has to be right in both cases.
@@ -304,7 +266,8 @@ extern "C" const char* sim_launch(const char* name, const unsigned grid[2], unsi
     if (m.failed) m.fibres.clear();  // their stacks were left in the middle
     while (m.fibres.size() < threads) m.fibres.emplace_back(new Fibre);
     m.warps.resize(threads / WARP);
-    m.shared.resize(shared_bytes + 16);
+    m.shared.resize(shared_bytes + 2 * 1024);
+    m.writers.resize(m.shared.size() / 16);
     m.shared_bytes = shared_bytes;
     m.body = kernel->body;
     m.args = args;

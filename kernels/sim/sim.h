@@ -42,8 +42,10 @@ void sync_warp(const char* site);
 // Hands the warp's 32 threads each other's `bytes` (at most 64) of `mine`; valid until the next call.
 const void* exchange(const char* site, const void* mine, size_t bytes);
 
-// The block's shared memory, filled with NaN before the block starts.
-void* shared(size_t bytes);
+// The block's shared memory, filled with NaN before the block starts, at a multiple of `align`.
+void* shared(size_t bytes, size_t align);
+// An address in shared memory as the device numbers it.
+uint32_t shared_address(const void* p);
 
 void copy_async(void* to, const void* from, unsigned bytes);
 void copy_commit();
@@ -69,6 +71,15 @@ unsigned ballot(const char* site, bool predicate);
 // The fragments of mma.m16n8k16 and ldmatrix.x4, as the PTX manual lays them out over a warp.
 void mma(const char* site, float d[4], const uint32_t a[4], const uint32_t b[2], float (*widen)(uint16_t));
 void ldmatrix_x4(const char* site, uint32_t r[4], const void* row);
+
+// wgmma.mma_async m64nNk16 and what orders it, as the PTX manual defines them for a warp of a warpgroup; see wgmma.cpp.
+// Operands lie in shared memory, with K along their rows, where the descriptors say.
+void wgmma(const char* site, float* d, unsigned n, uint64_t a, uint64_t b, float (*widen)(uint16_t));
+void wgmma_fence(const char* site);
+void wgmma_commit(const char* site);
+void wgmma_wait(const char* site, unsigned leave);
+// fence.proxy.async: what this thread has written becomes visible to wgmma.
+void proxy_fence(const char* site);
 
 // Kernels by name.
 using Body = void (*)(const void* args);
@@ -135,6 +146,6 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 
 // A kernel with one argument, a struct, by value.
-#define DYNAMOE_KERNEL(name, Args, threads, body)                                  \
+#define DYNAMOE_KERNEL_OF(name, Args, threads, blocks, body)                       \
     static void name(const void* args) { body(*static_cast<const Args*>(args)); } \
     static sim::Kernel kernel_##name(#name, name, sizeof(Args));

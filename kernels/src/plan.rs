@@ -76,16 +76,74 @@ pub fn sort() -> Launch {
     Launch { kernel: "sort".into(), grid: [1, 1], threads: 512, shared_bytes: 16 * 4 + 16 * 16 * 4 }
 }
 
+/// What a block of prefill makes: 128 rows, and so many columns with these tensor cores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tile {
+    /// 128 columns by mma.sync: sm_80 and later.
+    Mma,
+    /// 128 columns by wgmma: sm_90a only.
+    Wgmma128,
+    /// 256 columns by wgmma: sm_90a only.
+    Wgmma256,
+}
+
+impl Tile {
+    fn columns(self) -> usize {
+        if self == Self::Wgmma256 { 256 } else { 128 }
+    }
+
+    /// Stages of the ring that operands pass through, and what names end with.
+    fn kernel(self) -> (usize, &'static str) {
+        match self {
+            Self::Mma => (3, ""),
+            Self::Wgmma128 => (4, "_wgmma128"),
+            Self::Wgmma256 => (4, "_wgmma256"),
+        }
+    }
+
+    /// Tiles of runs of neurons, of which each is a column of gate_proj's and one of up_proj's.
+    fn of_neurons(self, segments: &[usize]) -> usize {
+        segments.iter().map(|neurons| neurons.div_ceil(self.columns() / 2)).sum()
+    }
+}
+
+/// Multiprocessors of an H100 or H200: so many blocks keep it busy.
+const HOPPER_BLOCKS: usize = 132;
+
+/// The tiles of both halves of [`prefill`] on a device of compute capability `major`.x: with wgmma the large ones where
+/// there are enough of them.
+pub fn tiles(major: i32, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Tile; 2] {
+    if major != 9 {
+        return [Tile::Mma; 2];
+    }
+    let large = Tile::Wgmma256;
+    [large.of_neurons(segments), hidden_size.div_ceil(large.columns())]
+        .map(|tiles| if tokens.div_ceil(128) * tiles >= HOPPER_BLOCKS { large } else { Tile::Wgmma128 })
+}
+
 /// gate_proj, up_proj and SwiGLU, then down_proj with compensation: many tokens, in f16 or bf16. `segments` are the
 /// lengths of the runs of neurons.
-pub fn prefill(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Launch; 2] {
-    let tiles = segments.iter().map(|neurons| neurons.div_ceil(64)).sum();
-    [("gate_up", tiles), ("down", hidden_size.div_ceil(128))].map(|(half, columns): (_, usize)| Launch {
-        kernel: format!("prefill_{half}_{}", float.suffix()),
-        grid: [tokens.div_ceil(128) as u32, columns as u32],
-        threads: 256,
-        shared_bytes: 3 * 2 * 128 * 128,
-    })
+pub fn prefill(
+    float: Float,
+    tiles: [Tile; 2],
+    tokens: usize,
+    hidden_size: usize,
+    segments: &[usize],
+) -> [Launch; 2] {
+    let launch = |half, tile: Tile, columns: usize| {
+        let (stages, suffix) = tile.kernel();
+        Launch {
+            kernel: format!("prefill_{half}_{}{suffix}", float.suffix()),
+            grid: [tokens.div_ceil(128) as u32, columns as u32],
+            threads: 256,
+            shared_bytes: (stages * (128 + tile.columns()) * 128) as u32,
+        }
+    };
+    let [first, second] = tiles;
+    [
+        launch("gate_up", first, first.of_neurons(segments)),
+        launch("down", second, hidden_size.div_ceil(second.columns())),
+    ]
 }
 
 /// A format of GGUF's.

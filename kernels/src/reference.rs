@@ -23,6 +23,15 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// Between neighbouring numbers in f32, as a share of them. Tensor cores cut off what they cannot hold, so each sum may
+/// be off by all of it.
+const F32_STEP: f64 = 1.0 / 8_388_608.0;
+
+/// By how much a dot product in f32 may be off.
+fn sum_error(a: &[f64], b: &[f64]) -> f64 {
+    (a.len() + 8) as f64 * F32_STEP * a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum::<f64>()
+}
+
 fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
@@ -98,6 +107,30 @@ impl Ffn<'_> {
             round(silu(gate) * dot(x, self.up_proj.row(j, self.hidden_size)))
         };
         (0..self.expert_widths[self.experts[token] as usize]).map(neuron).collect()
+    }
+
+    /// Between which numbers `h` of one token lies where sums are in f32, in any order, and `round` stores it: apart only
+    /// where what the sums may be off by reaches across a step of storing.
+    pub fn hidden_range(&self, token: usize, round: &dyn Fn(f64) -> f64) -> Vec<[f64; 2]> {
+        let x = self.x.row(token, self.hidden_size);
+        let neuron = |j: usize| {
+            let [gate, up] = [self.gate_proj, self.up_proj].map(|m| m.row(j, self.hidden_size));
+            let (by_gate, by_up) = (sum_error(x, gate), sum_error(x, up));
+            let (gate, up) = (dot(x, gate), dot(x, up));
+            // the slope of silu is at most 1.1; its exponential is off by the rounding of its argument and a few steps
+            let silu_error = 1.1 * by_gate + (gate.abs() + 8.0) * F32_STEP * silu(gate).abs();
+            let (h, size) = (silu(gate) * up, silu(gate).abs() + silu_error);
+            let error = size * by_up + silu_error * up.abs() + h.abs() * F32_STEP;
+            [round(h - error), round(h + error)]
+        };
+        (0..self.expert_widths[self.experts[token] as usize]).map(neuron).collect()
+    }
+
+    /// By how much `y` of one token may be off in column `d` for an `h` that is known, before it is stored: by the order of
+    /// its sum in f32.
+    pub fn output_error(&self, d: usize, h: &[f64]) -> f64 {
+        // compensation is one more term, of about its own size
+        sum_error(h, self.down_proj.row(d, h.len())) + 4.0 * F32_STEP
     }
 
     /// `y` of one token, `(D)`, from its `h`.

@@ -3,12 +3,13 @@
 mod support;
 
 use dynamoe_kernels::args::{FfnArgs, SortArgs};
-use dynamoe_kernels::plan::{self, Float, Launch};
+use dynamoe_kernels::plan::{self, Float, Launch, Tile};
 use dynamoe_kernels::reference;
 use rand::Rng;
 use support::{Layer, MIXES, Memory, Mix, decode, experts, rng, run, run_without};
 
 const HALVES: [Float; 2] = [Float::F16, Float::Bf16];
+const TILES: [Tile; 3] = [Tile::Mma, Tile::Wgmma128, Tile::Wgmma256];
 
 #[test]
 fn sorting_equals_the_reference() {
@@ -37,25 +38,27 @@ struct Case {
     launches: [Launch; 2],
     args: FfnArgs,
     outputs: [Memory; 2],
+    sorted: Vec<u32>,
     _order: Memory,
 }
 
 impl Case {
-    fn new(mut layer: Layer, shells: bool) -> Self {
+    fn new(mut layer: Layer, tile: Tile, shells: bool) -> Self {
         let segments = if shells { layer.shells() } else { layer.prefixes() };
         let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
         let mut args = layer.args(&segments);
-        let order = Memory::of(&reference::sort(&layer.experts));
+        let sorted = reference::sort(&layer.experts);
+        let order = Memory::of(&sorted);
         let outputs = [layer.intermediate_size(), layer.d]
             .map(|n| Memory::poisoned(layer.tokens * n * layer.float.bytes()));
         (args.order, args.h, args.y) = (order.address(), outputs[0].address(), outputs[1].address());
-        let launches = plan::prefill(layer.float, layer.tokens, layer.d, &lengths);
-        Self { layer, launches, args, outputs, _order: order }
+        let launches = plan::prefill(layer.float, [tile; 2], layer.tokens, layer.d, &lengths);
+        Self { layer, launches, args, outputs, sorted, _order: order }
     }
 
     fn compare(&self) -> Result<(), String> {
-        self.outputs[0].read::<u8>(); // nothing beyond h was written
-        self.layer.compare(&decode(self.layer.float, &self.outputs[1]))
+        let [h, y] = [0, 1].map(|n: usize| decode(self.layer.float, &self.outputs[n]));
+        self.layer.compare(&h, &y, &self.sorted)
     }
 }
 
@@ -76,13 +79,14 @@ fn prefill_equals_the_reference() {
                 if shells && widths.iter().any(|w| w % 8 != 0) {
                     continue;
                 }
-                let float = HALVES[rng.random_range(0..2)];
-                let case = Case::new(Layer::random(&mut rng, float, [tokens, d], &widths, mix), shells);
+                let (float, tile) = (HALVES[rng.random_range(0..2)], TILES[rng.random_range(0..3)]);
+                let layer = Layer::random(&mut rng, float, [tokens, d], &widths, mix);
+                let case = Case::new(layer, tile, shells);
                 for launch in &case.launches {
                     run(launch, &case.args, &mut rng);
                 }
                 case.compare()
-                    .unwrap_or_else(|e| panic!("{float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}"));
+                    .unwrap_or_else(|e| panic!("{tile:?} {float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}"));
             }
         }
     }
@@ -91,15 +95,19 @@ fn prefill_equals_the_reference() {
 #[test]
 fn tiles_outside_the_staircase_are_not_made() {
     let mut rng = rng();
-    // 130 rows of which the last two tiles' rows are narrow
-    let mut layer = Layer::random(&mut rng, Float::Bf16, [260, 16], &[64, 192], Mix::Narrow);
-    layer.experts[200] = 1;
-    let case = Case::new(layer, false);
-    run(&case.launches[0], &case.args, &mut rng);
-    let h = decode(Float::Bf16, &case.outputs[0]);
-    for (row, h) in h.chunks(192).enumerate() {
-        let (made, left) = if row < 128 { (192, 192) } else { (64, 64) };
-        assert!(h[..made].iter().all(|x| !x.is_nan()) && h[left..].iter().all(|x| x.is_nan()), "row {row}");
+    for tile in TILES {
+        // 130 rows of which the last two tiles' rows are narrow
+        let mut layer = Layer::random(&mut rng, Float::Bf16, [260, 16], &[64, 384], Mix::Narrow);
+        layer.experts[200] = 1;
+        let case = Case::new(layer, tile, false);
+        run(&case.launches[0], &case.args, &mut rng);
+        let h = decode(Float::Bf16, &case.outputs[0]);
+        let first = if tile == Tile::Wgmma256 { 128 } else { 64 };
+        for (row, h) in h.chunks(384).enumerate() {
+            let made = if row < 128 { 384 } else { first };
+            let is_made = h.iter().map(|x| !x.is_nan());
+            assert!(is_made.enumerate().all(|(j, m)| m == (j < made)), "{tile:?}, row {row}");
+        }
     }
 }
 
@@ -138,17 +146,18 @@ fn a_missing_barrier_is_found() {
     });
     assert_eq!(found, [true; 5], "sort: each barrier is needed, and its loss is seen");
 
-    let case = Case::new(Layer::random(&mut rng, Float::F16, [20, 400], &[72], Mix::Wide), false);
-    for launch in &case.launches {
-        run(launch, &case.args, &mut rng);
+    for (tile, waits) in [(Tile::Mma, 2), (Tile::Wgmma128, 7), (Tile::Wgmma256, 7)] {
+        let layer = Layer::random(&mut rng, Float::F16, [20, 504], &[72], Mix::Wide);
+        let case = Case::new(layer, tile, false);
+        for launch in &case.launches {
+            run(launch, &case.args, &mut rng);
+        }
+        let found = losses(&case.launches[0], 0..3, |launch, seed, without| {
+            let sites = run_without(launch, &case.args, seed, without)?;
+            run_without(&case.launches[1], &case.args, seed, None)?;
+            case.compare().map(|()| sites)
+        });
+        // for copies, and the barrier; with wgmma also three fences and waits in the loop, and the last wait
+        assert_eq!(found, vec![true; waits], "{tile:?}: each is needed, and its loss is seen");
     }
-    let found = losses(&case.launches[0], 0..3, |launch, seed, without| {
-        let sites = run_without(launch, &case.args, seed, without)?;
-        run_without(&case.launches[1], &case.args, seed, None)?;
-        case.compare().map(|()| sites)
-    });
-    assert_eq!(
-        found, [true; 2],
-        "prefill: the wait for copies and the barrier are needed, and their loss is seen"
-    );
 }
