@@ -69,6 +69,8 @@ struct FfnArgs {
     const uint32_t* widths;    // (T)
     const uint32_t* order;     // (T): prefill only
     Quantized xq, hq;          // quantized decoding only: x and h as the weights meet them
+    float* partial;            // (splits, T, D): 9 to 64 tokens only
+    uint32_t splits, reserved;
     uint32_t tokens, hidden_size, intermediate_size, expert_count;
     uint32_t x_stride, segment_count;
     Segment segments[MAX_SEGMENTS];

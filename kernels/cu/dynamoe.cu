@@ -1,6 +1,7 @@
 // All kernels, by the names under which they are launched. nvcc compiles this file for GPUs, kernels/sim for a CPU.
 #include "decode.cuh"
 #include "decode_mma.cuh"
+#include "few.cuh"
 #include "prefill.cuh"
 #include "prefill_wgmma.cuh"
 #include "quantized.cuh"
@@ -62,3 +63,11 @@ HALVES(PREFILL)
 #if defined(DYNAMOE_SIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 HALVES(PREFILL_WGMMA)
 #endif
+
+#define FEW_N(type, T, N)                                                                           \
+    DYNAMOE_KERNEL_OF(few_gate_up_##type##_##N, FfnArgs, FEW_THREADS, 2, (few_gate_up<T, N>)) \
+    DYNAMOE_KERNEL_OF(few_down_##type##_##N, FfnArgs, FEW_THREADS, 2, (few_down<T, N>))
+#define FEW(type, T)                                                \
+    FEW_N(type, T, 16) FEW_N(type, T, 32) FEW_N(type, T, 64) \
+    DYNAMOE_KERNEL(few_sum_##type, FfnArgs, FEW_SUM_THREADS, few_sum<T>)
+HALVES(FEW)

@@ -24,15 +24,16 @@ struct alignas(1024) Operand {
 };
 
 // Copies that each of a block's threads makes of an operand.
-template <uint32_t ROWS>
-constexpr uint32_t COPIES = ROWS * CHUNKS / PREFILL_THREADS;
+template <uint32_t ROWS, uint32_t THREADS>
+constexpr uint32_t COPIES = ROWS * CHUNKS / THREADS;
 
 struct PrefillShared {
     Operand<TILE> a[STAGES], b[STAGES];
 };
 
-// The threads' share in filling an operand: each copies one chunk of rows 32 apart.
-__device__ __forceinline__ uint32_t copy_row(uint32_t i) { return threadIdx.x / CHUNKS + i * (PREFILL_THREADS / CHUNKS); }
+// The threads' share in filling an operand: each copies one chunk of rows that are 32 apart, or with fewer threads less.
+template <uint32_t THREADS>
+__device__ __forceinline__ uint32_t copy_row(uint32_t i) { return threadIdx.x / CHUNKS + i * (THREADS / CHUNKS); }
 __device__ __forceinline__ uint32_t copy_chunk() { return threadIdx.x % CHUNKS; }
 
 // The warp's accumulators: 64 rows × two groups of 16 columns, as 4 × 2 × 2 tiles of mma.
@@ -90,11 +91,12 @@ __device__ __forceinline__ void multiply_all(Source& source, uint32_t steps, con
     }
 }
 
-// Rows of x, gathered, against N rows of which the first half are of gate_proj, the second of up_proj.
-template <class T, uint32_t N>
+// ROWS rows of x, in `order` if there is one, against COLUMNS rows of which the first half are of gate_proj, the second of
+// up_proj.
+template <class T, uint32_t ROWS, uint32_t COLUMNS, uint32_t THREADS = PREFILL_THREADS>
 struct GateUpSource {
-    const T* a[COPIES<TILE>];
-    const T* b[COPIES<N>];
+    const T* a[COPIES<ROWS, THREADS>];
+    const T* b[COPIES<COLUMNS, THREADS>];
     const T* anywhere;  // what is not read still has an address
     uint32_t k, columns;
 
@@ -102,72 +104,92 @@ struct GateUpSource {
                                             uint32_t first_neuron)
         : anywhere(static_cast<const T*>(args.x)), k(copy_chunk() * PACK<T>), columns(args.hidden_size) {
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES<TILE>; ++i) {
-            const uint32_t row = first_row + copy_row(i);
-            const T* x = static_cast<const T*>(args.x);
-            a[i] = row < args.tokens ? x + size_t(args.order[row]) * args.x_stride : nullptr;
+        for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i) {
+            const uint32_t row = first_row + copy_row<THREADS>(i);
+            a[i] = nullptr;
+            if (row >= args.tokens) continue;
+            const uint32_t token = args.order == nullptr ? row : args.order[row];
+            a[i] = static_cast<const T*>(args.x) + size_t(token) * args.x_stride;
         }
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES<N>; ++i) {
-            const uint32_t neuron = first_neuron + copy_row(i) % (N / 2);
-            const bool is_gate = copy_row(i) < N / 2;
+        for (uint32_t i = 0; i < COPIES<COLUMNS, THREADS>; ++i) {
+            const uint32_t column = copy_row<THREADS>(i), neuron = first_neuron + column % (COLUMNS / 2);
+            const bool is_gate = column < COLUMNS / 2;
             const T* matrix = static_cast<const T*>(is_gate ? segment.gate : segment.up);
             const uint32_t stride = is_gate ? segment.gate_stride : segment.up_stride;
             b[i] = neuron < segment.end ? matrix + size_t(neuron - segment.start) * stride : nullptr;
         }
     }
 
-    template <uint32_t ROWS>
-    __device__ __forceinline__ void copy(Operand<ROWS>& to, const T* const (&rows)[COPIES<ROWS>]) {
+    template <uint32_t N>
+    __device__ __forceinline__ void copy(Operand<N>& to, const T* const (&rows)[COPIES<N, THREADS>]) {
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES<ROWS>; ++i) {
+        for (uint32_t i = 0; i < COPIES<N, THREADS>; ++i) {
             const bool exists = k < columns && rows[i] != nullptr;
-            copy_async(to.at(copy_row(i), copy_chunk()), exists ? rows[i] + k : anywhere, exists ? 16 : 0);
+            copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), exists ? rows[i] + k : anywhere, exists ? 16 : 0);
         }
     }
 
-    __device__ __forceinline__ void fill(Operand<TILE>& to_a, Operand<N>& to_b) {
+    __device__ __forceinline__ void fill(Operand<ROWS>& to_a, Operand<COLUMNS>& to_b) {
         copy(to_a, a);
         copy(to_b, b);
         k += TILE_K;
     }
+
+    __device__ __forceinline__ uint32_t steps() const { return (columns + TILE_K - 1) / TILE_K; }
 };
 
-// Rows of h against N rows of down_proj, segment by segment, as far as the tile's widest row reaches.
-template <class T, uint32_t N>
+// ROWS rows of h against COLUMNS rows of down_proj, segment by segment, up to `limit` along h.
+template <class T, uint32_t ROWS, uint32_t COLUMNS, uint32_t THREADS = PREFILL_THREADS>
 struct DownSource {
     const FfnArgs& args;
     uint32_t first_row, first_column, limit;
     uint32_t s = 0, k;
 
-    __device__ __forceinline__ DownSource(const FfnArgs& args, uint32_t first_row, uint32_t first_column, uint32_t limit)
-        : args(args), first_row(first_row), first_column(first_column), limit(limit), k(copy_chunk() * PACK<T>) {}
+    __device__ __forceinline__ DownSource(const FfnArgs& args, uint32_t first_row, uint32_t first_column, uint32_t width)
+        : args(args),
+          first_row(first_row),
+          first_column(first_column),
+          limit(min_of(round_up(width, PACK<T>), args.intermediate_size)),
+          k(copy_chunk() * PACK<T>) {}
 
     __device__ __forceinline__ uint32_t length(uint32_t s) const {
         return min_of(args.segments[s].end, limit) - args.segments[s].start;
     }
 
+    __device__ __forceinline__ uint32_t steps_of(uint32_t s) const { return (length(s) + TILE_K - 1) / TILE_K; }
+
+    __device__ __forceinline__ bool has(uint32_t s) const {
+        return s < args.segment_count && args.segments[s].start < limit;
+    }
+
     __device__ __forceinline__ uint32_t steps() const {
         uint32_t steps = 0;
-        for (uint32_t s = 0; s < args.segment_count && args.segments[s].start < limit; ++s)
-            steps += (length(s) + TILE_K - 1) / TILE_K;
+        for (uint32_t s = 0; has(s); ++s) steps += steps_of(s);
         return steps;
     }
 
-    // `count` rows from `first` on, of a matrix whose rows are `stride` apart
-    template <uint32_t ROWS>
-    __device__ __forceinline__ void copy(Operand<ROWS>& to, const T* matrix, size_t stride, uint32_t first,
+    // Leaves out the first `steps`, at the start.
+    __device__ __forceinline__ void skip(uint32_t steps) {
+        for (; has(s) && steps >= steps_of(s); ++s) steps -= steps_of(s);
+        k += steps * TILE_K;
+    }
+
+    // rows from `first` on, of a matrix of `count` rows that are `stride` apart
+    template <uint32_t N>
+    __device__ __forceinline__ void copy(Operand<N>& to, const T* matrix, size_t stride, uint32_t first,
                                          uint32_t count) {
         const bool inside = k < length(s);
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES<ROWS>; ++i) {
-            const uint32_t row = first + copy_row(i);
+        for (uint32_t i = 0; i < COPIES<N, THREADS>; ++i) {
+            const uint32_t row = first + copy_row<THREADS>(i);
             const bool exists = inside && row < count;
-            copy_async(to.at(copy_row(i), copy_chunk()), exists ? matrix + row * stride + k : matrix, exists ? 16 : 0);
+            copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), exists ? matrix + row * stride + k : matrix,
+                       exists ? 16 : 0);
         }
     }
 
-    __device__ __forceinline__ void fill(Operand<TILE>& to_a, Operand<N>& to_b) {
+    __device__ __forceinline__ void fill(Operand<ROWS>& to_a, Operand<COLUMNS>& to_b) {
         const Segment& segment = args.segments[s];
         copy(to_a, static_cast<const T*>(args.h) + segment.start, args.intermediate_size, first_row, args.tokens);
         copy(to_b, static_cast<const T*>(segment.down), segment.down_stride, first_column, args.hidden_size);
@@ -223,10 +245,10 @@ __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
     // the first row is the widest
     if (tile.first >= a.widths[a.order[first_row]]) return;
 
-    GateUpSource<T, TILE> source(a, tile.segment, first_row, tile.first);
+    GateUpSource<T, TILE, TILE> source(a, tile.segment, first_row, tile.first);
     const uint32_t column[2] = {warp_column() * 16, TILE / 2 + warp_column() * 16};
     Accumulators acc = {};
-    multiply_all<T>(source, (a.hidden_size + TILE_K - 1) / TILE_K, column, acc);
+    multiply_all<T>(source, source.steps(), column, acc);
 
 #pragma unroll
     for (uint32_t m = 0; m < 4; ++m)
@@ -248,8 +270,7 @@ __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
 template <class T>
 __device__ __forceinline__ void prefill_down(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * TILE;
-    const uint32_t width = a.widths[a.order[first_row]];
-    DownSource<T, TILE> source(a, first_row, first_column, min_of(round_up(width, PACK<T>), a.intermediate_size));
+    DownSource<T, TILE, TILE> source(a, first_row, first_column, a.widths[a.order[first_row]]);
     const uint32_t column[2] = {warp_column() * 32, warp_column() * 32 + 16};
     Accumulators acc = {};
     multiply_all<T>(source, source.steps(), column, acc);

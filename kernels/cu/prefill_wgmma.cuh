@@ -53,9 +53,9 @@ __device__ __forceinline__ void wgmma_gate_up(const FfnArgs& a) {
     const NeuronTile tile = neuron_tile(a, N / 2);
     if (tile.first >= a.widths[a.order[first_row]]) return;
 
-    GateUpSource<T, N> source(a, tile.segment, first_row, tile.first);
+    GateUpSource<T, TILE, N> source(a, tile.segment, first_row, tile.first);
     float acc[N / 2] = {};
-    wgmma_all<T, N>(source, (a.hidden_size + TILE_K - 1) / TILE_K, acc);
+    wgmma_all<T, N>(source, source.steps(), acc);
 
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
@@ -75,8 +75,7 @@ __device__ __forceinline__ void wgmma_gate_up(const FfnArgs& a) {
 template <class T, uint32_t N>
 __device__ __forceinline__ void wgmma_down(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * N;
-    const uint32_t width = a.widths[a.order[first_row]];
-    DownSource<T, N> source(a, first_row, first_column, min_of(round_up(width, PACK<T>), a.intermediate_size));
+    DownSource<T, TILE, N> source(a, first_row, first_column, a.widths[a.order[first_row]]);
     float acc[N / 2] = {};
     wgmma_all<T, N>(source, source.steps(), acc);
 

@@ -146,6 +146,38 @@ pub fn prefill(
     ]
 }
 
+/// Tokens from which on [`prefill`]'s tiles, of 128, are better filled than [`few`]'s, of 64 at most.
+pub const FEW_TOKENS: usize = 64;
+
+/// Parts into which [`few`] divides the columns of down_proj, so that there are blocks enough to stream it.
+pub fn few_splits(hidden_size: usize) -> usize {
+    (2 * HOPPER_BLOCKS / hidden_size.div_ceil(64).max(1)).clamp(1, 8)
+}
+
+/// gate_proj, up_proj and SwiGLU, then partial sums of down_proj, then their sum with compensation: up to
+/// [`FEW_TOKENS`] tokens, in f16 or bf16. `segments` are the lengths of the runs of neurons.
+pub fn few(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Launch; 3] {
+    let columns = tokens.clamp(16, FEW_TOKENS).next_power_of_two();
+    let tiles: usize = segments.iter().map(|neurons| neurons.div_ceil(32)).sum();
+    let half = |half, grid: [usize; 2]| Launch {
+        kernel: format!("few_{half}_{}_{columns}", float.suffix()),
+        grid: grid.map(|n| n as u32),
+        threads: 128,
+        shared_bytes: (6 * (64 + columns) * 128) as u32,
+    };
+    let sum = Launch {
+        kernel: format!("few_sum_{}", float.suffix()),
+        grid: [hidden_size.div_ceil(256), tokens].map(|n| n as u32),
+        threads: 256,
+        shared_bytes: 0,
+    };
+    [
+        half("gate_up", [1, tiles]),
+        half("down", [hidden_size.div_ceil(64), few_splits(hidden_size)]),
+        sum,
+    ]
+}
+
 /// A format of GGUF's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Block {
