@@ -6,7 +6,6 @@
 #include <csetjmp>
 #include <map>
 #include <memory>
-#include <random>
 #include <string>
 #include <ucontext.h>
 #include <vector>
@@ -66,6 +65,21 @@ struct Warp {
     bool lazy = false;  // wgmma reads its operands as late as it may
 };
 
+// SplitMix64: order is drawn three times for each step of a thread.
+struct Order {
+    using result_type = uint64_t;
+    uint64_t state = 0;
+    static constexpr uint64_t min() { return 0; }
+    static constexpr uint64_t max() { return UINT64_MAX; }
+    uint64_t operator()() {
+        uint64_t z = state += 0x9e3779b97f4a7c15;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+        z = (z ^ z >> 27) * 0x94d049bb133111eb;
+        return z ^ z >> 31;
+    }
+    unsigned below(size_t n) { return unsigned(((*this)() >> 32) * n >> 32); }
+};
+
 struct Machine {
     std::vector<std::unique_ptr<Fibre>> fibres;
     std::vector<Warp> warps;
@@ -74,7 +88,7 @@ struct Machine {
     // for each chunk of 16 bytes: 1 + the thread that wrote it and has not fenced that for wgmma, or 0
     std::vector<unsigned> writers;
     std::vector<std::string> sites;
-    std::mt19937_64 order;
+    Order order;
     jmp_buf scheduler;
     Body body = nullptr;
     const void* args = nullptr;

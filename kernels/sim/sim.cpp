@@ -100,9 +100,9 @@ void run_block(const Dim3& block, const Dim3& grid) {
     while (!m.ready.empty() && !m.failed) {
         // of three at random the one whose warp is in the greatest haste, so that some warps run far ahead
         auto haste = [&](size_t at) { return m.warps[m.ready[at] / WARP].haste; };
-        size_t pick = m.order() % m.ready.size();
+        size_t pick = m.order.below(m.ready.size());
         for (int i = 0; i < 2; ++i) {
-            size_t other = m.order() % m.ready.size();
+            size_t other = m.order.below(m.ready.size());
             if (haste(other) > haste(pick)) pick = other;
         }
         std::swap(m.ready[pick], m.ready.back());
@@ -198,20 +198,23 @@ unsigned ballot(const char* site, bool predicate) {
 
 void mma(const char* site, float d[4], const uint32_t a[4], const uint32_t b[2], float (*widen)(uint16_t)) {
     struct Fragment {
-        uint32_t a[4], b[2];
-    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+        float a[4][2], b[2][2];
+    } mine;
+    for (unsigned i = 0; i < 2; ++i) {
+        for (unsigned r = 0; r < 4; ++r) mine.a[r][i] = widen(uint16_t(a[r] >> 16 * i));
+        for (unsigned r = 0; r < 2; ++r) mine.b[r][i] = widen(uint16_t(b[r] >> 16 * i));
+    }
     const char* all = static_cast<const char*>(exchange(site, &mine, sizeof mine));
     auto fragment = [&](unsigned lane) { return reinterpret_cast<const Fragment*>(all + 64 * lane); };
-    auto element = [&](uint32_t pair, unsigned k) { return widen(uint16_t(k % 2 ? pair >> 16 : pair)); };
     unsigned lane = machine.current % WARP;
     for (unsigned i = 0; i < 4; ++i) {
         // row of A and column of B of this element of D
         unsigned row = lane / 4, high = i / 2, column = lane % 4 * 2 + i % 2;
-        for (unsigned k = 0; k < 16; ++k) {
-            unsigned from = k % 8 / 2;
-            uint32_t left = fragment(row * 4 + from)->a[high + k / 8 * 2];
-            uint32_t right = fragment(column * 4 + from)->b[k / 8];
-            d[i] += element(left, k) * element(right, k);
+        for (unsigned k = 0; k < 16; k += 2) {
+            const float* left = fragment(row * 4 + k % 8 / 2)->a[high + k / 8 * 2];
+            const float* right = fragment(column * 4 + k % 8 / 2)->b[k / 8];
+            d[i] += left[0] * right[0];
+            d[i] += left[1] * right[1];
         }
     }
 }
@@ -233,7 +236,8 @@ float __half2float(__half h) {
     int exponent = h.bits >> 10 & 31;
     float mantissa = float(h.bits & 1023), sign = h.bits & 0x8000 ? -1.0f : 1.0f;
     if (exponent == 31) return mantissa != 0 ? NAN : sign * INFINITY;
-    return sign * (exponent == 0 ? ldexpf(mantissa, -24) : ldexpf(1024 + mantissa, exponent - 25));
+    if (exponent == 0) return sign * mantissa * 0x1p-24f;
+    return __uint_as_float(unsigned(h.bits & 0x8000) << 16 | unsigned(h.bits & 0x7fff) << 13) * 0x1p112f;
 }
 
 __half __float2half_rn(float x) {
@@ -275,7 +279,7 @@ extern "C" const char* sim_launch(const char* name, const unsigned grid[2], unsi
     m.skipped = skipped;
     m.sites.clear();
     m.failed = false;
-    m.order.seed(seed);
+    m.order.state = seed;
     std::vector<Dim3> blocks;
     for (unsigned y = 0; y < grid[1]; ++y)
         for (unsigned x = 0; x < grid[0]; ++x) blocks.push_back({x, y, 0});

@@ -117,6 +117,12 @@ inline int __dp4a(int a, int b, int c) {
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
     return unsigned((uint64_t(hi) << 32 | lo) >> (shift & 31));
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = uint64_t(y) << 32 | x;
+    unsigned out = 0;
+    for (int i = 0; i < 4; ++i) out |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
 inline int __float2int_rn(float x) { return int(nearbyintf(x)); }
 inline float __expf(float x) { return expf(x); }
 inline float __uint_as_float(unsigned x) {
