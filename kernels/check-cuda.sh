@@ -78,7 +78,14 @@ for arch in sm_80 sm_90a; do
     check $arch '^(route|decode_.*_(f32|f16|bf16|q4k))_' 'LDG[.A-Z0-9]*[.]128' 'loads of 16 bytes'
     check $arch '^decode_.*_q8_0_' 'LDGSTS[.A-Z0-9]*[.]128' 'asynchronous copies of 16 bytes'
     check $arch '^decode_.*_(q4k|q8_0)_' 'IDP[.]4A' 'dp4a'
-    check $arch '^(prefill_.*|decode_(gate_up|down)_(f16|bf16)_8)$' 'HMMA[.]16816' 'products on tensor cores'
-    check $arch '^prefill_' 'LDSM' 'ldmatrix'
-    check $arch '^prefill_' 'LDGSTS[.A-Z0-9]*[.]128' 'asynchronous copies of 16 bytes'
+    mma='(prefill|few)_(gate_up|down)_(f16|bf16|q4k_.*|q8_0_.*)(_16|_32|_64)?'
+    check $arch "^($mma|decode_(gate_up|down)_(f16|bf16)_8)\$" 'HMMA[.]16816' 'products on tensor cores'
+    check $arch "^$mma\$" 'LDSM' 'ldmatrix'
+    check $arch '^(prefill|few_gate_up|few_down)_' 'LDGSTS[.A-Z0-9]*[.]128' 'asynchronous copies of 16 bytes'
+    check $arch '^prefill_.*_(q4k|q8_0)_' 'LDG[.A-Z0-9]*[.]128' 'loads of 16 bytes'
 done
+
+! grep -i 'wgmma.*serialized' "$work/sm_90a.log" || fail "sm_90a: the compiler waits for each product of wgmma"
+check sm_90a '_wgmma128$' 'HGMMA[.]64x128x16' 'asynchronous products on tensor cores'
+check sm_90a '_wgmma256$' 'HGMMA[.]64x256x16' 'asynchronous products on tensor cores'
+check sm_90a '_wgmma' 'FENCE[.]VIEW[.]ASYNC' 'fences between copies and products'

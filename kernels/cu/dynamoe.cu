@@ -3,6 +3,7 @@
 #include "decode_mma.cuh"
 #include "few.cuh"
 #include "prefill.cuh"
+#include "prefill_quantized.cuh"
 #include "prefill_wgmma.cuh"
 #include "quantized.cuh"
 #include "router.cuh"
@@ -71,3 +72,9 @@ HALVES(PREFILL_WGMMA)
     FEW_N(type, T, 16) FEW_N(type, T, 32) FEW_N(type, T, 64) \
     DYNAMOE_KERNEL(few_sum_##type, FfnArgs, FEW_SUM_THREADS, few_sum<T>)
 HALVES(FEW)
+
+#define PREFILL_QUANTIZED_OF(format, Q, type, T)                                                                      \
+    DYNAMOE_KERNEL(prefill_gate_up_##format##_##type, FfnArgs, PREFILL_THREADS, (prefill_quantized_gate_up<Q, T>)) \
+    DYNAMOE_KERNEL(prefill_down_##format##_##type, FfnArgs, PREFILL_THREADS, (prefill_quantized_down<Q, T>))
+#define PREFILL_QUANTIZED(type, T) PREFILL_QUANTIZED_OF(q4k, Q4K, type, T) PREFILL_QUANTIZED_OF(q8_0, Q8_0, type, T)
+HALVES(PREFILL_QUANTIZED)

@@ -111,9 +111,10 @@ __device__ __forceinline__ void few_gate_up(const FfnArgs& a) {
 template <class T, uint32_t TOKENS>
 __device__ __forceinline__ void few_down(const FfnArgs& a) {
     const uint32_t first_column = blockIdx.x * FEW_ROWS;
-    DownSource<T, TOKENS, FEW_ROWS, FEW_THREADS> source(a, 0, first_column, few_widest(a));
-    const uint32_t steps = source.steps(), begin = steps * blockIdx.y / a.splits, end = steps * (blockIdx.y + 1) / a.splits;
-    source.skip(begin);
+    DownSource<T, TOKENS, FEW_ROWS, FEW_THREADS> source = {{a, few_widest(a)}, 0, first_column};
+    const uint32_t steps = source.along.steps();
+    const uint32_t begin = steps * blockIdx.y / a.splits, end = steps * (blockIdx.y + 1) / a.splits;
+    source.along.skip(begin);
     const FewSums<TOKENS>& sums = few_sums<T, TOKENS>(source, end - begin);
     for (uint32_t i = threadIdx.x; i < TOKENS * FEW_ROWS; i += FEW_THREADS) {
         const uint32_t token = i / FEW_ROWS, column = first_column + i % FEW_ROWS;

@@ -45,6 +45,10 @@ struct Accumulators {
 __device__ __forceinline__ uint32_t warp_row() { return warp_id() / 4 * 64; }
 __device__ __forceinline__ uint32_t warp_column() { return warp_id() % 4; }
 
+// The first column of the warp's group g: of gates and their ups, or of outputs.
+__device__ __forceinline__ uint32_t gate_up_column(uint32_t g) { return g * (TILE / 2) + warp_column() * 16; }
+__device__ __forceinline__ uint32_t down_column(uint32_t g) { return warp_column() * 32 + g * 16; }
+
 // acc += a · bᵀ over one stage. `column[g]` is the first row of b in the warp's group g.
 template <class T>
 __device__ __forceinline__ void multiply(Operand<TILE>& a, Operand<TILE>& b, const uint32_t (&column)[2], Accumulators& acc) {
@@ -91,113 +95,135 @@ __device__ __forceinline__ void multiply_all(Source& source, uint32_t steps, con
     }
 }
 
-// ROWS rows of x, in `order` if there is one, against COLUMNS rows of which the first half are of gate_proj, the second of
-// up_proj.
+// Rows of an operand, as this thread copies them. Beyond the matrix any row will do: its products are not stored.
+template <class T, uint32_t ROWS, uint32_t THREADS>
+struct Rows {
+    const T* at[COPIES<ROWS, THREADS>];
+
+    // columns from k on, of `columns`
+    __device__ __forceinline__ void copy(Operand<ROWS>& to, uint32_t k, uint32_t columns) const {
+#pragma unroll
+        for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i)
+            copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), k < columns ? at[i] + k : at[i], k < columns ? 16 : 0);
+    }
+};
+
+// Rows of x, in `order` if there is one.
+template <class T, uint32_t ROWS, uint32_t THREADS>
+__device__ __forceinline__ Rows<T, ROWS, THREADS> rows_of_x(const FfnArgs& a, uint32_t first_row) {
+    Rows<T, ROWS, THREADS> rows;
+#pragma unroll
+    for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i) {
+        const uint32_t row = min_of(first_row + copy_row<THREADS>(i), a.tokens - 1);
+        const uint32_t token = a.order == nullptr ? row : a.order[row];
+        rows.at[i] = static_cast<const T*>(a.x) + size_t(token) * a.x_stride;
+    }
+    return rows;
+}
+
+__device__ __forceinline__ uint32_t steps_over(uint32_t columns) { return (columns + TILE_K - 1) / TILE_K; }
+
+// ROWS rows of x against COLUMNS rows of which the first half are of gate_proj, the second of up_proj.
 template <class T, uint32_t ROWS, uint32_t COLUMNS, uint32_t THREADS = PREFILL_THREADS>
 struct GateUpSource {
-    const T* a[COPIES<ROWS, THREADS>];
-    const T* b[COPIES<COLUMNS, THREADS>];
-    const T* anywhere;  // what is not read still has an address
+    Rows<T, ROWS, THREADS> a;
+    Rows<T, COLUMNS, THREADS> b;
     uint32_t k, columns;
 
     __device__ __forceinline__ GateUpSource(const FfnArgs& args, const Segment& segment, uint32_t first_row,
                                             uint32_t first_neuron)
-        : anywhere(static_cast<const T*>(args.x)), k(copy_chunk() * PACK<T>), columns(args.hidden_size) {
-#pragma unroll
-        for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i) {
-            const uint32_t row = first_row + copy_row<THREADS>(i);
-            a[i] = nullptr;
-            if (row >= args.tokens) continue;
-            const uint32_t token = args.order == nullptr ? row : args.order[row];
-            a[i] = static_cast<const T*>(args.x) + size_t(token) * args.x_stride;
-        }
+        : a(rows_of_x<T, ROWS, THREADS>(args, first_row)), k(copy_chunk() * PACK<T>), columns(args.hidden_size) {
 #pragma unroll
         for (uint32_t i = 0; i < COPIES<COLUMNS, THREADS>; ++i) {
             const uint32_t column = copy_row<THREADS>(i), neuron = first_neuron + column % (COLUMNS / 2);
             const bool is_gate = column < COLUMNS / 2;
             const T* matrix = static_cast<const T*>(is_gate ? segment.gate : segment.up);
             const uint32_t stride = is_gate ? segment.gate_stride : segment.up_stride;
-            b[i] = neuron < segment.end ? matrix + size_t(neuron - segment.start) * stride : nullptr;
-        }
-    }
-
-    template <uint32_t N>
-    __device__ __forceinline__ void copy(Operand<N>& to, const T* const (&rows)[COPIES<N, THREADS>]) {
-#pragma unroll
-        for (uint32_t i = 0; i < COPIES<N, THREADS>; ++i) {
-            const bool exists = k < columns && rows[i] != nullptr;
-            copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), exists ? rows[i] + k : anywhere, exists ? 16 : 0);
+            b.at[i] = matrix + size_t(min_of(neuron, segment.end - 1) - segment.start) * stride;
         }
     }
 
     __device__ __forceinline__ void fill(Operand<ROWS>& to_a, Operand<COLUMNS>& to_b) {
-        copy(to_a, a);
-        copy(to_b, b);
+        a.copy(to_a, k, columns);
+        b.copy(to_b, k, columns);
         k += TILE_K;
     }
 
-    __device__ __forceinline__ uint32_t steps() const { return (columns + TILE_K - 1) / TILE_K; }
+    __device__ __forceinline__ uint32_t steps() const { return steps_over(columns); }
 };
 
-// ROWS rows of h against COLUMNS rows of down_proj, segment by segment, up to `limit` along h.
-template <class T, uint32_t ROWS, uint32_t COLUMNS, uint32_t THREADS = PREFILL_THREADS>
-struct DownSource {
+// Steps along h, segment by segment, up to a width in whole vectors.
+template <class T>
+struct Along {
     const FfnArgs& args;
-    uint32_t first_row, first_column, limit;
-    uint32_t s = 0, k;
+    uint32_t limit;
+    uint32_t s = 0, k = 0;  // the next step: its segment, and its first neuron there
 
-    __device__ __forceinline__ DownSource(const FfnArgs& args, uint32_t first_row, uint32_t first_column, uint32_t width)
-        : args(args),
-          first_row(first_row),
-          first_column(first_column),
-          limit(min_of(round_up(width, PACK<T>), args.intermediate_size)),
-          k(copy_chunk() * PACK<T>) {}
-
-    __device__ __forceinline__ uint32_t length(uint32_t s) const {
-        return min_of(args.segments[s].end, limit) - args.segments[s].start;
-    }
-
-    __device__ __forceinline__ uint32_t steps_of(uint32_t s) const { return (length(s) + TILE_K - 1) / TILE_K; }
+    __device__ __forceinline__ Along(const FfnArgs& args, uint32_t width)
+        : args(args), limit(min_of(round_up(width, PACK<T>), args.intermediate_size)) {}
 
     __device__ __forceinline__ bool has(uint32_t s) const {
         return s < args.segment_count && args.segments[s].start < limit;
     }
 
+    __device__ __forceinline__ uint32_t length(uint32_t s) const {
+        return min_of(args.segments[s].end, limit) - args.segments[s].start;
+    }
+
     __device__ __forceinline__ uint32_t steps() const {
         uint32_t steps = 0;
-        for (uint32_t s = 0; has(s); ++s) steps += steps_of(s);
+        for (uint32_t s = 0; has(s); ++s) steps += steps_over(length(s));
         return steps;
+    }
+
+    __device__ __forceinline__ void advance() {
+        k += TILE_K;
+        if (k < length(s)) return;
+        ++s;
+        k = 0;
     }
 
     // Leaves out the first `steps`, at the start.
     __device__ __forceinline__ void skip(uint32_t steps) {
-        for (; has(s) && steps >= steps_of(s); ++s) steps -= steps_of(s);
-        k += steps * TILE_K;
+        for (; has(s) && steps >= steps_over(length(s)); ++s) steps -= steps_over(length(s));
+        k = steps * TILE_K;
     }
 
-    // rows from `first` on, of a matrix of `count` rows that are `stride` apart
-    template <uint32_t N>
-    __device__ __forceinline__ void copy(Operand<N>& to, const T* matrix, size_t stride, uint32_t first,
-                                         uint32_t count) {
-        const bool inside = k < length(s);
+    // this step's columns of rows from `first` on, of a matrix of `count` rows that are `stride` apart
+    template <uint32_t ROWS, uint32_t THREADS>
+    __device__ __forceinline__ void copy(Operand<ROWS>& to, const T* matrix, size_t stride, uint32_t first,
+                                         uint32_t count) const {
+        const uint32_t column = k + copy_chunk() * PACK<T>;
+        const bool inside = column < length(s);
 #pragma unroll
-        for (uint32_t i = 0; i < COPIES<N, THREADS>; ++i) {
+        for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i) {
             const uint32_t row = first + copy_row<THREADS>(i);
             const bool exists = inside && row < count;
-            copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), exists ? matrix + row * stride + k : matrix,
+            copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), exists ? matrix + row * stride + column : matrix,
                        exists ? 16 : 0);
         }
     }
 
+    template <uint32_t ROWS, uint32_t THREADS>
+    __device__ __forceinline__ void copy_h(Operand<ROWS>& to, uint32_t first_row) const {
+        const T* h = static_cast<const T*>(args.h) + args.segments[s].start;
+        copy<ROWS, THREADS>(to, h, args.intermediate_size, first_row, args.tokens);
+    }
+};
+
+// ROWS rows of h against COLUMNS rows of down_proj.
+template <class T, uint32_t ROWS, uint32_t COLUMNS, uint32_t THREADS = PREFILL_THREADS>
+struct DownSource {
+    Along<T> along;
+    uint32_t first_row, first_column;
+
     __device__ __forceinline__ void fill(Operand<ROWS>& to_a, Operand<COLUMNS>& to_b) {
-        const Segment& segment = args.segments[s];
-        copy(to_a, static_cast<const T*>(args.h) + segment.start, args.intermediate_size, first_row, args.tokens);
-        copy(to_b, static_cast<const T*>(segment.down), segment.down_stride, first_column, args.hidden_size);
-        k += TILE_K;
-        if (k - copy_chunk() * PACK<T> >= length(s)) {
-            ++s;
-            k = copy_chunk() * PACK<T>;
-        }
+        const FfnArgs& args = along.args;
+        const Segment& segment = args.segments[along.s];
+        along.template copy_h<ROWS, THREADS>(to_a, first_row);
+        along.template copy<COLUMNS, THREADS>(to_b, static_cast<const T*>(segment.down), segment.down_stride,
+                                              first_column, args.hidden_size);
+        along.advance();
     }
 };
 
@@ -237,19 +263,9 @@ __device__ __forceinline__ void store_hidden(const FfnArgs& a, uint32_t row, uin
     store2(static_cast<T*>(a.h) + size_t(row) * a.intermediate_size + neuron, out[0], out[1]);
 }
 
-// Grid (ceil(T / 128), tiles of 64 neurons in every segment).
 template <class T>
-__device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
-    const uint32_t first_row = blockIdx.x * TILE;
-    const NeuronTile tile = neuron_tile(a, TILE / 2);
-    // the first row is the widest
-    if (tile.first >= a.widths[a.order[first_row]]) return;
-
-    GateUpSource<T, TILE, TILE> source(a, tile.segment, first_row, tile.first);
-    const uint32_t column[2] = {warp_column() * 16, TILE / 2 + warp_column() * 16};
-    Accumulators acc = {};
-    multiply_all<T>(source, source.steps(), column, acc);
-
+__device__ __forceinline__ void store_gate_up(const FfnArgs& a, const NeuronTile& tile, uint32_t first_row,
+                                              const Accumulators& acc) {
 #pragma unroll
     for (uint32_t m = 0; m < 4; ++m)
 #pragma unroll
@@ -266,15 +282,9 @@ __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
         }
 }
 
-// Grid (ceil(T / 128), ceil(D / 128)).
 template <class T>
-__device__ __forceinline__ void prefill_down(const FfnArgs& a) {
-    const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * TILE;
-    DownSource<T, TILE, TILE> source(a, first_row, first_column, a.widths[a.order[first_row]]);
-    const uint32_t column[2] = {warp_column() * 32, warp_column() * 32 + 16};
-    Accumulators acc = {};
-    multiply_all<T>(source, source.steps(), column, acc);
-
+__device__ __forceinline__ void store_down(const FfnArgs& a, uint32_t first_row, uint32_t first_column,
+                                           const Accumulators& acc) {
 #pragma unroll
     for (uint32_t m = 0; m < 4; ++m)
 #pragma unroll
@@ -287,10 +297,36 @@ __device__ __forceinline__ void prefill_down(const FfnArgs& a) {
             for (uint32_t g = 0; g < 2; ++g)
 #pragma unroll
                 for (uint32_t n = 0; n < 2; ++n) {
-                    const uint32_t d = first_column + column[g] + n * 8 + lane_id() % 4 * 2;
+                    const uint32_t d = first_column + down_column(g) + n * 8 + lane_id() % 4 * 2;
                     if (d >= a.hidden_size) continue;
                     const float* pair = &acc.d[m][g][n][half * 2];
                     store2(y + d, compensated(a, pair[0], token, d), compensated(a, pair[1], token, d + 1));
                 }
         }
+}
+
+// Grid (ceil(T / 128), tiles of 64 neurons in every segment).
+template <class T>
+__device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
+    const uint32_t first_row = blockIdx.x * TILE;
+    const NeuronTile tile = neuron_tile(a, TILE / 2);
+    // the first row is the widest
+    if (tile.first >= a.widths[a.order[first_row]]) return;
+
+    GateUpSource<T, TILE, TILE> source(a, tile.segment, first_row, tile.first);
+    const uint32_t column[2] = {gate_up_column(0), gate_up_column(1)};
+    Accumulators acc = {};
+    multiply_all<T>(source, source.steps(), column, acc);
+    store_gate_up<T>(a, tile, first_row, acc);
+}
+
+// Grid (ceil(T / 128), ceil(D / 128)).
+template <class T>
+__device__ __forceinline__ void prefill_down(const FfnArgs& a) {
+    const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * TILE;
+    DownSource<T, TILE, TILE> source = {{a, a.widths[a.order[first_row]]}, first_row, first_column};
+    const uint32_t column[2] = {down_column(0), down_column(1)};
+    Accumulators acc = {};
+    multiply_all<T>(source, source.along.steps(), column, acc);
+    store_down<T>(a, first_row, first_column, acc);
 }

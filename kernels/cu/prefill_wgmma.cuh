@@ -75,9 +75,9 @@ __device__ __forceinline__ void wgmma_gate_up(const FfnArgs& a) {
 template <class T, uint32_t N>
 __device__ __forceinline__ void wgmma_down(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * N;
-    DownSource<T, TILE, N> source(a, first_row, first_column, a.widths[a.order[first_row]]);
+    DownSource<T, TILE, N> source = {{a, a.widths[a.order[first_row]]}, first_row, first_column};
     float acc[N / 2] = {};
-    wgmma_all<T, N>(source, source.steps(), acc);
+    wgmma_all<T, N>(source, source.along.steps(), acc);
 
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {

@@ -149,6 +149,23 @@ pub fn prefill(
 /// Tokens from which on [`prefill`]'s tiles, of 128, are better filled than [`few`]'s, of 64 at most.
 pub const FEW_TOKENS: usize = 64;
 
+/// How more than [`DECODE_TOKENS`] tokens run in f16 or bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Many {
+    /// By [`few`], up to [`FEW_TOKENS`].
+    Few,
+    /// By [`prefill`] with these tiles.
+    Tiles([Tile; 2]),
+}
+
+/// What is expected to be fastest on a device of compute capability `major`.x; no GPU has been asked yet.
+pub fn many(major: i32, tokens: usize, hidden_size: usize, segments: &[usize]) -> Many {
+    match tokens {
+        0..=FEW_TOKENS => Many::Few,
+        _ => Many::Tiles(tiles(major, tokens, hidden_size, segments)),
+    }
+}
+
 /// Parts into which [`few`] divides the columns of down_proj, so that there are blocks enough to stream it.
 pub fn few_splits(hidden_size: usize) -> usize {
     (2 * HOPPER_BLOCKS / hidden_size.div_ceil(64).max(1)).clamp(1, 8)
@@ -171,11 +188,7 @@ pub fn few(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) 
         threads: 256,
         shared_bytes: 0,
     };
-    [
-        half("gate_up", [1, tiles]),
-        half("down", [hidden_size.div_ceil(64), few_splits(hidden_size)]),
-        sum,
-    ]
+    [half("gate_up", [1, tiles]), half("down", [hidden_size.div_ceil(64), few_splits(hidden_size)]), sum]
 }
 
 /// A format of GGUF's.
@@ -246,4 +259,23 @@ pub fn decode_quantized(
             block[1].shared_bytes(1),
         ),
     ]
+}
+
+/// [`prefill`] with quantized weights, which are unpacked to the type of the activations, f16 or bf16: `block` of
+/// gate_proj and up_proj, and of down_proj.
+pub fn prefill_quantized(
+    block: [Block; 2],
+    float: Float,
+    tokens: usize,
+    hidden_size: usize,
+    segments: &[usize],
+) -> [Launch; 2] {
+    let [gate_up, down] = prefill(float, [Tile::Mma; 2], tokens, hidden_size, segments);
+    let named = |half, block: Block, launch| Launch {
+        kernel: format!("prefill_{half}_{}_{}", block.suffix(), float.suffix()),
+        // three stages of activations, two of unpacked weights
+        shared_bytes: (3 + 2) * 128 * 128,
+        ..launch
+    };
+    [named("gate_up", block[0], gate_up), named("down", block[1], down)]
 }

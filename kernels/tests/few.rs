@@ -85,7 +85,10 @@ fn weights_beyond_the_widest_token_are_not_read() {
         run(launch, &case.args, &mut rng);
     }
     let h = decode(Float::Bf16, &case.outputs[0]);
-    assert!(h.chunks(256).all(|row| row[64..].iter().all(|x| x.is_nan())), "blocks beyond must leave at once");
+    assert!(
+        h.chunks(256).all(|row| row[64..].iter().all(|x| x.is_nan())),
+        "blocks beyond must leave at once"
+    );
     case.compare().unwrap();
 }
 

@@ -79,14 +79,17 @@ fn prefill_equals_the_reference() {
                 if shells && widths.iter().any(|w| w % 8 != 0) {
                     continue;
                 }
-                let (float, tile) = (HALVES[rng.random_range(0..2)], TILES[rng.random_range(0..3)]);
-                let layer = Layer::random(&mut rng, float, [tokens, d], &widths, mix);
-                let case = Case::new(layer, tile, shells);
-                for launch in &case.launches {
-                    run(launch, &case.args, &mut rng);
+                for tile in TILES {
+                    let float = HALVES[rng.random_range(0..2)];
+                    let layer = Layer::random(&mut rng, float, [tokens, d], &widths, mix);
+                    let case = Case::new(layer, tile, shells);
+                    for launch in &case.launches {
+                        run(launch, &case.args, &mut rng);
+                    }
+                    case.compare().unwrap_or_else(|e| {
+                        panic!("{tile:?} {float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}")
+                    });
                 }
-                case.compare()
-                    .unwrap_or_else(|e| panic!("{tile:?} {float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}"));
             }
         }
     }

@@ -5,37 +5,12 @@ mod support;
 use dynamoe_kernels::args::{FfnArgs, QuantizeArgs, Quantized, Segment};
 use dynamoe_kernels::plan::{self, Block, Float};
 use dynamoe_kernels::reference::{self, Ffn, Matrix};
-use rand::{Rng, RngCore};
+use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use support::blocks::Blocks;
 use support::{
     FLOATS, MIXES, Memory, Mix, Strided, decode, epsilon, experts, floats, rng, round, run, run_without,
 };
-
-/// A matrix of random blocks: their bytes, and the weights that they stand for.
-struct Blocks {
-    memory: Memory,
-    weights: Vec<f64>,
-}
-
-impl Blocks {
-    fn random(rng: &mut ChaCha8Rng, block: Block, [rows, columns]: [usize; 2]) -> Self {
-        let mut bytes = vec![0; rows * columns / block.weights() * block.bytes()];
-        rng.fill_bytes(&mut bytes);
-        for block_bytes in bytes.chunks_mut(block.bytes()) {
-            let mut half = |at: usize, scale: f64| {
-                let value = half::f16::from_f64(rng.random_range(-scale..scale));
-                block_bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
-            };
-            match block {
-                Block::Q4K => (half(0, 1e-3), half(2, 3e-3)),
-                Block::Q8_0 => (half(0, 3e-3), ()),
-            };
-        }
-        let weights = reference::dequantize(block, &bytes);
-        assert_eq!(weights.len(), rows * columns);
-        Self { memory: Memory::of(&bytes), weights }
-    }
-}
 
 /// Memory for `(rows, columns)` of quantized activations.
 struct Activations {

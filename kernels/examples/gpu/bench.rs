@@ -8,13 +8,15 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::quantized::GgmlDType;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use dynamoe_kernels::cuda::{self, Routed, Thresholds, Weight};
+use dynamoe_kernels::plan::{Many, Tile};
 use rand::Rng;
 
+use crate::check::kernels;
 use crate::weights::{Format, Matrix, RouterWeights, routed, segment};
 
 const SHAPES: [(&str, usize, usize); 3] =
     [("Llama-3.2-1B", 2048, 8192), ("Qwen3-4B", 2560, 9728), ("Mistral-7B", 4096, 14336)];
-const TOKENS: [usize; 8] = [1, 2, 4, 8, 32, 128, 512, 2048];
+const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
 const EXPERTS: usize = 4;
 const ROUTER_SIZE: usize = 64;
 /// Bytes of weights that no cache holds: layers are taken in turn until a round is this large.
@@ -91,13 +93,22 @@ pub fn run(device: &Device) -> Result<Vec<String>> {
         {
             let bench = Bench::new(device, cuda, &card, name, [d, i], format)?;
             for tokens in TOKENS {
-                if tokens <= 8 || matches!(format, Format::Float(_)) {
-                    bench.tokens(tokens, &mut lines)?;
-                }
+                bench.tokens(tokens, &mut lines)?;
             }
         }
     }
     Ok(lines)
+}
+
+/// What stands before a width where the kernels are not the default ones.
+fn label(many: Option<Many>) -> &'static str {
+    match many {
+        None => "",
+        Some(Many::Few) => "few ",
+        Some(Many::Tiles([Tile::Mma, _])) => "mma ",
+        Some(Many::Tiles([Tile::Wgmma128, _])) => "wgmma128 ",
+        Some(Many::Tiles([Tile::Wgmma256, _])) => "wgmma256 ",
+    }
 }
 
 struct Bench<'a> {
@@ -130,7 +141,7 @@ impl<'a> Bench<'a> {
             Ok::<_, candle_core::Error>([matrix((i, d))?, matrix((i, d))?, matrix((d, i))?])
         };
         println!("\n{model}, D {d}, I {i}, {}, {layers} layers in turn", format.name());
-        println!("  T  width        µs     (span)  dense   GB/s  copy  Tflop/s  GEMM");
+        println!("   T           width        µs     (span)  dense   GB/s  copy  Tflop/s  GEMM");
         Ok(Self {
             device,
             cuda,
@@ -151,13 +162,20 @@ impl<'a> Bench<'a> {
         let dense = time(self.cuda, self.layers.len(), &mut |layer| self.dense(layer, &x))?;
         let full = vec![EXPERTS as u32 - 1; tokens];
         self.report("dense", tokens, &full, dense, dense, lines);
-        for expert in 0..EXPERTS as u32 {
-            let name = format!("{:.2}", f64::from(expert + 1) / EXPERTS as f64);
-            self.fixed(&name, &x, &vec![expert; tokens], dense, lines)?;
-        }
-        if tokens > 1 {
-            let mixed: Vec<u32> = (0..tokens).map(|_| rand::rng().random_range(0..EXPERTS as u32)).collect();
-            self.fixed("mixed", &x, &mixed, dense, lines)?;
+        let mixed: Vec<u32> = (0..tokens).map(|_| rand::rng().random_range(0..EXPERTS as u32)).collect();
+        // what runs by default, then each of the kernels that could
+        let mut choices = vec![None];
+        let all = kernels(self.device, tokens, self.format)?;
+        choices.extend(all.into_iter().filter(Option::is_some));
+        for many in choices {
+            let what = label(many);
+            for expert in 0..EXPERTS as u32 {
+                let name = format!("{what}{:.2}", f64::from(expert + 1) / EXPERTS as f64);
+                self.fixed((&name, many), &x, &vec![expert; tokens], dense, lines)?;
+            }
+            if tokens > 1 {
+                self.fixed((&format!("{what}mixed"), many), &x, &mixed, dense, lines)?;
+            }
         }
         let route = time(self.cuda, self.layers.len(), &mut |_| {
             cuda::route(&x, &self.router.view(), Thresholds::All(0.0), &self.widths).map(drop)
@@ -168,7 +186,7 @@ impl<'a> Bench<'a> {
 
     fn fixed(
         &self,
-        name: &str,
+        (name, many): (&str, Option<Many>),
         x: &Tensor,
         experts: &[u32],
         dense: Time,
@@ -177,7 +195,7 @@ impl<'a> Bench<'a> {
         let to: Routed = routed(experts, &self.widths, self.device)?;
         let segments: Vec<_> = self.layers.iter().map(|layer| [segment(layer)]).collect();
         let took = time(self.cuda, self.layers.len(), &mut |layer| {
-            cuda::forward(x, &segments[layer], Some(&self.compensation), &to).map(drop)
+            cuda::forward_as(x, &segments[layer], Some(&self.compensation), &to, many).map(drop)
         })?;
         self.report(name, experts.len(), experts, took, dense, lines);
         Ok(())
@@ -217,7 +235,7 @@ impl<'a> Bench<'a> {
         };
         let (rate, speed) = (bytes as f64 / took.median, flops as f64 / took.median);
         println!(
-            "{tokens:4}  {name:>5}  {:8.1}  ({:.1}-{:.1})  {:.3}  {:6.0}  {:.2}  {:7.1}  {:.2}",
+            "{tokens:4}  {name:>14}  {:8.1}  ({:.1}-{:.1})  {:.3}  {:6.0}  {:.2}  {:7.1}  {:.2}",
             took.median,
             took.low,
             took.high,

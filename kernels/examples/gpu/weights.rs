@@ -55,10 +55,10 @@ impl Matrix {
                 Ok(Self { values: to_f64(&rounded)?, weight: Weight::Float(rounded.to_device(device)?) })
             }
             Format::Blocks(dtype) => {
-                let blocks = QTensor::quantize(&values, dtype)?;
                 let block = if dtype == GgmlDType::Q4K { Block::Q4K } else { Block::Q8_0 };
-                let values = dequantize(block, &blocks.data()?);
-                let storage = QStorage::from_data(blocks.data()?, device, dtype)?;
+                let blocks = exact(block, QTensor::quantize(&values, dtype)?.data()?.into_owned());
+                let values = dequantize(block, &blocks);
+                let storage = QStorage::from_data(blocks.into(), device, dtype)?;
                 Ok(Self { values, weight: Weight::Quantized(Arc::new(QTensor::new(storage, shape)?)) })
             }
         }
@@ -74,6 +74,20 @@ impl Matrix {
             Format::Blocks(_) => Ok(Self { values: vec![], ..Self::random(shape, scale, format, device)? }),
         }
     }
+}
+
+/// Rounds the scales of Q4K to multiples of 2⁻²⁰, so that a weight is exact in f32 in whatever order it is computed.
+fn exact(block: Block, mut bytes: Vec<u8>) -> Vec<u8> {
+    if block == Block::Q4K {
+        for block in bytes.chunks_mut(block.bytes()) {
+            for at in [0, 2] {
+                let scale = half::f16::from_le_bytes([block[at], block[at + 1]]).to_f64();
+                let rounded = (scale * f64::from(1 << 20)).round() / f64::from(1 << 20);
+                block[at..at + 2].copy_from_slice(&half::f16::from_f64(rounded).to_le_bytes());
+            }
+        }
+    }
+    bytes
 }
 
 pub fn to_f64(tensor: &Tensor) -> Result<Vec<f64>> {

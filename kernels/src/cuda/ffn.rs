@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use half::{bf16, f16};
@@ -10,7 +11,7 @@ use super::launch::launch;
 use super::operand::{Rows, Scratch, contiguous, device_of, float_of, rows};
 use super::route::Routed;
 use crate::args::{self, FfnArgs, QuantizeArgs, Quantized, SortArgs};
-use crate::plan::{self, Block, Float, QUANTIZED_COLUMNS};
+use crate::plan::{self, Block, Float, Many, QUANTIZED_COLUMNS};
 use crate::{MAX_EXPERTS, MAX_SEGMENTS};
 
 /// A matrix of weights on the device.
@@ -86,18 +87,15 @@ fn blocks(segments: &[Segment]) -> Result<Option<[Block; 2]>> {
     Ok(gate.zip(down).map(|(gate, down)| [gate, down]))
 }
 
-/// Why [`forward`] cannot run `tokens` rows of type `dtype` through these segments, if it cannot: what the caller then
+/// Why [`forward`] cannot run rows of type `dtype` through these segments, if it cannot: what the caller then
 /// has to do in another way. Depends on shapes and types only.
-pub fn unsupported(dtype: DType, tokens: usize, segments: &[Segment]) -> Option<String> {
+pub fn unsupported(dtype: DType, segments: &[Segment]) -> Option<String> {
     let why = || -> Result<Option<String>> {
         if segments.len() > MAX_SEGMENTS {
             return Ok(Some(format!("more than {MAX_SEGMENTS} segments")));
         }
         let blocks = blocks(segments)?;
         let multiple = match (blocks, dtype) {
-            (Some(_), _) if tokens > plan::DECODE_TOKENS => {
-                return Ok(Some(format!("more than {} tokens with quantized weights", plan::DECODE_TOKENS)));
-            }
             (Some(_), DType::F32 | DType::F16 | DType::BF16) => QUANTIZED_COLUMNS,
             (None, DType::F32) => 4,
             (None, DType::F16 | DType::BF16) => 8,
@@ -125,12 +123,29 @@ pub fn forward(
     compensation: Option<&Tensor>,
     routed: &Routed,
 ) -> Result<Tensor> {
+    forward_as(x, segments, compensation, routed, None)
+}
+
+/// [`forward`] with kernels of the caller's choice, for measurements; they have to be of the device.
+///
+/// # Errors
+/// [`forward`]'s; [`Many::Few`] with more than [`plan::FEW_TOKENS`].
+pub fn forward_as(
+    x: &Tensor,
+    segments: &[Segment],
+    compensation: Option<&Tensor>,
+    routed: &Routed,
+    many: Option<Many>,
+) -> Result<Tensor> {
     let (tokens, d) = x.dims2()?;
-    if let Some(why) = unsupported(x.dtype(), tokens, segments) {
+    if let Some(why) = unsupported(x.dtype(), segments) {
         bail!("dispatch: the CUDA kernels do not do this: {why}");
     }
+    if many == Some(Many::Few) && tokens > plan::FEW_TOKENS {
+        bail!("dispatch: expected at most {} tokens for these kernels, found {tokens}", plan::FEW_TOKENS);
+    }
     let device = device_of(x, "dispatch: x")?;
-    let call = Call { device, float: float_of(x, "dispatch: x")?, tokens, blocks: blocks(segments)? };
+    let call = Call { device, float: float_of(x, "dispatch: x")?, tokens, blocks: blocks(segments)?, many };
     let args = call.args(x, d, segments, compensation, routed)?;
     match call.float {
         Float::F32 => call.run::<f32>(args),
@@ -144,6 +159,7 @@ struct Call {
     float: Float,
     tokens: usize,
     blocks: Option<[Block; 2]>,
+    many: Option<Many>,
 }
 
 impl Call {
@@ -203,23 +219,22 @@ impl Call {
         let (d, i) = (args.hidden_size as usize, args.intermediate_size as usize);
         let mut y = Scratch::<T>::new(&self.device, self.tokens * d)?;
         args.y = y.address();
-        match self.blocks {
-            Some(blocks) => self.quantized(blocks, &mut args)?,
-            None => {
-                let mut h = Scratch::<T>::new(&self.device, self.tokens * i)?;
-                args.h = h.address();
-                // f32 has no tensor cores to prefill with: it decodes in groups
-                if self.tokens <= plan::DECODE_TOKENS || self.float == Float::F32 {
-                    self.launch_both(&plan::decode(self.float, self.tokens, d, i), &args)?;
-                } else {
-                    self.prefill(&mut args)?;
-                }
+        // f32 has no tensor cores to prefill with: it decodes in groups
+        let decodes = self.tokens <= plan::DECODE_TOKENS || self.float == Float::F32;
+        if let (Some(blocks), true) = (self.blocks, decodes) {
+            self.decode_quantized(blocks, &mut args)?;
+        } else {
+            let mut h = Scratch::<T>::new(&self.device, self.tokens * i)?;
+            args.h = h.address();
+            match decodes {
+                true => self.launch_all(&plan::decode(self.float, self.tokens, d, i), &args)?,
+                false => self.many(&mut args)?,
             }
         }
         Ok(y.into_tensor(&self.device, (self.tokens, d)))
     }
 
-    fn launch_both(&self, launches: &[plan::Launch; 2], args: &FfnArgs) -> Result<()> {
+    fn launch_all(&self, launches: &[plan::Launch], args: &FfnArgs) -> Result<()> {
         for one in launches {
             // SAFETY: `args` checked the addresses; scratch is freed behind the launches
             unsafe { launch(&self.device, one, args) }?;
@@ -227,7 +242,27 @@ impl Call {
         Ok(())
     }
 
-    fn prefill(&self, args: &mut FfnArgs) -> Result<()> {
+    fn many(&self, args: &mut FfnArgs) -> Result<()> {
+        let (tokens, d) = (self.tokens, args.hidden_size as usize);
+        let segments = &args.segments[..args.segment_count as usize];
+        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
+        if let Some(blocks) = self.blocks {
+            return self.sorted(&plan::prefill_quantized(blocks, self.float, tokens, d, &lengths), args);
+        }
+        let (major, _) = self.device.cuda_stream().context().compute_capability().w()?;
+        match self.many.unwrap_or_else(|| plan::many(major, tokens, d, &lengths)) {
+            Many::Tiles(tiles) => self.sorted(&plan::prefill(self.float, tiles, tokens, d, &lengths), args),
+            Many::Few => {
+                let splits = plan::few_splits(d);
+                let mut partial = Scratch::<f32>::new(&self.device, splits * tokens * d)?;
+                (args.partial, args.splits) = (partial.address(), splits as u32);
+                self.launch_all(&plan::few(self.float, tokens, d, &lengths), args)
+            }
+        }
+    }
+
+    /// Launches that expect tokens in order of width.
+    fn sorted(&self, launches: &[plan::Launch], args: &mut FfnArgs) -> Result<()> {
         let mut order = Scratch::<u32>::new(&self.device, self.tokens)?;
         args.order = order.address();
         let sort = SortArgs {
@@ -238,12 +273,10 @@ impl Call {
         };
         // SAFETY: as many experts and places as tokens
         unsafe { launch(&self.device, &plan::sort(), &sort) }?;
-        let segments = &args.segments[..args.segment_count as usize];
-        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
-        self.launch_both(&plan::prefill(self.float, self.tokens, args.hidden_size as usize, &lengths), args)
+        self.launch_all(launches, args)
     }
 
-    fn quantized(&self, blocks: [Block; 2], args: &mut FfnArgs) -> Result<()> {
+    fn decode_quantized(&self, blocks: [Block; 2], args: &mut FfnArgs) -> Result<()> {
         let (d, i) = (args.hidden_size as usize, args.intermediate_size as usize);
         let mut of_x = QuantizedScratch::new(&self.device, self.tokens, d)?;
         let mut of_h = QuantizedScratch::new(&self.device, self.tokens, i)?;

@@ -9,5 +9,5 @@ mod launch;
 mod operand;
 mod route;
 
-pub use ffn::{Segment, Weight, forward, unsupported};
+pub use ffn::{Segment, Weight, forward, forward_as, unsupported};
 pub use route::{Routed, Router, Thresholds, route};

@@ -1,6 +1,8 @@
 //! Poisoned memory, random layers and the simulation, for tests of kernels.
 #![allow(dead_code)] // each test uses its part
 
+pub mod blocks;
+
 use dynamoe_kernels::args::{Address, FfnArgs, Segment};
 use dynamoe_kernels::plan::{Float, Launch};
 use dynamoe_kernels::reference::{Ffn, Matrix};
@@ -281,7 +283,9 @@ impl Layer {
             let ranges = reference.hidden_range(token, &|x| round(self.float, x));
             for (j, (&found, [low, high])) in row.iter().zip(&ranges).enumerate() {
                 if !(*low..=*high).contains(&found) {
-                    return Err(format!("token {token}, neuron {j}: found {found}, expected {low} to {high}"));
+                    return Err(format!(
+                        "token {token}, neuron {j}: found {found}, expected {low} to {high}"
+                    ));
                 }
             }
             let h = &row[..ranges.len()];
@@ -290,7 +294,9 @@ impl Layer {
                 let [low, high] = [expected - error, expected + error].map(|y| round(self.float, y));
                 let found = y[token * self.d + d];
                 if !(low..=high).contains(&found) {
-                    return Err(format!("token {token}, column {d}: found {found}, expected {low} to {high}"));
+                    return Err(format!(
+                        "token {token}, column {d}: found {found}, expected {low} to {high}"
+                    ));
                 }
             }
         }
