@@ -121,7 +121,7 @@ fn take(slot: &mut Slot) -> Result<Option<Taken>> {
         return Ok(None);
     }
     let blocks = match slot.serialize() {
-        Ok(serialized) => ggml_blocks(&serialized)?,
+        Ok(serialized) => ggml_blocks(&serialized, &Device::Cpu)?,
         // a matrix that fits no blocks is kept in f32, which the engine does not serialize
         Err(_) => None,
     };
@@ -142,12 +142,12 @@ fn take(slot: &mut Slot) -> Result<Option<Taken>> {
     Ok(Some(Taken::Packed(packed)))
 }
 
-/// Reads a projection as the engine serializes it, if it is one of ggml's types, and whether it has a bias.
+/// Reads a projection as the engine serializes it, onto `device`, if it is one of ggml's types, and whether it has a bias.
 ///
 /// ```text
 /// u32 version · u8 kind (0: ggml's) · u32 bytes · u8 bias · u32 type · u32 dimensions · u32 each · bytes · bias
 /// ```
-fn ggml_blocks(serialized: &[u8]) -> Result<Option<(QTensor, bool)>> {
+pub(crate) fn ggml_blocks(serialized: &[u8], device: &Device) -> Result<Option<(QTensor, bool)>> {
     let u32_at = |at: usize| -> Result<usize> {
         match serialized.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()) {
             Some(bytes) => Ok(u32::from_le_bytes(bytes) as usize),
@@ -169,7 +169,7 @@ fn ggml_blocks(serialized: &[u8]) -> Result<Option<(QTensor, bool)>> {
     if dims.len() != 2 || elements / dtype.block_size() * dtype.type_size() != len {
         return Ok(None);
     }
-    Ok(Some((qtensor_from_ggml(dtype, blocks, dims, &Device::Cpu)?, has_bias)))
+    Ok(Some((qtensor_from_ggml(dtype, blocks, dims, device)?, has_bias)))
 }
 
 /// ggml's number of a type that can be packed.
@@ -290,11 +290,18 @@ impl Taken {
 pub(crate) struct EngineExperts {
     pub shells: ShellExperts<Projection>,
     pub fast: Arc<FastExperts>,
+    #[cfg(feature = "cuda")]
+    pub cuda: Arc<crate::cuda::CudaExperts>,
 }
 
 impl NestedExperts for EngineExperts {
     fn widths(&self) -> &[usize] {
         self.shells.widths()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_segments(&self) -> Option<Vec<dynamoe::CudaSegment>> {
+        self.cuda.get()
     }
 
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
@@ -385,11 +392,11 @@ mod tests {
     #[test]
     fn serialized_projections_that_end_early_are_refused() {
         let bytes = quantized(&random(2, 64), GgmlDType::Q8_0, None).serialize().unwrap().into_owned();
-        assert!(ggml_blocks(&bytes).unwrap().is_some());
+        assert!(ggml_blocks(&bytes, &Device::Cpu).unwrap().is_some());
         for len in 5..bytes.len() {
-            assert!(ggml_blocks(&bytes[..len]).is_err(), "{len}");
+            assert!(ggml_blocks(&bytes[..len], &Device::Cpu).is_err(), "{len}");
         }
-        assert!(ggml_blocks(&[]).unwrap().is_none());
+        assert!(ggml_blocks(&[], &Device::Cpu).unwrap().is_none());
     }
 
     /// Shells of `widths` over fresh matrices, as `projection` makes them.
@@ -408,6 +415,8 @@ mod tests {
         EngineExperts {
             shells: ShellExperts::new(shells, Activation::Silu, widths).unwrap(),
             fast: Arc::new(FastExperts::new(Activation::Silu, widths)),
+            #[cfg(feature = "cuda")]
+            cuda: Arc::default(),
         }
     }
 

@@ -32,6 +32,8 @@ pub struct LoadedModel {
     default: RwLock<(Dial, Arc<[f64]>)>,
     counters: Counters,
     on_cpu_kernels: AtomicUsize,
+    #[cfg(feature = "cuda")]
+    passes: crate::pending::Passes,
 }
 
 static LOADED: Mutex<Vec<Weak<LoadedModel>>> = Mutex::new(Vec::new());
@@ -49,7 +51,15 @@ impl LoadedModel {
         let sensitivities = sensitivities(&config, layers, dial)?;
         let counters = Counters::new(layers, config.experts());
         let default = RwLock::new((dial, sensitivities));
-        let model = Arc::new(Self { config, layers, default, counters, on_cpu_kernels: AtomicUsize::new(0) });
+        let model = Arc::new(Self {
+            config,
+            layers,
+            default,
+            counters,
+            on_cpu_kernels: AtomicUsize::new(0),
+            #[cfg(feature = "cuda")]
+            passes: crate::pending::Passes::default(),
+        });
         let mut models = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         models.retain(|model| model.strong_count() > 0);
         models.push(Arc::downgrade(&model));
@@ -78,6 +88,12 @@ impl LoadedModel {
 
     pub(crate) fn set_on_cpu_kernels(&self, layers: usize) {
         self.on_cpu_kernels.store(layers, Relaxed);
+    }
+
+    /// What layers have routed on a CUDA device in the forward that is running.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn passes(&self) -> &crate::pending::Passes {
+        &self.passes
     }
 
     /// The dial of requests that bring none.

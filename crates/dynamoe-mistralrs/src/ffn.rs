@@ -28,6 +28,8 @@ pub struct SwappedFfns {
     /// write these too.
     pub tensors: NamedTensors,
     fast: Vec<Arc<FastExperts>>,
+    #[cfg(feature = "cuda")]
+    cuda: Vec<Arc<crate::cuda::CudaExperts>>,
 }
 
 impl SwappedFfns {
@@ -61,6 +63,39 @@ impl SwappedFfns {
         self.model.set_on_cpu_kernels(0);
         Ok(())
     }
+
+    /// Runs FFNs whose shells are on a CUDA device, unquantized or in Q4K or Q8_0, on dynamoe's kernels, which route on
+    /// the device: `mlps` and the time to call this are as for [`SwappedFfns::use_cpu_kernels`].
+    ///
+    /// Returns how many of the FFNs do so; the others run shell by shell, and wait for their routes.
+    ///
+    /// # Errors
+    /// candle's.
+    #[cfg(feature = "cuda")]
+    pub fn use_cuda_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<usize> {
+        let mut made = 0;
+        for (cuda, mlp) in self.cuda.iter().zip(mlps) {
+            let is_silu = matches!(mlp.hidden_act(), Activation::Silu | Activation::Swish);
+            made += usize::from(is_silu && cuda.make(mlp.get_isq_layers())?);
+        }
+        Ok(made)
+    }
+
+    /// Back to the engine's projections, shell by shell, since it is about to change them.
+    #[cfg(feature = "cuda")]
+    pub fn release_cuda_kernels(&self) {
+        self.cuda.iter().for_each(|cuda| cuda.release());
+    }
+
+    /// Counts what layers have routed on a CUDA device since the last call, which waits for the device: to be called
+    /// after each forward of the model.
+    ///
+    /// # Errors
+    /// candle's.
+    #[cfg(feature = "cuda")]
+    pub fn count_passes(&self) -> candle_core::Result<()> {
+        self.model.passes().count(&self.model)
+    }
 }
 
 /// Replaces a loaded model's MLPs (one for each layer, first layer first) by the FFNs of a DynaMoE checkpoint;
@@ -78,12 +113,16 @@ pub fn swap_ffns(
     config.validate(config.intermediate_size(), layers)?;
     let model = LoadedModel::register(config.clone(), layers)?;
     let (mut tensors, mut fast) = (Vec::new(), Vec::with_capacity(layers));
+    #[cfg(feature = "cuda")]
+    let mut cuda = Vec::with_capacity(layers);
     for (layer, (mlp, weights)) in mlps.into_iter().zip(weights).enumerate() {
         let hidden_size = mlp.get_params().first().copied().unwrap_or(0);
         let activation = mlp.hidden_act();
         let ffn = weights.read(config, hidden_size, activation.try_into()?)?;
         tensors.extend(router_tensors(layer, &ffn));
         fast.push(Arc::clone(&ffn.experts().fast));
+        #[cfg(feature = "cuda")]
+        cuda.push(Arc::clone(&ffn.experts().cuda));
         *mlp = Box::new(EngineFfn {
             ffn,
             model: Arc::clone(&model),
@@ -92,7 +131,13 @@ pub fn swap_ffns(
             activation,
         });
     }
-    Ok(SwappedFfns { model, tensors, fast })
+    Ok(SwappedFfns {
+        model,
+        tensors,
+        fast,
+        #[cfg(feature = "cuda")]
+        cuda,
+    })
 }
 
 /// Router and compensation of a layer.
@@ -119,12 +164,17 @@ struct EngineFfn {
 }
 
 impl EngineFfn {
+    /// The sensitivity of each row of a batch.
+    fn sensitivities(&self, dials: &[Option<&RequestDial>]) -> Vec<f64> {
+        let default = self.model.sensitivities()[self.layer];
+        let of_row = |dial: &Option<&RequestDial>| dial.map_or(default, |dial| dial.sensitivity(self.layer));
+        dials.iter().map(of_row).collect()
+    }
+
     /// Chooses the experts of `x (T, D)`, whose tokens belong to the rows of a batch in equal shares.
     fn route(&self, x: &Tensor, dials: &[Option<&RequestDial>]) -> candle_core::Result<Routes> {
         let tokens = x.dim(0)?;
-        let default = self.model.sensitivities()[self.layer];
-        let of_row = |dial: &Option<&RequestDial>| dial.map_or(default, |dial| dial.sensitivity(self.layer));
-        let rows: Vec<f64> = dials.iter().map(of_row).collect();
+        let rows = self.sensitivities(dials);
         if rows.iter().all(|&sensitivity| sensitivity >= 1.0) {
             return Ok(Routes(vec![self.ffn.experts().widths().len() - 1; tokens]));
         }
@@ -156,6 +206,15 @@ impl MlpLayer for EngineFfn {
             true => rows.iter().map(|row| RequestDial::of_row(row, self.model.layers())).collect(),
             false => vec![None; batch],
         };
+        #[cfg(feature = "cuda")]
+        if self.ffn.experts().cuda.is_made() {
+            let sensitivities = crate::cuda::sensitivities(&self.sensitivities(&dials), x.dim(0)?);
+            let (y, routes) = self.ffn.forward_routed(&x, &sensitivities)?;
+            if serving {
+                self.model.passes().push(self.layer, rows, routes);
+            }
+            return y.reshape(xs.shape());
+        }
         let start = Instant::now();
         let routes = self.route(&x, &dials)?;
         if serving {

@@ -15,10 +15,14 @@
 mod checkpoint;
 mod counters;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dial;
 mod ffn;
 mod loader;
 mod model;
+#[cfg(any(test, feature = "cuda"))]
+mod pending;
 #[cfg(feature = "serve")]
 pub mod serve;
 mod stub;

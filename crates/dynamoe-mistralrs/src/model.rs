@@ -46,12 +46,19 @@ impl DynaMoeModel {
         }
         let layers = ffns.model.layers();
         tracing::info!("CPU kernels run {made} of {layers} FFNs and {projections} other projections");
+        #[cfg(feature = "cuda")]
+        {
+            let made = ffns.use_cuda_kernels(base.get_mlps_mut())?;
+            tracing::info!("CUDA kernels run {made} of {layers} FFNs");
+        }
         Ok(())
     }
 }
 
 impl Inner {
     fn release_cpu_kernels(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        self.ffns.release_cuda_kernels();
         self.ffns.release_cpu_kernels(self.base.get_mlps_mut())
     }
 }
@@ -143,7 +150,14 @@ impl NormalModel for DynaMoeModel {
         metadata: Option<(Vec<(Tensor, Tensor)>, &PagedAttentionInputMetadata)>,
         flash_params: &FlashParams,
     ) -> Result<Tensor> {
-        self.inner.base.forward(input_ids, seqlen_offsets, context_lens, position_ids, metadata, flash_params)
+        let base = &self.inner.base;
+        #[cfg(feature = "cuda")]
+        self.inner.ffns.model.passes().clear();
+        let logits =
+            base.forward(input_ids, seqlen_offsets, context_lens, position_ids, metadata, flash_params)?;
+        #[cfg(feature = "cuda")]
+        self.inner.ffns.count_passes()?;
+        Ok(logits)
     }
 
     fn xlora_forward(

@@ -61,6 +61,8 @@ impl LayerWeights {
         let experts = EngineExperts {
             shells: ShellExperts::new(shells, activation, &config.expert_widths)?.with_glu(fused_glu),
             fast: Arc::new(FastExperts::new(activation, &config.expert_widths)),
+            #[cfg(feature = "cuda")]
+            cuda: Arc::default(),
         };
         let mut get = |name: &str, shape: &[usize]| Ok(self.full_precision(name, shape)?);
         let router = Router::load(config, hidden_size, &mut get)?;

@@ -22,7 +22,7 @@ pub(crate) fn forward<X: NestedExperts>(
         return Ok(None);
     }
     let Some(segments) = ffn.experts().cuda_segments() else { return Ok(None) };
-    if cuda::unsupported(x.dtype(), tokens, &segments).is_some() {
+    if cuda::unsupported(x.dtype(), &segments).is_some() {
         return Ok(None);
     }
     let router = cuda::Router { fc1: fc1.weight(), fc1_bias, fc2: fc2.weight(), fc2_bias };

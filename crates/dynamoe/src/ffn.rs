@@ -80,6 +80,58 @@ impl PendingRoutes {
             }
         }
     }
+
+    /// Waits for the routes of several passes at once, in their order: for those on the same device in a row there is one
+    /// wait.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn wait_all(passes: Vec<Self>) -> candle_core::Result<Vec<Routes>> {
+        #[cfg(feature = "cuda")]
+        {
+            let mut routes = Vec::with_capacity(passes.len());
+            for group in passes.chunk_by(|a, b| a.shares_device_with(b)) {
+                let on_device: Vec<&Tensor> = group.iter().filter_map(Self::on_device).collect();
+                if on_device.len() < 2 {
+                    routes.extend(
+                        group.iter().cloned().map(Self::wait).collect::<candle_core::Result<Vec<_>>>()?,
+                    );
+                    continue;
+                }
+                let all = Self(Pending::OnDevice(Tensor::cat(&on_device, 0)?)).wait()?.0;
+                let mut rest = all.as_slice();
+                for pass in on_device {
+                    let (own, others) = rest.split_at(pass.dim(0)?);
+                    routes.push(Routes(own.to_vec()));
+                    rest = others;
+                }
+            }
+            Ok(routes)
+        }
+        #[cfg(not(feature = "cuda"))]
+        passes.into_iter().map(Self::wait).collect()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> Option<&Tensor> {
+        match &self.0 {
+            Pending::Known(_) => None,
+            Pending::OnDevice(experts) => Some(experts),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn shares_device_with(&self, other: &Self) -> bool {
+        let devices = self.on_device().zip(other.on_device());
+        devices.is_some_and(|(a, b)| a.device().same_device(b.device()))
+    }
+}
+
+impl From<Routes> for PendingRoutes {
+    /// Routes that are known.
+    fn from(routes: Routes) -> Self {
+        Self(Pending::Known(routes))
+    }
 }
 
 /// A SwiGLU FFN whose width follows each token's difficulty.
