@@ -52,6 +52,11 @@ impl LayerWeights {
         hidden_size: usize,
         activation: Activation,
     ) -> Result<DynaMoeFfn<EngineExperts>> {
+        anyhow::ensure!(
+            config.own_shells == 0,
+            "narrow experts with {} shells of their own cannot be served yet: convert with --own-shells 0",
+            config.own_shells
+        );
         let mut start = 0;
         let mut shells = Vec::with_capacity(config.experts());
         for (shell, &end) in config.expert_widths.iter().enumerate() {

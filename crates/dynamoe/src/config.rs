@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 pub const ARCHITECTURE: &str = "DynaMoeForCausalLM";
 /// `model_type` of a DynaMoE checkpoint.
 pub const MODEL_TYPE: &str = "dynamoe";
-/// The newest format version that this build reads, and the one it writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest format version that this build reads.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// How a token's expert is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +105,10 @@ pub struct DynaMoeConfig {
     pub base_model_type: String,
     /// `H_e`: neurons of each nested expert, strictly increasing; the last is the dense FFN's width.
     pub expert_widths: Vec<usize>,
+    /// How many of the first shells narrow experts, all but the largest, have of their own: 0 where they share all
+    /// neurons with the dense FFN. Needs version 2.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub own_shells: usize,
     /// The router of every layer.
     pub router: RouterConfig,
     /// The dial's default.
@@ -112,6 +116,29 @@ pub struct DynaMoeConfig {
     /// Sensitivities for mean widths, ascending in `width`.
     #[serde(default)]
     pub budgets: Vec<Budget>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+/// The version of a checkpoint whose narrow experts have so many shells of their own: the oldest that says it.
+pub fn version_for(own_shells: usize) -> u32 {
+    if own_shells > 0 { 2 } else { 1 }
+}
+
+/// Checks that narrow experts can have so many shells of their own.
+///
+/// # Errors
+/// [`Error::Config`] if there are not as many narrow experts.
+pub fn check_own_shells(own_shells: usize, experts: usize) -> Result<()> {
+    if own_shells < experts.max(1) {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "own_shells must be from 0 to {}, the number of experts but the largest, found {own_shells}",
+        experts.saturating_sub(1)
+    )))
 }
 
 /// Checks that a dial's value is a number from 0 to 1.
@@ -199,6 +226,14 @@ impl DynaMoeConfig {
             return Err(Error::Config("version must be 1 or more, found 0".into()));
         }
         check_widths(&self.expert_widths, intermediate_size)?;
+        check_own_shells(self.own_shells, self.experts())?;
+        let needed = version_for(self.own_shells);
+        if self.version < needed {
+            return Err(Error::Config(format!(
+                "own_shells needs version {needed} of the format, found version {}",
+                self.version
+            )));
+        }
         check_dial("sensitivity", self.sensitivity)?;
         let mlp = self.router.kind == RouterKind::Mlp;
         if mlp != (self.router.hidden_size > 0) {
@@ -222,6 +257,11 @@ impl DynaMoeConfig {
     /// Number of nested experts.
     pub fn experts(&self) -> usize {
         self.expert_widths.len()
+    }
+
+    /// Neurons that narrow experts have of their own, `H_{own_shells - 1}`; 0 for none.
+    pub fn own_width(&self) -> usize {
+        self.own_shells.checked_sub(1).map_or(0, |last| self.expert_widths[last])
     }
 
     /// The widest expert: the dense FFN's `intermediate_size`.

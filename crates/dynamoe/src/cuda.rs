@@ -17,7 +17,12 @@ pub(crate) fn forward<X: NestedExperts>(
     let Router::Mlp { fc1, fc2 } = ffn.router() else { return Ok(None) };
     let (Some(fc1_bias), Some(fc2_bias)) = (fc1.bias(), fc2.bias()) else { return Ok(None) };
     let (tokens, widths) = (x.dim(0)?, ffn.experts().widths());
-    if !x.device().is_cuda() || tokens == 0 || widths.len() < 2 || widths.len() > dynamoe_kernels::MAX_EXPERTS
+    // the kernels know one set of neurons, not narrow experts' own
+    if ffn.experts().own_shells() > 0
+        || !x.device().is_cuda()
+        || tokens == 0
+        || widths.len() < 2
+        || widths.len() > dynamoe_kernels::MAX_EXPERTS
     {
         return Ok(None);
     }

@@ -40,13 +40,44 @@ pub trait NestedExperts: Send + Sync {
     /// # Errors
     /// candle's.
     fn forward_unsorted(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Result<Tensor> {
-        let mut back = vec![0u32; order.len()];
-        for (sorted, &row) in order.iter().enumerate() {
-            back[row as usize] = sorted as u32;
-        }
         let sorted = x.index_select(&Tensor::new(order, x.device())?, 0)?;
-        self.forward(&sorted, reach)?.index_select(&Tensor::new(back, x.device())?, 0)
+        self.forward(&sorted, reach)?.index_select(&Tensor::new(places(order), x.device())?, 0)
     }
+
+    /// How many of the first shells are others for tokens below full width.
+    fn own_shells(&self) -> usize {
+        0
+    }
+
+    /// Runs rows below full width, sorted by expert, widest first; `reach` as for [`NestedExperts::forward`], without
+    /// the largest expert's.
+    ///
+    /// # Errors
+    /// candle's.
+    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        self.forward(x, &[reach, &[0]].concat())
+    }
+}
+
+/// Where each row stands in `order`.
+pub(crate) fn places(order: &[u32]) -> Vec<u32> {
+    let mut places = vec![0u32; order.len()];
+    for (place, &row) in order.iter().enumerate() {
+        places[row as usize] = place as u32;
+    }
+    places
+}
+
+/// Checks that `own` first neurons, or the shells that hold them, can be narrow experts' own; returns the widths of
+/// these.
+pub(crate) fn narrow_widths(widths: &[usize], own: usize) -> crate::Result<&[usize]> {
+    let (_, narrower) = widths.split_last().unwrap_or((&0, &[]));
+    if narrower.contains(&own) {
+        return Ok(narrower);
+    }
+    Err(crate::Error::Config(format!(
+        "narrow experts' own neurons must be as many as one of them is wide, {narrower:?}, found {own}"
+    )))
 }
 
 /// `act(gate) ∘ up`, both `(…, n)`.
@@ -66,6 +97,8 @@ pub struct PrefixExperts {
     activation: Activation,
     glu: Glu,
     widths: Vec<usize>,
+    own_shells: usize,
+    narrow: Option<Box<Self>>,
 }
 
 impl PrefixExperts {
@@ -90,12 +123,46 @@ impl PrefixExperts {
             }
         }
         crate::config::check_widths(widths, i)?;
-        Ok(Self { gate_proj, up_proj, down_proj, activation, glu, widths: widths.to_vec() })
+        let widths = widths.to_vec();
+        Ok(Self { gate_proj, up_proj, down_proj, activation, glu, widths, own_shells: 0, narrow: None })
+    }
+
+    /// The same with first neurons of narrow experts' own: `own` is their gate `(P, D)`, up `(P, D)` and down `(D, P)`,
+    /// where `P` is the width of a narrow expert. Narrow experts become matrices of their own.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn with_own(self, own: [&Tensor; 3]) -> crate::Result<Self> {
+        let p = own[0].dim(0)?;
+        let narrower = narrow_widths(&self.widths, p)?;
+        let rest = narrower[narrower.len() - 1] - p;
+        let behind =
+            |own: &Tensor, dense: &Tensor, dim| Tensor::cat(&[own, &dense.narrow(dim, p, rest)?], dim);
+        let narrow = Self::new(
+            behind(own[0], &self.gate_proj, 0)?,
+            behind(own[1], &self.up_proj, 0)?,
+            behind(own[2], &self.down_proj, 1)?,
+            self.activation,
+            narrower,
+        )?;
+        let own_shells = narrower.partition_point(|&width| width <= p);
+        let narrow = Some(Box::new(narrow.with_glu(self.glu)));
+        Ok(Self { own_shells, narrow, ..self })
     }
 
     /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
     pub fn with_glu(self, glu: Glu) -> Self {
         Self { glu, ..self }
+    }
+
+    /// The narrow experts, where some of their neurons are their own.
+    pub fn narrow(&self) -> Option<&Self> {
+        self.narrow.as_deref()
+    }
+
+    /// gate, up and down.
+    pub fn matrices(&self) -> [&Tensor; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj]
     }
 
     /// `O_e(x)` for all rows of `x (T, D)`.
@@ -137,6 +204,17 @@ impl NestedExperts for PrefixExperts {
         }
         if groups.is_empty() { x.zeros_like() } else { Tensor::cat(&groups, 0) }
     }
+
+    fn own_shells(&self) -> usize {
+        self.own_shells
+    }
+
+    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        match &self.narrow {
+            Some(narrow) => narrow.forward(x, reach),
+            None => self.forward(x, &[reach, &[0]].concat()),
+        }
+    }
 }
 
 /// One shell's projections, each mapping rows: `gate`, `up`: D → shell width, `down`: shell width → D.
@@ -154,6 +232,7 @@ pub struct Shell<P> {
 #[derive(Debug, Clone)]
 pub struct ShellExperts<P> {
     shells: Vec<Shell<P>>,
+    own: Vec<Shell<P>>,
     activation: Activation,
     glu: Glu,
     widths: Vec<usize>,
@@ -174,12 +253,32 @@ impl<P> ShellExperts<P> {
         }
         Ok(Self {
             shells,
+            own: Vec::new(),
             activation,
             glu,
             widths: widths.to_vec(),
             #[cfg(feature = "cuda")]
             cuda_weight: |_| None,
         })
+    }
+
+    /// The same whose narrow experts have these in place of as many first shells, of the same widths.
+    ///
+    /// # Errors
+    /// As many shells as experts, or more.
+    pub fn with_own(self, own: Vec<Shell<P>>) -> crate::Result<Self> {
+        crate::config::check_own_shells(own.len(), self.shells.len())?;
+        Ok(Self { own, ..self })
+    }
+
+    /// Narrow experts' own shells, narrowest expert's first.
+    pub fn own(&self) -> &[Shell<P>] {
+        &self.own
+    }
+
+    /// Narrow experts' own shells, for an engine that quantizes them in place.
+    pub fn own_mut(&mut self) -> &mut [Shell<P>] {
+        &mut self.own
     }
 
     /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
@@ -206,9 +305,31 @@ impl<P> ShellExperts<P> {
 }
 
 impl<P: Module + Send + Sync> ShellExperts<P> {
-    fn shell(&self, shell: usize, x: &Tensor) -> Result<Tensor> {
-        let Shell { gate_proj, up_proj, down_proj } = &self.shells[shell];
+    fn shell(&self, shell: &Shell<P>, x: &Tensor) -> Result<Tensor> {
+        let Shell { gate_proj, up_proj, down_proj } = shell;
         down_proj.forward(&(self.glu)(&gate_proj.forward(x)?, &up_proj.forward(x)?, self.activation)?)
+    }
+
+    /// The sum over `shells` for rows sorted by expert.
+    fn sum(&self, shells: &[&Shell<P>], x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        if x.dim(0)? == 0 {
+            return x.zeros_like();
+        }
+        // from the outermost shell inwards: each sum has the rows of the next one as its head
+        let mut sum: Option<Tensor> = None;
+        for (shell, &rows) in shells.iter().zip(reach).rev().filter(|(_, rows)| **rows > 0) {
+            let part = self.shell(shell, &x.narrow(0, 0, rows)?)?; // (rows, D)
+            sum = Some(match sum {
+                None => part,
+                Some(wider) if wider.dim(0)? == rows => (wider + part)?,
+                Some(wider) => {
+                    let head = wider.dim(0)?;
+                    let both = (wider + part.narrow(0, 0, head)?)?;
+                    Tensor::cat(&[both, part.narrow(0, head, rows - head)?], 0)?
+                }
+            });
+        }
+        sum.map_or_else(|| Tensor::zeros(x.shape(), DType::F32, &Device::Cpu), Ok)
     }
 }
 
@@ -230,24 +351,16 @@ impl<P: Module + Send + Sync> NestedExperts for ShellExperts<P> {
     }
 
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        if x.dim(0)? == 0 {
-            return x.zeros_like();
-        }
-        // from the outermost shell inwards: each sum has the rows of the next one as its head
-        let mut sum: Option<Tensor> = None;
-        for (shell, &rows) in reach.iter().enumerate().rev().filter(|&(_, &rows)| rows > 0) {
-            let part = self.shell(shell, &x.narrow(0, 0, rows)?)?; // (rows, D)
-            sum = Some(match sum {
-                None => part,
-                Some(wider) if wider.dim(0)? == rows => (wider + part)?,
-                Some(wider) => {
-                    let head = wider.dim(0)?;
-                    let both = (wider + part.narrow(0, 0, head)?)?;
-                    Tensor::cat(&[both, part.narrow(0, head, rows - head)?], 0)?
-                }
-            });
-        }
-        sum.map_or_else(|| Tensor::zeros(x.shape(), DType::F32, &Device::Cpu), Ok)
+        self.sum(&self.shells.iter().collect::<Vec<_>>(), x, reach)
+    }
+
+    fn own_shells(&self) -> usize {
+        self.own.len()
+    }
+
+    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        let shells: Vec<_> = self.own.iter().chain(&self.shells[self.own.len()..]).collect();
+        self.sum(&shells, x, reach)
     }
 }
 

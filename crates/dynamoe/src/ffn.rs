@@ -24,7 +24,7 @@ use candle_nn::Module;
 
 use crate::config::check_dial;
 use crate::error::{Error, Result};
-use crate::experts::NestedExperts;
+use crate::experts::{NestedExperts, places};
 use crate::router::{Router, logit};
 
 /// The expert of every token of one forward pass.
@@ -240,15 +240,35 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         }
         let reach = routes.reach(experts);
         let uniform = reach.iter().all(|&rows| rows == 0 || rows == tokens);
-        let y = if uniform {
+        // widest first; stable, so that the order of equals is that of the text
+        let mut order: Vec<u32> = (0..tokens as u32).collect();
+        order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
+        let y = if self.experts.own_shells() > 0 && reach[experts - 1] < tokens {
+            self.forward_apart(x, &order, &reach)?
+        } else if uniform {
             self.experts.forward(x, &reach)?
         } else {
-            // widest first; stable, so that the order of equals is that of the text
-            let mut order: Vec<u32> = (0..tokens as u32).collect();
-            order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
             self.experts.forward_unsorted(x, &order, &reach)?
         };
         self.compensate(y, routes)
+    }
+
+    /// Rows at full width on the dense FFN, the others on narrow experts, which have neurons of their own.
+    fn forward_apart(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> candle_core::Result<Tensor> {
+        let (narrower, full) = (reach.len() - 1, reach[reach.len() - 1]);
+        let rest: Vec<usize> = reach[..narrower].iter().map(|&rows| rows - full).collect();
+        if rest.iter().all(|&rows| rows == 0 || rows == order.len()) {
+            return self.experts.forward_narrow(x, &rest);
+        }
+        let x = x.contiguous()?;
+        let rows = |rows: &[u32]| x.index_select(&Tensor::new(rows, x.device())?, 0);
+        let (wide, narrow) = order.split_at(full);
+        let narrow = self.experts.forward_narrow(&rows(narrow)?, &rest)?;
+        let sorted = match full {
+            0 => narrow,
+            _ => Tensor::cat(&[self.experts.forward(&rows(wide)?, &vec![full; reach.len()])?, narrow], 0)?,
+        };
+        sorted.index_select(&Tensor::new(places(order), x.device())?, 0)
     }
 
     fn compensate(&self, y: Tensor, routes: &Routes) -> candle_core::Result<Tensor> {

@@ -1,7 +1,7 @@
 //! Names of the tensors that a DynaMoE layer reads from a checkpoint.
 //!
 //! The dense FFN's tensors keep their Hugging Face names (their neurons are reordered); a layer adds those of
-//! its router and its compensation under `mlp.router`.
+//! its router and its compensation under `mlp.router`, and those of narrow experts' own neurons under `mlp.own`.
 
 /// Rows are neurons: `(intermediate_size, hidden_size)`.
 pub const GATE_PROJ: &str = "gate_proj.weight";
@@ -20,9 +20,24 @@ pub const ROUTER_FC2_BIAS: &str = "router.fc2.bias";
 /// What each expert but the largest adds for the neurons it leaves out: `(experts - 1, hidden_size)`.
 pub const COMPENSATION: &str = "router.compensation";
 
-/// Every tensor that a routed layer has beyond the dense FFN's.
+/// Every tensor of a layer's router.
 pub const ROUTER_TENSORS: [&str; 5] =
     [ROUTER_FC1_WEIGHT, ROUTER_FC1_BIAS, ROUTER_FC2_WEIGHT, ROUTER_FC2_BIAS, COMPENSATION];
+
+/// Narrow experts' own first neurons: `(own_width, hidden_size)`.
+pub const OWN_GATE_PROJ: &str = "own.gate_proj.weight";
+/// Narrow experts' own first neurons: `(own_width, hidden_size)`.
+pub const OWN_UP_PROJ: &str = "own.up_proj.weight";
+/// Narrow experts' own first neurons: `(hidden_size, own_width)`.
+pub const OWN_DOWN_PROJ: &str = "own.down_proj.weight";
+
+/// The tensors of the neurons that narrow experts have of their own.
+pub const OWN_TENSORS: [&str; 3] = [OWN_GATE_PROJ, OWN_UP_PROJ, OWN_DOWN_PROJ];
+
+/// Whether a tensor of this full name is one that a DynaMoE checkpoint has beyond its base's.
+pub fn is_addition(name: &str) -> bool {
+    name.contains(".mlp.router.") || name.contains(".mlp.own.")
+}
 
 /// The full name of an FFN tensor of decoder layer `layer`, as in `model.layers.3.mlp.gate_proj.weight`.
 pub fn mlp(layer: usize, tensor: &str) -> String {

@@ -31,6 +31,9 @@ pub struct ReferenceFfn {
     pub fc2: ReferenceLinear,
     /// `(E-1, D)`, empty for none.
     pub compensation: Vec<Vec<f64>>,
+    /// Narrow experts' own first neurons, in place of as many of the FFN's: rows of gate and up and columns of down,
+    /// empty for none.
+    pub own: [Vec<Vec<f64>>; 3],
     /// `H_e`.
     pub widths: Vec<usize>,
 }
@@ -61,12 +64,15 @@ impl ReferenceFfn {
 
     /// `O_e(x)` for one token.
     pub fn expert(&self, x: &[f64], expert: usize) -> Vec<f64> {
-        let neuron = |j: usize| {
-            let gate = dot(&self.gate_proj[j], x);
-            gate * sigmoid(gate) * dot(&self.up_proj[j], x)
-        };
-        let h: Vec<f64> = (0..self.widths[expert]).map(neuron).collect();
-        let mut y: Vec<f64> = self.down_proj.iter().map(|row| dot(row, &h)).collect();
+        let dense = [&self.gate_proj, &self.up_proj, &self.down_proj];
+        let narrow = expert + 1 < self.widths.len();
+        let mut y = vec![0.0; self.down_proj.len()];
+        for j in 0..self.widths[expert] {
+            let [gate, up, down] = if narrow && j < self.own[0].len() { self.own.each_ref() } else { dense };
+            let by_gate = dot(&gate[j], x);
+            let h = by_gate * sigmoid(by_gate) * dot(&up[j], x);
+            y.iter_mut().zip(down).for_each(|(y, row)| *y += h * row[j]);
+        }
         if let Some(compensation) = self.compensation.get(expert) {
             y.iter_mut().zip(compensation).for_each(|(y, c)| *y += c);
         }

@@ -1,6 +1,6 @@
 //! The differentiable forward: every expert's output, or a soft mixture of them, from one full-width pass.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use crate::swiglu::{masked_swiglu, shell_ranges};
 
@@ -13,6 +13,9 @@ pub struct TrainableFfn {
     pub up_proj: Tensor,
     /// `(D, I)`
     pub down_proj: Tensor,
+    /// Narrow experts' own first shells, in place of the dense FFN's: gate `(P, D)`, up `(P, D)`, down `(D, P)`, where
+    /// `P` is the width of one of the narrow experts.
+    pub own: Option<[Tensor; 3]>,
     /// `(E-1, D)`
     pub compensation: Option<Tensor>,
     /// `H_e`, ending at `I`.
@@ -39,9 +42,53 @@ impl TrainableFfn {
         reach: &Tensor,
         linear: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let (gate, up) = (linear(x, &self.gate_proj)?, linear(x, &self.up_proj)?); // (N, I)
-        let h = masked_swiglu(&gate, &up, reach, &self.widths)?;
-        let y = linear(&h, &self.down_proj)?; // (N, D)
+        let product = |ffn: &Self, reach: &Tensor| {
+            let (gate, up) = (linear(x, &ffn.gate_proj)?, linear(x, &ffn.up_proj)?); // (N, I)
+            let h = masked_swiglu(&gate, &up, reach, &ffn.widths)?;
+            linear(&h, &ffn.down_proj) // (N, D)
+        };
+        let y = match self.split(reach)? {
+            Some([(shared, by_shared), (own, by_own)]) => {
+                (product(&shared, &by_shared)? + product(&own, &by_own)?)?
+            }
+            None => product(self, reach)?,
+        };
+        self.compensate(y, reach)
+    }
+
+    /// The dense FFN's neurons and narrow experts' own, each with its use of shells, without compensation; their
+    /// outputs add up. None where narrow experts have nothing of their own.
+    ///
+    /// # Errors
+    /// candle's; an own width that is not one of a narrow expert.
+    pub fn split(&self, reach: &Tensor) -> Result<Option<[(Self, Tensor); 2]>> {
+        let Some([gate, up, down]) = &self.own else { return Ok(None) };
+        let (width, experts) = (gate.dim(0)?, self.widths.len());
+        let Some(last) = self.widths[..experts - 1].iter().position(|&w| w == width) else {
+            bail!("own neurons: expected the width of a narrow expert of {:?}, found {width}", self.widths);
+        };
+        let shells = last + 1;
+        let full = reach.narrow(1, experts - 1, 1)?; // (N, 1)
+        let by_own = reach.narrow(1, 0, shells)?.broadcast_sub(&full)?;
+        let by_shared =
+            [full.broadcast_as((reach.dim(0)?, shells))?, reach.narrow(1, shells, experts - shells)?];
+        let own = Self {
+            gate_proj: gate.clone(),
+            up_proj: up.clone(),
+            down_proj: down.clone(),
+            own: None,
+            compensation: None,
+            widths: self.widths[..shells].to_vec(),
+        };
+        let shared = Self { own: None, compensation: None, ..self.clone() };
+        Ok(Some([(shared, Tensor::cat(&by_shared, 1)?), (own, by_own)]))
+    }
+
+    /// Adds the compensation to `y (N, D)`.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn compensate(&self, y: Tensor, reach: &Tensor) -> Result<Tensor> {
         let narrower = self.widths.len() - 1;
         match &self.compensation {
             Some(compensation) if narrower > 0 => {
@@ -59,19 +106,27 @@ impl TrainableFfn {
     /// # Errors
     /// candle's.
     pub fn expert_outputs(&self, x: &Tensor) -> Result<Vec<Tensor>> {
-        let gate = x.matmul(&self.gate_proj.t()?)?; // (N, I)
-        let h = (gate.silu()? * x.matmul(&self.up_proj.t()?)?)?;
-        let mut outputs: Vec<Tensor> = Vec::with_capacity(self.widths.len());
-        for shell in shell_ranges(&self.widths) {
-            let down = self.down_proj.narrow(1, shell.start, shell.len())?.t()?;
-            let part = h.narrow(1, shell.start, shell.len())?.matmul(&down)?; // (N, D)
-            outputs.push(match outputs.last() {
-                Some(narrower) => (narrower + part)?,
-                None => part,
-            });
+        let shells = |[gate, up, down]: [&Tensor; 3]| -> Result<Vec<Tensor>> {
+            let h = (x.matmul(&gate.t()?)?.silu()? * x.matmul(&up.t()?)?)?; // (N, I)
+            let within = shell_ranges(&self.widths).filter(|shell| shell.end <= h.dims()[1]);
+            let part = |shell: std::ops::Range<usize>| {
+                let down = down.narrow(1, shell.start, shell.len())?.t()?;
+                h.narrow(1, shell.start, shell.len())?.matmul(&down) // (N, D)
+            };
+            within.map(part).collect()
+        };
+        let dense = shells([&self.gate_proj, &self.up_proj, &self.down_proj])?;
+        let own = self.own.as_ref().map_or(Ok(Vec::new()), |own| shells(own.each_ref()))?;
+        let narrower = dense.len() - 1;
+        let mut outputs: Vec<Tensor> = Vec::with_capacity(dense.len());
+        for (s, part) in own.iter().chain(&dense[own.len()..narrower]).enumerate() {
+            outputs.push(if s > 0 { (&outputs[s - 1] + part)? } else { part.clone() });
         }
+        outputs.push(match (&own[..], outputs.last()) {
+            ([], Some(narrower)) => (narrower + &dense[dense.len() - 1])?,
+            _ => dense.iter().skip(1).try_fold(dense[0].clone(), |sum, part| sum + part)?,
+        });
         if let Some(compensation) = &self.compensation {
-            let narrower = outputs.len() - 1;
             for (e, output) in outputs[..narrower].iter_mut().enumerate() {
                 *output = output.broadcast_add(&compensation.get(e)?)?;
             }

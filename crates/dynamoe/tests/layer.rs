@@ -24,6 +24,8 @@ struct Layer {
     fc1: Linear,
     fc2: Linear,
     compensation: Tensor,
+    /// Narrow experts' own gate, up and down.
+    own: Option<[Tensor; 3]>,
 }
 
 fn random(rng: &mut ChaCha8Rng, rows: usize, columns: usize, scale: f32) -> Tensor {
@@ -44,7 +46,15 @@ impl Layer {
             fc1: Linear::new(random(rng, r, d, 1.0), Some(bias(rng, r))),
             fc2: Linear::new(random(rng, narrower, r, 1.5), Some(bias(rng, narrower))),
             compensation: random(rng, narrower, d, 1.0),
+            own: None,
         }
+    }
+
+    /// The same with so many first shells of narrow experts' own.
+    fn with_own(self, rng: &mut ChaCha8Rng, shells: usize) -> Self {
+        let (p, d) = (shells.checked_sub(1).map_or(0, |last| self.widths[last]), self.d);
+        let own = [random(rng, p, d, 1.0), random(rng, p, d, 1.0), random(rng, d, p, 1.0)];
+        Self { own: (p > 0).then_some(own), ..self }
     }
 
     fn router(&self) -> Router {
@@ -54,36 +64,47 @@ impl Layer {
     fn prefixes(&self, dtype: DType) -> PrefixExperts {
         let cast = |t: &Tensor| t.to_dtype(dtype).unwrap();
         let weights = (cast(&self.gate), cast(&self.up), cast(&self.down));
-        PrefixExperts::new(weights.0, weights.1, weights.2, Activation::Silu, &self.widths).unwrap()
+        let experts =
+            PrefixExperts::new(weights.0, weights.1, weights.2, Activation::Silu, &self.widths).unwrap();
+        match &self.own {
+            Some(own) => experts.with_own(own.each_ref().map(cast).each_ref()).unwrap(),
+            None => experts,
+        }
     }
 
     fn shells(&self, dtype: DType) -> ShellExperts<Linear> {
-        let mut start = 0;
-        let shells = self.widths.iter().map(|&end| {
-            let cut = |w: &Tensor, dim| {
-                let shell = w.narrow(dim, start, end - start).unwrap().contiguous().unwrap();
-                Linear::new(shell.to_dtype(dtype).unwrap(), None)
-            };
-            let shell = Shell {
-                gate_proj: cut(&self.gate, 0),
-                up_proj: cut(&self.up, 0),
-                down_proj: cut(&self.down, 1),
-            };
-            start = end;
-            shell
-        });
-        ShellExperts::new(shells.collect(), Activation::Silu, &self.widths).unwrap()
+        let cut = |[gate, up, down]: [&Tensor; 3]| {
+            let mut start = 0;
+            let widths = self.widths.iter().filter(|&&end| end <= gate.dim(0).unwrap());
+            let shells = widths.map(|&end| {
+                let cut = |w: &Tensor, dim| {
+                    let shell = w.narrow(dim, start, end - start).unwrap().contiguous().unwrap();
+                    Linear::new(shell.to_dtype(dtype).unwrap(), None)
+                };
+                let shell = Shell { gate_proj: cut(gate, 0), up_proj: cut(up, 0), down_proj: cut(down, 1) };
+                start = end;
+                shell
+            });
+            shells.collect::<Vec<_>>()
+        };
+        let shells = cut([&self.gate, &self.up, &self.down]);
+        let own = self.own.as_ref().map_or(Vec::new(), |own| cut(own.each_ref()));
+        ShellExperts::new(shells, Activation::Silu, &self.widths).unwrap().with_own(own).unwrap()
     }
 
     fn packed(&self) -> PackedExperts {
         let pack = |l: &Linear| Arc::new(PackedMatrix::from_tensor(l.weight()).unwrap());
+        let all = |shells: &[Shell<Linear>]| {
+            let shells = shells.iter().map(|s| Shell {
+                gate_proj: pack(&s.gate_proj),
+                up_proj: pack(&s.up_proj),
+                down_proj: pack(&s.down_proj),
+            });
+            shells.collect::<Vec<_>>()
+        };
         let shells = self.shells(DType::F32);
-        let shells = shells.shells().iter().map(|s| Shell {
-            gate_proj: pack(&s.gate_proj),
-            up_proj: pack(&s.up_proj),
-            down_proj: pack(&s.down_proj),
-        });
-        PackedExperts::new(shells.collect(), Activation::Silu, &self.widths).unwrap()
+        let experts = PackedExperts::new(all(shells.shells()), Activation::Silu, &self.widths).unwrap();
+        experts.with_own(all(shells.own())).unwrap()
     }
 
     fn ffn<X: NestedExperts>(&self, experts: X, sensitivity: f64) -> DynaMoeFfn<X> {
@@ -101,6 +122,7 @@ impl Layer {
             fc1: linear(&self.fc1),
             fc2: linear(&self.fc2),
             compensation: rows(&self.compensation),
+            own: self.own.as_ref().map_or([const { Vec::new() }; 3], |own| own.each_ref().map(rows)),
             widths: self.widths.clone(),
         }
     }
@@ -155,10 +177,11 @@ fn poisoned(x: &Tensor) -> Tensor {
 #[test]
 fn fast_paths_equal_the_reference() {
     let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
-    for widths in [vec![7], vec![1, 2, 9], vec![8, 16, 24, 32], vec![5, 64, 65]] {
+    let shapes = [vec![7], vec![1, 2, 9], vec![8, 16, 24, 32], vec![5, 64, 65]];
+    for (widths, own) in shapes.iter().flat_map(|widths| (0..widths.len()).map(move |own| (widths, own))) {
         for tokens in [0, 1, 2, 7, 64] {
             for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 1e-9)] {
-                let layer = Layer::random(&mut rng, 6, &widths);
+                let layer = Layer::random(&mut rng, 6, widths).with_own(&mut rng, own);
                 let x = random(&mut rng, tokens, layer.d, 2.0);
                 for sensitivity in [0.0, 0.3, 0.5, 0.9, 1.0] {
                     let strided = poisoned(&x).to_dtype(dtype).unwrap();
@@ -196,7 +219,7 @@ fn half_precision_follows_the_reference() {
 #[test]
 fn the_top_of_the_dial_is_the_dense_path_bit_for_bit() {
     let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
-    let mut layer = Layer::random(&mut rng, 16, &[16, 32, 48]);
+    let mut layer = Layer::random(&mut rng, 16, &[16, 32, 48]).with_own(&mut rng, 1);
     // a router that would poison everything it touches must not run
     let nan = Tensor::full(f32::NAN, layer.fc1.weight().shape(), &CPU).unwrap();
     layer.fc1 = Linear::new(nan, layer.fc1.bias().cloned());
@@ -210,7 +233,7 @@ fn the_top_of_the_dial_is_the_dense_path_bit_for_bit() {
 #[test]
 fn each_token_may_have_its_own_dial() {
     let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
-    let layer = Layer::random(&mut rng, 6, &[8, 16, 24, 32]);
+    let layer = Layer::random(&mut rng, 6, &[8, 16, 24, 32]).with_own(&mut rng, 1);
     let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
     let x = random(&mut rng, 20, layer.d, 2.0);
     let dials: Vec<f64> = (0..20).map(|_| rng.random_range(0.0..=1.0)).collect();
@@ -228,30 +251,48 @@ fn each_token_may_have_its_own_dial() {
 #[test]
 fn the_differentiable_forward_yields_every_expert() {
     let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
+    for own in [0, 1, 2] {
+        let layer = Layer::random(&mut rng, 6, &[3, 8, 20]).with_own(&mut rng, own);
+        let train = TrainableFfn {
+            gate_proj: layer.gate.clone(),
+            up_proj: layer.up.clone(),
+            down_proj: layer.down.clone(),
+            own: layer.own.clone(),
+            compensation: Some(layer.compensation.clone()),
+            widths: layer.widths.clone(),
+        };
+        let x = random(&mut rng, 11, layer.d, 1.0);
+        let outputs = train.expert_outputs(&x).unwrap();
+        let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
+        for (e, output) in outputs.iter().enumerate() {
+            assert_close(output, &flat(&ffn.forward_with(&x, &Routes(vec![e; 11])).unwrap()), 1e-5);
+        }
+        // a mixture of experts is the mixture of their outputs
+        let p = candle_nn::ops::softmax(&random(&mut rng, 11, 3, 2.0), 1).unwrap();
+        let column = |e: usize| p.narrow(1, e, 1).unwrap();
+        let tail = (column(1) + column(2)).unwrap();
+        let reach = Tensor::cat(&[&(column(0) + &tail).unwrap(), &tail, &column(2)], 1).unwrap();
+        let mut mixture = x.zeros_like().unwrap();
+        for (e, output) in outputs.iter().enumerate() {
+            mixture = (mixture + output.broadcast_mul(&column(e)).unwrap()).unwrap();
+        }
+        assert_close(&train.forward(&x, &reach).unwrap(), &flat(&mixture), 1e-5);
+    }
+}
+
+#[test]
+fn own_neurons_are_as_many_as_a_narrow_expert_has() {
+    let mut rng = ChaCha8Rng::seed_from_u64(rand::random());
     let layer = Layer::random(&mut rng, 6, &[3, 8, 20]);
-    let train = TrainableFfn {
-        gate_proj: layer.gate.clone(),
-        up_proj: layer.up.clone(),
-        down_proj: layer.down.clone(),
-        compensation: Some(layer.compensation.clone()),
-        widths: layer.widths.clone(),
-    };
-    let x = random(&mut rng, 11, layer.d, 1.0);
-    let outputs = train.expert_outputs(&x).unwrap();
-    let ffn = layer.ffn(layer.prefixes(DType::F32), 1.0);
-    for (e, output) in outputs.iter().enumerate() {
-        assert_close(output, &flat(&ffn.forward_with(&x, &Routes(vec![e; 11])).unwrap()), 1e-5);
+    for p in [0, 2, 4, 20] {
+        let own = [random(&mut rng, p, 6, 1.0), random(&mut rng, p, 6, 1.0), random(&mut rng, 6, p, 1.0)];
+        let error = layer.prefixes(DType::F32).with_own(own.each_ref()).unwrap_err().to_string();
+        assert!(error.contains("[3, 8]") && error.contains(&format!("found {p}")), "{error}");
     }
-    // a mixture of experts is the mixture of their outputs
-    let p = candle_nn::ops::softmax(&random(&mut rng, 11, 3, 2.0), 1).unwrap();
-    let column = |e: usize| p.narrow(1, e, 1).unwrap();
-    let tail = (column(1) + column(2)).unwrap();
-    let reach = Tensor::cat(&[&(column(0) + &tail).unwrap(), &tail, &column(2)], 1).unwrap();
-    let mut mixture = x.zeros_like().unwrap();
-    for (e, output) in outputs.iter().enumerate() {
-        mixture = (mixture + output.broadcast_mul(&column(e)).unwrap()).unwrap();
-    }
-    assert_close(&train.forward(&x, &reach).unwrap(), &flat(&mixture), 1e-5);
+    let (shells, packed) = (layer.shells(DType::F32), layer.packed());
+    assert!(packed.clone().with_own(packed.shells().to_vec()).is_err());
+    assert!(shells.clone().with_own(shells.shells().to_vec()).is_err());
+    assert_eq!(packed.clone().with_own(packed.shells()[..2].to_vec()).unwrap().own_shells(), 2);
 }
 
 proptest! {

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use dynamoe::config::{DynaMoeConfig, FORMAT_VERSION, RouterConfig, RouterKind};
+use dynamoe::config::{DynaMoeConfig, RouterConfig, RouterKind, version_for};
 use dynamoe::names;
 use dynamoe::router::logit;
 use rand::SeedableRng;
@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::calibrate::{Calibration, LayerStatistics};
 use crate::checkpoint::save::{CHUNK_BYTES, copy_tensor, write_folder};
 use crate::checkpoint::writer::check_finite;
-use crate::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards, router_tensors, set_section};
+use crate::checkpoint::{Checkpoint, TensorSpec, Writer, added_tensors, plan_shards, set_section};
 use crate::hf_config::{ModelConfig, read_json};
 
 const FFN: [&str; 3] = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ];
@@ -33,6 +33,8 @@ const FFN: [&str; 3] = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ];
 pub struct ConvertOptions {
     /// `H_e` of each expert; [`dynamoe::config::even_widths`] makes the paper's.
     pub expert_widths: Vec<usize>,
+    /// How many of the first shells narrow experts get as copies of their own.
+    pub own_shells: usize,
     /// The routers to add.
     pub router: RouterConfig,
     /// Seed of the routers' weights.
@@ -67,7 +69,7 @@ pub fn convert(
     }
     let mut json = read_json(source.dir())?;
     let section = DynaMoeConfig {
-        version: FORMAT_VERSION,
+        version: version_for(options.own_shells),
         base_architecture: source.config().architecture.name().to_owned(),
         base_model_type: json
             .get("model_type")
@@ -75,6 +77,7 @@ pub fn convert(
             .context("config.json: \"model_type\": expected a string")?
             .to_owned(),
         expert_widths: options.expert_widths.clone(),
+        own_shells: options.own_shells,
         router: options.router.clone(),
         sensitivity: options.sensitivity,
         budgets: Vec::new(),
@@ -98,14 +101,16 @@ pub fn convert(
     })
 }
 
-/// The source's tensors, each router's beside its layer's down_proj.
+/// The source's tensors; what a layer gets besides stands beside its down_proj, routers in F32 and copies of neurons
+/// in the type of their originals.
 fn plan(source: &Checkpoint, config: &ModelConfig, max: Option<u64>) -> Result<Vec<Vec<TensorSpec>>> {
     let mut shards = source.plan();
-    for (name, shape) in router_tensors(config) {
-        let (layer, _) = name.split_once(".mlp.").context("router tensors are under mlp")?;
+    for (name, shape) in added_tensors(config) {
+        let (layer, _) = name.split_once(".mlp.").context("additions are under mlp")?;
         let down = format!("{layer}.mlp.{}", names::DOWN_PROJ);
         let shard = source.info(&down).map_or(0, |info| info.shard);
-        shards[shard].push(TensorSpec { name, dtype: Dtype::F32, shape });
+        let dtype = source.info(&name.replace(".own.", ".")).map_or(Dtype::F32, |original| original.dtype);
+        shards[shard].push(TensorSpec { name, dtype, shape });
     }
     Ok(match max {
         Some(max) => plan_shards(shards.into_iter().flatten().collect(), max),
@@ -129,13 +134,20 @@ fn convert_ffn(
     };
     let mut order: Vec<usize> = (0..importance.len()).collect();
     order.sort_by(|&a, &b| importance[b].total_cmp(&importance[a])); // stable
-    permute_rows(source, &gate, &order, writer)?;
-    permute_rows(source, &up, &order, writer)?;
+    permute_rows(source, [&gate, &gate], &order, writer)?;
+    permute_rows(source, [&up, &up], &order, writer)?;
+    let first = &order[..section.own_width()];
+    if !first.is_empty() {
+        let [own_gate, own_up, own_down] = names::OWN_TENSORS.map(|name| names::mlp(layer, name));
+        permute_rows(source, [&gate, &own_gate], first, writer)?;
+        permute_rows(source, [&up, &own_up], first, writer)?;
+        permute_columns(source, [&down, &own_down], first, writer, |_, _| {})?;
+    }
 
     let (experts, hidden) = (section.experts() - 1, source.config().hidden_size);
     let mut compensation = vec![0.0; experts * hidden];
     let mean: Option<Vec<f32>> = statistics.map(|s| order.iter().map(|&j| s.mean_activation[j]).collect());
-    permute_columns(source, &down, &order, writer, |d, row| {
+    permute_columns(source, [&down, &down], &order, writer, |d, row| {
         let Some(mean) = &mean else { return };
         // Σ_{j ≥ H_e} mean_j W_down[d, j], from the last shell inwards
         let mut sum = 0.0;
@@ -202,27 +214,32 @@ fn for_row_chunks(
     Ok(())
 }
 
-/// Writes a matrix with row `order[i]` as row `i`.
-fn permute_rows(source: &Checkpoint, name: &str, order: &[usize], writer: &mut Writer) -> Result<()> {
+/// Writes a matrix as `to`, with its row `order[i]` as row `i`.
+fn permute_rows(
+    source: &Checkpoint,
+    [name, to]: [&str; 2],
+    order: &[usize],
+    writer: &mut Writer,
+) -> Result<()> {
     let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
     let bytes = source.read_bytes(name)?;
     check_finite(name, &bytes, info.dtype, &info.shape, 0)?;
-    let row = bytes.len() / order.len();
+    let row = bytes.len() / info.shape[0];
     let mut chunk = Vec::with_capacity(CHUNK_BYTES + row);
     for &j in order {
         chunk.extend_from_slice(&bytes[j * row..(j + 1) * row]);
         if chunk.len() >= CHUNK_BYTES {
-            writer.push(name, &chunk)?;
+            writer.push(to, &chunk)?;
             chunk.clear();
         }
     }
-    writer.push(name, &chunk)
+    writer.push(to, &chunk)
 }
 
-/// Writes a matrix with column `order[i]` as column `i`; shows every new row to `each`.
+/// Writes a matrix as `to`, with its column `order[i]` as column `i`; shows every new row to `each`.
 fn permute_columns(
     source: &Checkpoint,
-    name: &str,
+    [name, to]: [&str; 2],
     order: &[usize],
     writer: &mut Writer,
     mut each: impl FnMut(usize, &[f32]),
@@ -230,7 +247,7 @@ fn permute_columns(
     let mut permuted = Vec::new();
     for_row_chunks(source, name, |first, bytes, matrix| {
         permuted.clear();
-        permuted.reserve(bytes.len());
+        permuted.reserve(bytes.len() / matrix.columns * order.len());
         for row in bytes.chunks_exact(matrix.row_bytes) {
             match matrix.row_bytes / matrix.columns {
                 2 => gather::<2>(row, order, &mut permuted),
@@ -238,8 +255,8 @@ fn permute_columns(
             }
         }
         let values = decode(&permuted, matrix.dtype);
-        values.chunks_exact(matrix.columns).enumerate().for_each(|(i, row)| each(first + i, row));
-        writer.push(name, &permuted)
+        values.chunks_exact(order.len()).enumerate().for_each(|(i, row)| each(first + i, row));
+        writer.push(to, &permuted)
     })
 }
 

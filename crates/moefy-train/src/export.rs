@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use dynamoe::names::is_addition;
 use safetensors::Dtype;
 use serde_json::json;
 
@@ -15,7 +16,7 @@ use crate::hf_config::read_json;
 /// What to change.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Leave routers and the `dynamoe` section out: any engine loads the result as the base architecture.
+    /// Leave routers, narrow experts' own neurons and the `dynamoe` section out: any engine loads the result as the base architecture.
     pub dense: bool,
     /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers stay in F32.
     pub dtype: Option<Dtype>,
@@ -25,7 +26,8 @@ pub struct ExportOptions {
     pub force: bool,
 }
 
-/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers.
+/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers and
+/// narrow experts' own neurons.
 ///
 /// # Errors
 /// As [`export`].
@@ -62,7 +64,7 @@ pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Resul
         router_tensors(source.config()).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
     for shard in &mut plan {
-        shard.retain(|spec| !(options.dense && routers.contains(&spec.name)));
+        shard.retain(|spec| !(options.dense && is_addition(&spec.name)));
         for spec in shard.iter_mut().filter(|spec| !routers.contains(&spec.name)) {
             spec.dtype = options.dtype.filter(|_| float_dtype(spec.dtype).is_some()).unwrap_or(spec.dtype);
         }

@@ -8,7 +8,7 @@ use anyhow::Result;
 use dynamoe::config::{Budget, RouterConfig};
 use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, expected_tensors, router_tensors};
+use crate::checkpoint::{Checkpoint, added_tensors, expected_tensors, router_tensors};
 
 /// A nested expert.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,6 +28,10 @@ pub struct DynaMoePart {
     pub version: u32,
     /// Smallest first.
     pub experts: Vec<Expert>,
+    /// How many of the first shells narrow experts have of their own.
+    pub own_shells: usize,
+    /// Parameters of the neurons that narrow experts have of their own.
+    pub own_parameters: usize,
     /// The routers' configuration.
     pub router: RouterConfig,
     /// Parameters of all routers, compensation included.
@@ -79,8 +83,8 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
     let size = |tensors: &[(String, Vec<usize>)]| -> usize {
         tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     };
-    let (all, routers) = (expected_tensors(config), router_tensors(config));
-    let parameters = size(&all) - size(&routers);
+    let (all, added, routers) = (expected_tensors(config), added_tensors(config), router_tensors(config));
+    let parameters = size(&all) - size(&added);
     let mut dtypes = BTreeMap::new();
     for info in checkpoint.names().filter_map(|name| checkpoint.info(name)) {
         *dtypes.entry(info.dtype.to_string()).or_default() += info.len as u64;
@@ -101,6 +105,8 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
                 active_parameters: parameters - neuron * (config.intermediate_size - width),
             })
             .collect(),
+        own_shells: section.own_shells,
+        own_parameters: size(&added) - size(&routers),
         router: section.router.clone(),
         router_parameters: size(&routers),
         router_bytes,
@@ -158,6 +164,10 @@ impl DynaMoePart {
         )?;
         let routers = format!("{}, {}", count_text(self.router_parameters), bytes_text(self.router_bytes));
         row(f, "all routers", &routers)?;
+        if self.own_shells > 0 {
+            let own = format!("{} shell(s), {}", self.own_shells, count_text(self.own_parameters));
+            row(f, "narrow's own", &own)?;
+        }
         row(f, "sensitivity", &self.sensitivity)?;
         writeln!(f, "\nexpert   width   share   active parameters")?;
         for (number, expert) in self.experts.iter().enumerate() {

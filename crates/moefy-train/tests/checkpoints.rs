@@ -33,6 +33,7 @@ fn scratch(architecture: &str, dtype: Dtype, shards: usize) -> (TempDir, Checkpo
 fn options() -> ConvertOptions {
     ConvertOptions {
         expert_widths: WIDTHS.to_vec(),
+        own_shells: 0,
         router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 5, compensation: true },
         seed: 3,
         sensitivity: 0.9,
@@ -157,6 +158,47 @@ fn conversion_reorders_neurons_and_keeps_the_function() {
         }
         assert!(out.join("tokenizer.json").exists() && out.join("LICENSE").exists());
         assert!(!out.join("training_args.bin").exists());
+    }
+}
+
+#[test]
+fn own_shells_start_as_copies_and_leave_with_the_routers() {
+    for (own_shells, dtype, shards) in [(1, Dtype::F32, 1), (2, Dtype::BF16, 3)] {
+        let (dir, source) = scratch("LlamaForCausalLM", dtype, shards);
+        let (shared, own) = (dir.path().join("shared"), dir.path().join("own"));
+        let calibration = calibration(&source);
+        convert(&source, Some(&calibration), &options(), &shared).unwrap();
+        let with_own = ConvertOptions { own_shells, ..options() };
+        convert(&source, Some(&calibration), &with_own, &own).unwrap();
+        let versions = [&shared, &own].map(|dir| {
+            let config: Value =
+                serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+            config["dynamoe"]["version"].clone()
+        });
+        assert_eq!(versions, [json!(1), json!(2)]);
+        let (shared, converted) = (Checkpoint::open(&shared).unwrap(), Checkpoint::open(&own).unwrap());
+        for name in shared.names() {
+            assert_eq!(shared.read_bytes(name).unwrap(), converted.read_bytes(name).unwrap(), "{name}");
+        }
+        let p = WIDTHS[own_shells - 1];
+        for layer in 0..LAYERS {
+            let names = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ].into_iter();
+            for (name, own) in names.zip(names::OWN_TENSORS) {
+                let (name, own) = (names::mlp(layer, name), names::mlp(layer, own));
+                assert_eq!(converted.info(&own).unwrap().dtype, dtype);
+                let columns = converted.info(&name).unwrap().shape[1];
+                let all = values(&converted, &name);
+                let first: Vec<f32> = if columns == HIDDEN {
+                    all[..p * HIDDEN].to_vec()
+                } else {
+                    all.chunks_exact(columns).flat_map(|row| row[..p].to_vec()).collect()
+                };
+                assert_eq!(values(&converted, &own), first, "{own}");
+            }
+        }
+        export_dense(&converted, &dir.path().join("back"), false).unwrap();
+        let dense = Checkpoint::open(&dir.path().join("back")).unwrap();
+        assert!(dense.names().eq(source.names()));
     }
 }
 
@@ -560,7 +602,8 @@ fn broken_sections_are_refused() {
     };
     says(&|d| d["colour"] = json!("red"), &["unknown field", "colour"]);
     says(&|d| d["router"]["colour"] = json!("red"), &["unknown field", "colour"]);
-    says(&|d| d["version"] = json!(2), &["version 2", "update"]);
+    says(&|d| d["version"] = json!(3), &["version 3", "update"]);
+    says(&|d| d["own_shells"] = json!(1), &["own_shells", "version 2", "version 1"]);
     says(&|d| d["version"] = json!(0), &["version"]);
     says(&|d| d["expert_widths"] = json!([12, 8, WIDTH]), &["expert_widths", "strictly increasing"]);
     says(&|d| d["expert_widths"] = json!([8, 12, 25]), &["expert_widths", "width 24"]);

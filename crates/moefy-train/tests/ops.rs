@@ -362,11 +362,14 @@ fn self_attention_equals_its_composition() -> Result<()> {
 #[test]
 fn ffn_equals_its_composition() -> Result<()> {
     let mut random = Random::new();
-    for (n, d, widths, compensated) in [
-        (1, 1, vec![1], false),
-        (3, 5, vec![2, 7], true),
-        (67, 16, vec![8, 16, 24, 32], false),
-        (700, 24, vec![43, 86, 129, 172], true),
+    for (n, d, widths, own, compensated) in [
+        (1, 1, vec![1], 0, false),
+        (3, 5, vec![2, 7], 0, true),
+        (5, 6, vec![2, 7], 2, false),
+        (67, 16, vec![8, 16, 24, 32], 0, false),
+        (700, 24, vec![43, 86, 129, 172], 0, true),
+        (300, 24, vec![43, 86, 129, 172], 43, true),
+        (40, 8, vec![9, 16, 24, 32], 24, true),
     ] {
         let (i, e) = (widths[widths.len() - 1], widths.len());
         let mut weights = Weights::new(&mut random);
@@ -376,12 +379,13 @@ fn ffn_equals_its_composition() -> Result<()> {
             gate_proj: weights.add(&[i, d], 0.5),
             up_proj: weights.add(&[i, d], 0.5),
             down_proj: weights.add(&[d, i], 0.5),
+            own: (own > 0).then(|| [[own, d], [own, d], [d, own]].map(|shape| weights.add(&shape, 0.5))),
             compensation: compensated.then(|| weights.add(&[e - 1, d], 1.0)),
             widths,
         };
         assert_same_sums(
             &mut weights,
-            &format!("{n} {d} {i}"),
+            &format!("{n} {d} {i}, {own} own"),
             || ffn(&layer, &x, &reach),
             || layer.forward(&x, &reach),
             3e-5,

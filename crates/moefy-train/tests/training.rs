@@ -9,7 +9,7 @@ use moefy_train::model::{Gradient, Gradients, ops};
 use moefy_train::train::{Method, TrainConfig, TrainModel, objective::objective};
 
 /// A model that uses what the architectures differ in.
-fn config(vocab_size: usize, extras: bool) -> ModelConfig {
+fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
     ModelConfig {
         architecture: Architecture::Llama,
         hidden_size: 24,
@@ -31,10 +31,11 @@ fn config(vocab_size: usize, extras: bool) -> ModelConfig {
         bos_token_id: None,
         eos_token_ids: Vec::new(),
         dynamoe: Some(DynaMoeConfig {
-            version: 1,
+            version: dynamoe::config::version_for(own_shells),
             base_architecture: "LlamaForCausalLM".into(),
             base_model_type: "llama".into(),
             expert_widths: vec![8, 24, 40],
+            own_shells,
             router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 6, compensation: true },
             sensitivity: 0.5,
             budgets: Vec::new(),
@@ -45,10 +46,10 @@ fn config(vocab_size: usize, extras: bool) -> ModelConfig {
 /// Another device has no fused operations, but computes the same.
 #[test]
 fn a_step_without_fused_operations_is_the_same_step() {
-    for (vocab_size, extras) in [(50, false), (50, true), (4100, true)] {
+    for (vocab_size, extras, own_shells) in [(50, false, 0), (50, true, 1), (4100, true, 2)] {
         for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity, Method::Gain] {
             let train = TrainConfig { method, ..TrainConfig::default() };
-            let config = config(vocab_size, extras);
+            let config = config(vocab_size, extras, own_shells);
             // a step may move more than gradients (the training dial), so each has its own model of the same weights
             let mut made = BTreeMap::new();
             let mut random = |name: &str, shape: &[usize]| {

@@ -34,6 +34,8 @@ pub struct PackedExperts {
     activation: Activation,
     widths: Vec<usize>,
     hidden_size: usize,
+    own_shells: usize,
+    narrow: Option<Arc<Self>>,
 }
 
 impl PackedExperts {
@@ -78,7 +80,24 @@ impl PackedExperts {
             let problem = "activation swiglu is not one of single numbers: use silu";
             return Err(candle_core::Error::Msg(problem.into()).into());
         }
-        Ok(Self { shells, activation, widths: widths.to_vec(), hidden_size })
+        let widths = widths.to_vec();
+        Ok(Self { shells, activation, widths, hidden_size, own_shells: 0, narrow: None })
+    }
+
+    /// The same whose narrow experts have `own` in place of as many first shells; the other shells are shared.
+    ///
+    /// # Errors
+    /// As many shells as experts, or more; as [`PackedExperts::new`].
+    pub fn with_own(self, own: Vec<Shell<Arc<PackedMatrix>>>) -> crate::Result<Self> {
+        let (own_shells, narrower) = (own.len(), self.shells.len() - 1);
+        crate::config::check_own_shells(own_shells, self.shells.len())?;
+        if own_shells == 0 {
+            return Ok(Self { own_shells, narrow: None, ..self });
+        }
+        let shared = self.shells[own_shells..narrower].iter().cloned();
+        let shells = own.into_iter().chain(shared).collect();
+        let narrow = Self::new(shells, self.activation, &self.widths[..narrower])?;
+        Ok(Self { own_shells, narrow: Some(Arc::new(narrow)), ..self })
     }
 
     /// The shells, narrowest expert's first.
@@ -379,6 +398,17 @@ impl NestedExperts for PackedExperts {
 
     fn forward_unsorted(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Result<Tensor> {
         self.forward_ordered(Isa::best(), x, order, reach)
+    }
+
+    fn own_shells(&self) -> usize {
+        self.own_shells
+    }
+
+    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        match &self.narrow {
+            Some(narrow) => narrow.forward(x, reach),
+            None => self.forward(x, &[reach, &[0]].concat()),
+        }
     }
 }
 

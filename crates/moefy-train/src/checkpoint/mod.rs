@@ -18,8 +18,8 @@ pub use writer::{DEFAULT_SHARD_BYTES, TensorSpec, Writer, plan_shards, save_tens
 
 use crate::hf_config::ModelConfig;
 
-/// Every tensor that a model of this configuration reads, with its shape: the dense model's, then for a
-/// DynaMoE model with [`RouterKind::Mlp`] those of [`router_tensors`].
+/// Every tensor that a model of this configuration reads, with its shape: the dense model's, then those of
+/// [`added_tensors`].
 pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let q = config.num_attention_heads * config.head_dim;
@@ -53,11 +53,26 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     if !config.tie_word_embeddings {
         tensors.push(("lm_head.weight".to_owned(), vec![config.vocab_size, d]));
     }
-    tensors.extend(router_tensors(config));
+    tensors.extend(added_tensors(config));
     tensors
 }
 
-/// The tensors that a DynaMoE model has beyond its base's, with their shapes; none for a dense model.
+/// The tensors that a DynaMoE model has beyond its base's, with their shapes: those of [`router_tensors`] and of
+/// narrow experts' own neurons.
+pub fn added_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let mut tensors = router_tensors(config);
+    let (d, p) = (config.hidden_size, config.dynamoe.as_ref().map_or(0, |section| section.own_width()));
+    if p > 0 {
+        let shapes = [vec![p, d], vec![p, d], vec![d, p]];
+        for layer in 0..config.num_hidden_layers {
+            let names = names::OWN_TENSORS.iter().map(|name| names::mlp(layer, name));
+            tensors.extend(names.zip(shapes.clone()));
+        }
+    }
+    tensors
+}
+
+/// The tensors of all routers, with their shapes; none for a dense model.
 pub fn router_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let Some(dynamoe) = &config.dynamoe else { return Vec::new() };
     let (d, r, scores) = (config.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use dynamoe::config::{ARCHITECTURE, DynaMoeConfig, MODEL_TYPE};
+use dynamoe::names;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -86,7 +87,7 @@ pub fn store_section(dir: &Path, section: &DynaMoeConfig) -> Result<()> {
 }
 
 /// Writes `weights`, and what else `source` holds, as a new checkpoint in the source's types and sharding,
-/// with `section` (if given) as its `dynamoe` section; router tensors that the section has no use for are left
+/// with `section` (if given) as its `dynamoe` section; additions to the base that the section has no use for are left
 /// out.
 ///
 /// # Errors
@@ -113,7 +114,7 @@ pub fn save_model(
         expected_tensors(&ModelConfig::from_json(&config)?).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
     for shard in &mut plan {
-        shard.retain(|spec| wanted.contains(&spec.name) || !spec.name.contains(".mlp.router."));
+        shard.retain(|spec| wanted.contains(&spec.name) || !names::is_addition(&spec.name));
     }
     plan.retain(|shard| !shard.is_empty());
     let specs: Vec<_> = plan.iter().flatten().cloned().collect();

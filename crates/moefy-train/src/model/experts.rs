@@ -13,6 +13,7 @@ pub struct Experts {
     up_proj: Tensor,
     down_proj: Tensor,
     prefixes: PrefixExperts,
+    narrow: Option<Box<Self>>,
 }
 
 impl Experts {
@@ -28,7 +29,23 @@ impl Experts {
     ) -> dynamoe::Result<Self> {
         let tensors = (gate_proj.clone(), up_proj.clone(), down_proj.clone());
         let prefixes = PrefixExperts::new(tensors.0, tensors.1, tensors.2, Activation::Silu, widths)?;
-        Ok(Self { gate_proj, up_proj, down_proj, prefixes })
+        Ok(Self { gate_proj, up_proj, down_proj, prefixes, narrow: None })
+    }
+
+    /// The same with first neurons of narrow experts' own, as [`PrefixExperts::with_own`]; these become copies.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn with_own(self, own: [&Tensor; 3]) -> dynamoe::Result<Self> {
+        let prefixes = self.prefixes.with_own(own)?;
+        let narrow = match prefixes.narrow() {
+            Some(narrow) => {
+                let [gate, up, down] = narrow.matrices().map(Tensor::clone);
+                Some(Box::new(Self::new(gate, up, down, narrow.widths())?))
+            }
+            None => None,
+        };
+        Ok(Self { prefixes, narrow, ..self })
     }
 }
 
@@ -42,6 +59,17 @@ impl NestedExperts for Experts {
         match expert_rows(weights, self.widths(), x, reach)? {
             Some(y) => Ok(y),
             None => self.prefixes.forward(x, reach),
+        }
+    }
+
+    fn own_shells(&self) -> usize {
+        self.prefixes.own_shells()
+    }
+
+    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        match &self.narrow {
+            Some(narrow) => narrow.forward(x, reach),
+            None => self.forward(x, &[reach, &[0]].concat()),
         }
     }
 }

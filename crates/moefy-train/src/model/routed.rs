@@ -17,7 +17,7 @@ pub struct RoutedModel {
 
 impl RoutedModel {
     /// Takes every tensor of the model from `get`, called with Hugging Face names and shapes. Tensors are
-    /// shared, not copied.
+    /// shared, not copied, but for narrow experts with neurons of their own, which are put together.
     ///
     /// # Errors
     /// Those of `get`; tensors that do not fit the configuration.
@@ -92,10 +92,15 @@ fn ffn(
     let widths = config.expert_widths();
     let mut get = |name: &str, shape: &[usize]| get(&names::mlp(layer, name), shape);
     let (gate, up) = (get(names::GATE_PROJ, &[i, d])?, get(names::UP_PROJ, &[i, d])?);
-    let experts = Experts::new(gate, up, get(names::DOWN_PROJ, &[d, i])?, &widths)?;
+    let mut experts = Experts::new(gate, up, get(names::DOWN_PROJ, &[d, i])?, &widths)?;
     let Some(dynamoe) = &config.dynamoe else {
         return Ok(DynaMoeFfn::new(experts, Router::of_widths(&widths), None, 1.0)?);
     };
+    let p = dynamoe.own_width();
+    if p > 0 {
+        let (gate, up) = (get(names::OWN_GATE_PROJ, &[p, d])?, get(names::OWN_UP_PROJ, &[p, d])?);
+        experts = experts.with_own([&gate, &up, &get(names::OWN_DOWN_PROJ, &[d, p])?])?;
+    }
     let router = Router::load(dynamoe, d, &mut |name, shape| {
         get(name, shape).map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
     })?;

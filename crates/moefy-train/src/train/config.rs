@@ -82,8 +82,14 @@ pub struct TrainConfig {
     /// Learning rate of the routers, as a multiple of --lr
     #[arg(long, default_value_t = 10.0)]
     pub router_lr: f64,
+    /// Learning rate of what narrow experts have of their own, as a multiple of --lr
+    #[arg(long, default_value_t = 2.0)]
+    pub own_lr: f64,
+    /// Learning rate of the dense FFN's neurons where narrow experts have their own, as a multiple of --lr
+    #[arg(long, default_value_t = 0.3)]
+    pub shared_lr: f64,
     /// Learning rate of all but FFNs and routers, as a multiple of --lr
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.2)]
     pub backbone_lr: f64,
     /// Share of the steps over which the learning rate rises from 0
     #[arg(long, default_value_t = 0.05)]
@@ -116,10 +122,10 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 0.1)]
     pub noise: f64,
     /// Exponent of the dial that a sequence draws: above 1 trains the narrow end more, below 1 the wide one (gain)
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 1.0)]
     pub lean: f64,
     /// Share of sequences trained at each end of the dial, full width and narrowest
-    #[arg(long, default_value_t = 0.15)]
+    #[arg(long, default_value_t = 0.1)]
     pub ends: f64,
     /// Seed of the data order, the dials and the noise
     #[arg(long, default_value_t = 0)]
@@ -184,6 +190,8 @@ impl TrainConfig {
             ("--lr", self.lr),
             ("--router-lr", self.router_lr),
             ("--backbone-lr", self.backbone_lr),
+            ("--own-lr", self.own_lr),
+            ("--shared-lr", self.shared_lr),
             ("--clip", self.clip),
             ("--price-min", self.price_min),
             ("--temperature", self.temperature),

@@ -216,6 +216,7 @@ mod tests {
             gate_proj: weight(8, 4),
             up_proj: weight(8, 4),
             down_proj: weight(4, 8),
+            own: None,
             compensation: None,
             widths: vec![2, 4, 8],
         };

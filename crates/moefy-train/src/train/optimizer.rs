@@ -29,8 +29,10 @@ pub struct AdamW {
 /// What changes from step to step.
 #[derive(Debug, Clone, Copy)]
 pub struct Update {
-    /// Learning rate of FFNs.
-    pub lr: f64,
+    /// Learning rate of the dense FFNs.
+    pub ffn_lr: f64,
+    /// Learning rate of narrow experts' own neurons.
+    pub own_lr: f64,
     /// Learning rate of all but FFNs and routers.
     pub backbone_lr: f64,
     /// Learning rate of router tensors.
@@ -93,7 +95,8 @@ impl AdamW {
             let moments = moments.with_context(|| format!("no optimizer state for {name}"))?;
             let lr = match name {
                 _ if name.contains(".mlp.router.") => update.router_lr,
-                _ if name.contains(".mlp.") => update.lr,
+                _ if name.contains(".mlp.own.") => update.own_lr,
+                _ if name.contains(".mlp.") => update.ffn_lr,
                 _ => update.backbone_lr,
             };
             let decay = if var.rank() > 1 { update.weight_decay } else { 0.0 };
@@ -210,8 +213,14 @@ mod tests {
             for ((w, s), g) in expected.iter_mut().zip(&mut state).zip(values(&grad)) {
                 reference(w, s, 0.5 * f64::from(g), t, 0.01, 0.1);
             }
-            let update =
-                Update { lr: 0.01, backbone_lr: 0.01, router_lr: 1.0, weight_decay: 0.1, scale: 0.5 };
+            let update = Update {
+                ffn_lr: 1.0,
+                own_lr: 1.0,
+                backbone_lr: 0.01,
+                router_lr: 1.0,
+                weight_decay: 0.1,
+                scale: 0.5,
+            };
             let mut grads = Gradients::new();
             grads.set(&vars[0], Gradient::Host(values(&grad)));
             grads.set(&vars[1], Gradient::Device(grad));

@@ -110,7 +110,7 @@ impl TrainModel {
         trained.or_else(|| self.frozen.get(name).cloned()).with_context(|| format!("no tensor {name}"))
     }
 
-    /// The same model as it is served; shares the weights, so it follows the training.
+    /// The model as it is served, with the present weights.
     ///
     /// # Errors
     /// candle's.
@@ -240,9 +240,10 @@ impl TrainModel {
 fn is_trained(name: &str, train: &TrainConfig) -> bool {
     let of_router = name.contains(".mlp.router.");
     let compensation = name.ends_with(names::COMPENSATION);
+    let of_narrow = compensation || names::OWN_TENSORS.iter().any(|own| name.ends_with(own));
     match train.mode {
         Mode::Router => of_router && (train.method.has_router() || compensation),
-        Mode::Full if compensation => train.method != Method::Dense,
+        Mode::Full if of_narrow => train.method != Method::Dense,
         Mode::Full => !of_router || train.method.has_router(),
     }
 }
@@ -260,6 +261,14 @@ fn layer_weights(
         gate_proj: take(names::GATE_PROJ, &[i, d])?,
         up_proj: take(names::UP_PROJ, &[i, d])?,
         down_proj: take(names::DOWN_PROJ, &[d, i])?,
+        own: match config.dynamoe.as_ref().map_or(0, |dynamoe| dynamoe.own_width()) {
+            0 => None,
+            p => Some([
+                take(names::OWN_GATE_PROJ, &[p, d])?,
+                take(names::OWN_UP_PROJ, &[p, d])?,
+                take(names::OWN_DOWN_PROJ, &[d, p])?,
+            ]),
+        },
         compensation: match &config.dynamoe {
             Some(dynamoe) if dynamoe.router.compensation => Some(take(names::COMPENSATION, &[narrower, d])?),
             _ => None,

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Error, Result, anyhow};
 
-use super::config::TrainConfig;
+use super::config::{Method, TrainConfig};
 use super::objective::{Objective, objective};
 use super::optimizer::{AdamW, Update};
 use super::progress::Progress;
@@ -188,7 +188,8 @@ impl Trainer<'_> {
         }
         let lr = self.config.lr * self.config.lr_share(step);
         let update = Update {
-            lr,
+            ffn_lr: if self.has_own() { lr * self.config.shared_lr } else { lr },
+            own_lr: lr * self.config.own_lr,
             backbone_lr: lr * self.config.backbone_lr,
             router_lr: lr * self.config.router_lr,
             weight_decay: self.config.weight_decay,
@@ -196,6 +197,12 @@ impl Trainer<'_> {
         };
         optimizer.update(params, grads, update)?;
         Ok(report)
+    }
+
+    /// Whether the dense FFN's neurons are shared with narrow experts that have others of their own.
+    fn has_own(&self) -> bool {
+        let own_shells = self.model.config().dynamoe.as_ref().map_or(0, |section| section.own_shells);
+        own_shells > 0 && self.config.method != Method::Dense
     }
 
     /// What to say of a step whose `what` is not finite.

@@ -24,6 +24,10 @@ use crate::model::gradients::add_gradient;
 /// # Errors
 /// Shapes that do not fit.
 pub fn ffn(weights: &TrainableFfn, x: &Tensor, reach: &Tensor) -> Result<Tensor> {
+    if let Some([(shared, by_shared), (own, by_own)]) = weights.split(reach)? {
+        let y = (ffn(&shared, x, &by_shared)? + ffn(&own, x, &by_own)?)?;
+        return weights.compensate(y, reach);
+    }
     let mut tensors = vec![&weights.gate_proj, &weights.up_proj, &weights.down_proj];
     tensors.extend(&weights.compensation);
     let keep = x.track_op() || reach.track_op();
