@@ -7,6 +7,9 @@
 //!
 //! Shell `s` is the neurons `H_{s-1} .. H_s`; expert `e` is the sum of shells `0..=e`. Rows arrive sorted,
 //! widest expert first, so that shell `s` serves the first `reach[s]` rows: a staircase.
+//!
+//! Tokens below full width may have other neurons in the first shells, narrow experts' own: then the largest expert is
+//! still the dense FFN, and shares only the other shells with them.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Activation, Module};
@@ -68,9 +71,8 @@ pub(crate) fn places(order: &[u32]) -> Vec<u32> {
     places
 }
 
-/// Checks that `own` first neurons, or the shells that hold them, can be narrow experts' own; returns the widths of
-/// these.
-pub(crate) fn narrow_widths(widths: &[usize], own: usize) -> crate::Result<&[usize]> {
+/// Checks that `own` first neurons can be narrow experts' own; returns the widths of these.
+fn narrow_widths(widths: &[usize], own: usize) -> crate::Result<&[usize]> {
     let (_, narrower) = widths.split_last().unwrap_or((&0, &[]));
     if narrower.contains(&own) {
         return Ok(narrower);
@@ -152,7 +154,8 @@ impl PrefixExperts {
 
     /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
     pub fn with_glu(self, glu: Glu) -> Self {
-        Self { glu, ..self }
+        let narrow = self.narrow.map(|narrow| Box::new(narrow.with_glu(glu)));
+        Self { glu, narrow, ..self }
     }
 
     /// The narrow experts, where some of their neurons are their own.
@@ -276,9 +279,9 @@ impl<P> ShellExperts<P> {
         &self.own
     }
 
-    /// Narrow experts' own shells, for an engine that quantizes them in place.
-    pub fn own_mut(&mut self) -> &mut [Shell<P>] {
-        &mut self.own
+    /// The shells and narrow experts' own, for an engine that quantizes them in place.
+    pub fn all_mut(&mut self) -> (&mut [Shell<P>], &mut [Shell<P>]) {
+        (&mut self.shells, &mut self.own)
     }
 
     /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.

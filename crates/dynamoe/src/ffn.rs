@@ -241,14 +241,17 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         let reach = routes.reach(experts);
         let uniform = reach.iter().all(|&rows| rows == 0 || rows == tokens);
         // widest first; stable, so that the order of equals is that of the text
-        let mut order: Vec<u32> = (0..tokens as u32).collect();
-        order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
+        let order = || {
+            let mut order: Vec<u32> = (0..tokens as u32).collect();
+            order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
+            order
+        };
         let y = if self.experts.own_shells() > 0 && reach[experts - 1] < tokens {
-            self.forward_apart(x, &order, &reach)?
+            self.forward_apart(x, &order(), &reach)?
         } else if uniform {
             self.experts.forward(x, &reach)?
         } else {
-            self.experts.forward_unsorted(x, &order, &reach)?
+            self.experts.forward_unsorted(x, &order(), &reach)?
         };
         self.compensate(y, routes)
     }

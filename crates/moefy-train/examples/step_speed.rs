@@ -108,7 +108,14 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
         gradients.add(&loss, &params)?;
         backward.push(start.elapsed().as_secs_f64() - forward[forward.len() - 1]);
         let scale = gradients.norm(&params)?.recip().min(1.0);
-        let update = Update { lr: 1e-3, backbone_lr: 1e-3, router_lr: 1.0, weight_decay: 0.1, scale };
+        let update = Update {
+            ffn_lr: 1e-3,
+            own_lr: 1e-3,
+            backbone_lr: 1e-3,
+            router_lr: 1.0,
+            weight_decay: 0.1,
+            scale,
+        };
         optimizer.update(&params, &gradients, update)?;
         step.push(start.elapsed().as_secs_f64());
         cpu.push(cpu_seconds() - cpu_start);
