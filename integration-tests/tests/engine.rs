@@ -12,7 +12,7 @@ use dynamoe_mistralrs::Dial;
 use engine::{Engine, LOADING, PROMPT, build, plain};
 use mistralrs::{IsqType, ModelDType, TextModelBuilder, UqffTextModelBuilder};
 use moefy_train::{hf_config::ModelConfig, model::RoutedModel};
-use support::{Checkpoints, FOR_K_QUANTS, SMALL, checkpoints, largest_difference, numbers};
+use support::{Checkpoints, FOR_K_QUANTS, SMALL, Shape, checkpoints, largest_difference, numbers};
 
 /// The trainer's logits for the engine's tokens.
 fn trainers_logits(checkpoints: &Checkpoints, tokens: &[u32], sensitivity: &[f64]) -> Vec<f32> {
@@ -23,8 +23,8 @@ fn trainers_logits(checkpoints: &Checkpoints, tokens: &[u32], sensitivity: &[f64
     numbers(&model.logits(&hidden).unwrap())
 }
 
-async fn full_width_equals_dense(architecture: &str) -> (Checkpoints, Engine) {
-    let checkpoints = checkpoints(architecture, SMALL, 1);
+async fn full_width_equals_dense(architecture: &str, shape: Shape) -> (Checkpoints, Engine) {
+    let checkpoints = checkpoints(architecture, shape, 1);
     let (dense, _, _) = build(plain(&checkpoints.dense())).await.logits(None).await;
     let engine = build(plain(&checkpoints.dynamoe())).await;
     let (full, _, width) = engine.logits(Some(Dial::Sensitivity(1.0))).await;
@@ -40,8 +40,8 @@ async fn full_width_equals_dense(architecture: &str) -> (Checkpoints, Engine) {
     (checkpoints, engine)
 }
 
-async fn routed_equals_the_trainers(architecture: &str) {
-    let (checkpoints, engine) = full_width_equals_dense(architecture).await;
+async fn routed_equals_the_trainers(architecture: &str, shape: Shape) {
+    let (checkpoints, engine) = full_width_equals_dense(architecture, shape).await;
     for sensitivity in [0.0, 0.4, 0.5, 0.6, 1.0] {
         let (ours, tokens, width) = engine.logits(Some(Dial::Sensitivity(sensitivity))).await;
         let theirs = trainers_logits(&checkpoints, &tokens, &[sensitivity; SMALL.layers]);
@@ -62,39 +62,46 @@ async fn routed_equals_the_trainers(architecture: &str) {
 
 #[tokio::test]
 async fn llama() {
-    routed_equals_the_trainers("LlamaForCausalLM").await;
+    routed_equals_the_trainers("LlamaForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn mistral() {
-    routed_equals_the_trainers("MistralForCausalLM").await;
+    routed_equals_the_trainers("MistralForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn qwen2() {
-    routed_equals_the_trainers("Qwen2ForCausalLM").await;
+    routed_equals_the_trainers("Qwen2ForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn qwen3() {
-    routed_equals_the_trainers("Qwen3ForCausalLM").await;
+    routed_equals_the_trainers("Qwen3ForCausalLM", SMALL).await;
+}
+
+#[tokio::test]
+async fn narrow_experts_with_shells_of_their_own() {
+    for own_shells in [1, 3] {
+        routed_equals_the_trainers("LlamaForCausalLM", Shape { own_shells, ..SMALL }).await;
+    }
 }
 
 // the trainer does not know these
 
 #[tokio::test]
 async fn smollm3() {
-    full_width_equals_dense("SmolLM3ForCausalLM").await;
+    full_width_equals_dense("SmolLM3ForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn gemma() {
-    full_width_equals_dense("GemmaForCausalLM").await;
+    full_width_equals_dense("GemmaForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn gemma2() {
-    full_width_equals_dense("Gemma2ForCausalLM").await;
+    full_width_equals_dense("Gemma2ForCausalLM", SMALL).await;
 }
 
 /// Shell widths that fit the blocks of a quantization give the very blocks of the dense matrices.
@@ -126,7 +133,12 @@ async fn q4k_equals_dense_quantized() {
 
 #[tokio::test]
 async fn uqff_round_trip() {
-    let checkpoints = checkpoints("Qwen3ForCausalLM", FOR_K_QUANTS, 3);
+    uqff_keeps_logits(FOR_K_QUANTS).await;
+    uqff_keeps_logits(Shape { own_shells: 1, ..FOR_K_QUANTS }).await;
+}
+
+async fn uqff_keeps_logits(shape: Shape) {
+    let checkpoints = checkpoints("Qwen3ForCausalLM", shape, 3);
     let folder = checkpoints.folder().join("uqff");
     let writer = plain(&checkpoints.dynamoe()).with_isq(IsqType::Q8_0).write_uqff(folder.join("q8_0.uqff"));
     let written = build(writer).await;
@@ -142,7 +154,7 @@ async fn uqff_round_trip() {
 
 #[tokio::test]
 async fn quantizing_again_keeps_the_dial() {
-    let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 4);
+    let checkpoints = checkpoints("LlamaForCausalLM", Shape { own_shells: 2, ..FOR_K_QUANTS }, 4);
     let engine = build(plain(&checkpoints.dynamoe())).await;
     let (exact, _, width) = engine.logits(Some(Dial::Sensitivity(0.0))).await;
     engine.model.re_isq_model(IsqType::Q8_0).await.unwrap();

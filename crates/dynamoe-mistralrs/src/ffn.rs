@@ -225,8 +225,7 @@ impl MlpLayer for EngineFfn {
     }
 
     fn get_isq_layers(&mut self) -> Vec<&mut Slot> {
-        let shells = self.ffn.experts_mut().shells.shells_mut().iter_mut();
-        shells.flat_map(|s| [&mut s.gate_proj.0, &mut s.up_proj.0, &mut s.down_proj.0]).collect()
+        self.ffn.experts_mut().slots()
     }
 
     fn clone(&self) -> Box<dyn MlpLayer> {

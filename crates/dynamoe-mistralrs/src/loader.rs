@@ -20,7 +20,7 @@ use crate::{checkpoint::Checkpoint, ffn::swap_ffns, model::DynaMoeModel, stub, w
 pub(crate) const NO_ADAPTERS: &str = "LoRA and X-LoRA adapters on a DynaMoE model are not supported: merge them into the dense model, then convert";
 
 /// The shells' projections, as [`LayerWeights`] names them for quantization while loading.
-const SHELLS: &str = r"layers\.(\d+)\.mlp\.shells\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$";
+const SHELLS: &str = r"layers\.(\d+)\.mlp\.(own\.)?shells\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$";
 
 /// mistral.rs's loader of DynaMoE models.
 ///

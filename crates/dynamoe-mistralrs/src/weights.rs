@@ -1,4 +1,4 @@
-//! Reads a layer's FFN: shells as slices of the dense matrices, router and compensation in full precision.
+//! Reads a layer's FFN: shells as slices of the dense matrices and of narrow experts' own, router and compensation in full precision.
 
 use std::sync::Arc;
 
@@ -52,19 +52,13 @@ impl LayerWeights {
         hidden_size: usize,
         activation: Activation,
     ) -> Result<DynaMoeFfn<EngineExperts>> {
-        anyhow::ensure!(
-            config.own_shells == 0,
-            "narrow experts with {} shells of their own cannot be served yet: convert with --own-shells 0",
-            config.own_shells
-        );
-        let mut start = 0;
-        let mut shells = Vec::with_capacity(config.experts());
-        for (shell, &end) in config.expert_widths.iter().enumerate() {
-            shells.push(self.shell(shell, start..end, hidden_size, config.intermediate_size())?);
-            start = end;
-        }
+        let shells = self.shells(&config.expert_widths, hidden_size)?;
+        let own = Self { vb: self.vb.pp("own"), device: self.device.clone() };
+        let own = own.shells(&config.expert_widths[..config.own_shells], hidden_size)?;
         let experts = EngineExperts {
-            shells: ShellExperts::new(shells, activation, &config.expert_widths)?.with_glu(fused_glu),
+            shells: ShellExperts::new(shells, activation, &config.expert_widths)?
+                .with_own(own)?
+                .with_glu(fused_glu),
             fast: Arc::new(FastExperts::new(activation, &config.expert_widths)),
             #[cfg(feature = "cuda")]
             cuda: Arc::default(),
@@ -82,20 +76,27 @@ impl LayerWeights {
         self.vb.clone().set_dtype(DType::F32).set_device(self.device.clone()).get(shape, name)
     }
 
-    /// The neurons `neurons` of the dense FFN, as three projections of their own.
+    /// The matrices here in shells that end at `ends`.
+    fn shells(&self, ends: &[usize], hidden_size: usize) -> Result<Vec<Shell<Projection>>> {
+        let width = ends.last().copied().unwrap_or(0);
+        let starts = [0].into_iter().chain(ends.iter().copied());
+        let shell = |(shell, (start, &end))| self.shell(shell, start..end, [width, hidden_size]);
+        starts.zip(ends).enumerate().map(shell).collect()
+    }
+
+    /// The neurons `neurons` of `width`, as three projections of their own.
     fn shell(
         &self,
         shell: usize,
         neurons: std::ops::Range<usize>,
-        hidden_size: usize,
-        intermediate_size: usize,
+        [width, hidden_size]: [usize; 2],
     ) -> Result<Shell<Projection>> {
         let (offset, len) = (neurons.start, neurons.len());
         let projection = |matrix: &str| -> Result<Projection> {
             // neurons are rows of gate and up, columns of down
             let (dim, shape, columns) = match matrix {
-                "down_proj" => (1, (hidden_size, intermediate_size), len),
-                _ => (0, (intermediate_size, hidden_size), hidden_size),
+                "down_proj" => (1, (hidden_size, width), len),
+                _ => (0, (width, hidden_size), hidden_size),
             };
             let from = self.vb.pp(matrix);
             if !from.contains_tensor("weight") {

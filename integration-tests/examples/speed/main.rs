@@ -29,6 +29,7 @@ use models::Models;
 const LLAMA: Shape = Shape {
     hidden_size: 2048,
     expert_widths: [2048, 4096, 6144, 8192],
+    own_shells: 0,
     layers: 8,
     heads: [32, 8, 64],
     vocab_size: 32_000,
@@ -40,6 +41,7 @@ const LLAMA: Shape = Shape {
 const QWEN3: Shape = Shape {
     hidden_size: 1024,
     expert_widths: [768, 1536, 2304, 3072],
+    own_shells: 0,
     layers: 28,
     heads: [16, 8, 128],
     vocab_size: 151_936,

@@ -19,6 +19,8 @@ pub const VOCAB_SIZE: usize = 258;
 pub struct Shape {
     pub hidden_size: usize,
     pub expert_widths: [usize; 4],
+    /// First shells that narrow experts have of their own.
+    pub own_shells: usize,
     pub layers: usize,
     /// Heads of queries, heads of keys, size of a head.
     pub heads: [usize; 3],
@@ -33,6 +35,7 @@ pub struct Shape {
 pub const SMALL: Shape = Shape {
     hidden_size: 64,
     expert_widths: [64, 128, 192, 256],
+    own_shells: 0,
     layers: 2,
     heads: [4, 2, 16],
     vocab_size: VOCAB_SIZE,
@@ -215,6 +218,13 @@ pub fn write_checkpoints(
     write(&folder.join("dense"), &dense, &tensors);
     for layer in 0..shape.layers {
         tensors.extend(router(layer, shape, &mut numbers));
+        if let Some(last) = shape.own_shells.checked_sub(1) {
+            let own = shape.expert_widths[last];
+            for (name, rows, columns) in [("gate_proj", own, d), ("up_proj", own, d), ("down_proj", d, own)] {
+                let name = format!("model.layers.{layer}.mlp.own.{name}.weight");
+                tensors.insert(name, numbers.matrix(rows, columns));
+            }
+        }
     }
     let alternating = |even: f64, odd: f64| -> Vec<f64> {
         (0..shape.layers).map(|layer| if layer % 2 == 0 { even } else { odd }).collect()
@@ -228,6 +238,10 @@ pub fn write_checkpoints(
         "router": {"kind": "mlp", "hidden_size": shape.router_hidden_size, "compensation": true},
         "budgets": [{"width": 0.5, "sensitivity": alternating(0.3, 0.4)}, {"width": 0.75, "sensitivity": alternating(0.5, 0.6)}],
     });
+    if shape.own_shells > 0 {
+        config["dynamoe"]["version"] = 2.into();
+        config["dynamoe"]["own_shells"] = shape.own_shells.into();
+    }
     write(&folder.join("dynamoe"), &config, &tensors);
     (tensors, config)
 }
