@@ -77,6 +77,7 @@ mod tests {
             base_architecture: "LlamaForCausalLM".into(),
             base_model_type: "llama".into(),
             expert_widths: vec![16, 32],
+            own_shells: 0,
             router: RouterConfig { kind: RouterKind::Static, hidden_size: 0, compensation: false },
             sensitivity: 0.9,
             budgets: vec![],
