@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Bytes of a shared slab. Larger matrices have one of their own.
-const SLAB: usize = if cfg!(miri) { HUGE_PAGE } else { 16 * HUGE_PAGE };
+const SLAB: usize = if cfg!(miri) { 1 << 12 } else { 16 * HUGE_PAGE };
 
 /// Weights start at multiples of a cache line.
 const ALIGNMENT: usize = 64;
