@@ -180,40 +180,19 @@ unsafe fn k_scales<L: Lanes>(p: *const u8) -> [L::I; 4] {
     }
 }
 
-#[inline(always)]
-unsafe fn k_part_scales<L: Lanes>(p: *const u8, scales: &mut [L::F; 16]) {
-    // SAFETY: line 0 holds the two scales of the block
-    unsafe {
-        let d = L::lower_f16(L::load(p));
-        let [low, high, ..] = k_scales::<L>(p);
-        for (part, scale) in scales[..8].iter_mut().enumerate() {
-            let word = if part < 4 { low } else { high };
-            let code = L::and(L::shr(word, part as u32 % 4 * 8), L::splat(0xff));
-            *scale = L::mul(d, L::to_f32(code));
-        }
-    }
+/// Blocks of 256 in parts of 32 with a scale and a minimum each; weights of 4 bits, or 5 with a `FIFTH`.
+pub(super) struct KBlocks<const FIFTH: bool>;
+
+pub(super) type Q4K = KBlocks<false>;
+pub(super) type Q5K = KBlocks<true>;
+
+impl<const FIFTH: bool> KBlocks<FIFTH> {
+    /// The first line of the lower four bits; those of the fifth, if there is one, stand before.
+    const LOWER: usize = if FIFTH { 12 } else { 4 };
 }
 
-#[inline(always)]
-unsafe fn k_minima<L: Lanes>(p: *const u8) -> ([L::I; 4], L::F) {
-    // SAFETY: as above
-    unsafe {
-        let scale = L::mul(L::lower_f16(L::shr(L::load(p), 16)), L::splat_f32(-1.0));
-        let [.., low, high] = k_scales::<L>(p);
-        let (first, second) = (L::splat(0xff), L::splat(0x00ff_0000));
-        let mut pairs = [low, L::shr(low, 16), high, L::shr(high, 16)];
-        for pair in &mut pairs {
-            *pair = L::or(L::and(*pair, first), L::and(L::shl(*pair, 8), second));
-        }
-        (pairs, scale)
-    }
-}
-
-/// Blocks of 256 in parts of 32 with a scale and a minimum each; weights of 4 bits.
-pub(super) struct Q4K;
-
-impl Blocks for Q4K {
-    const BYTES: usize = 36 * LINE;
+impl<const FIFTH: bool> Blocks for KBlocks<FIFTH> {
+    const BYTES: usize = (Self::LOWER + 32) * LINE;
     const PARTS: usize = 8;
     const SCALES: usize = 1;
     const MINIMA: bool = true;
@@ -221,48 +200,28 @@ impl Blocks for Q4K {
 
     #[inline(always)]
     unsafe fn scales<L: Lanes>(p: *const u8, scales: &mut [L::F; 16]) {
-        // SAFETY: passed on
-        unsafe { k_part_scales::<L>(p, scales) }
-    }
-
-    #[inline(always)]
-    unsafe fn codes<L: Lanes>(p: *const u8, part: usize, quad: usize) -> L::I {
-        // SAFETY: part and quad < 8; two parts share eight lines, as lower and upper halves of bytes
+        // SAFETY: line 0 holds the two scales of the block
         unsafe {
-            let v = L::load(p.add((4 + part / 2 * 8 + quad) * LINE));
-            L::and(L::shr(v, part as u32 % 2 * 4), L::splat(0x0f0f_0f0f))
+            let d = L::lower_f16(L::load(p));
+            let [low, high, ..] = k_scales::<L>(p);
+            for (part, scale) in scales[..8].iter_mut().enumerate() {
+                let word = if part < 4 { low } else { high };
+                let code = L::and(L::shr(word, part as u32 % 4 * 8), L::splat(0xff));
+                *scale = L::mul(d, L::to_f32(code));
+            }
         }
     }
 
     #[inline(always)]
-    unsafe fn minima<L: Lanes>(p: *const u8) -> ([L::I; 4], L::F) {
-        // SAFETY: passed on
-        unsafe { k_minima::<L>(p) }
-    }
-}
-
-/// As [`Q4K`] with a fifth bit.
-pub(super) struct Q5K;
-
-impl Blocks for Q5K {
-    const BYTES: usize = 44 * LINE;
-    const PARTS: usize = 8;
-    const SCALES: usize = 1;
-    const MINIMA: bool = true;
-    const WIDE: bool = false;
-
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(p: *const u8, scales: &mut [L::F; 16]) {
-        // SAFETY: passed on
-        unsafe { k_part_scales::<L>(p, scales) }
-    }
-
-    #[inline(always)]
     unsafe fn codes<L: Lanes>(p: *const u8, part: usize, quad: usize) -> L::I {
-        // SAFETY: part and quad < 8; bit `part` of lines 4 to 11 is the fifth, lines 12 to 43 are as in Q4K
+        // SAFETY: part and quad < 8; two parts share eight lines, as lower and upper halves of bytes; bit `part` of
+        // lines 4 to 11 is the fifth
         unsafe {
-            let low = L::load(p.add((12 + part / 2 * 8 + quad) * LINE));
+            let low = L::load(p.add((Self::LOWER + part / 2 * 8 + quad) * LINE));
             let low = L::and(L::shr(low, part as u32 % 2 * 4), L::splat(0x0f0f_0f0f));
+            if !FIFTH {
+                return low;
+            }
             let high = L::and(L::shr(L::load(p.add((4 + quad) * LINE)), part as u32), L::splat(0x0101_0101));
             L::or(low, L::shl(high, 4))
         }
@@ -270,8 +229,17 @@ impl Blocks for Q5K {
 
     #[inline(always)]
     unsafe fn minima<L: Lanes>(p: *const u8) -> ([L::I; 4], L::F) {
-        // SAFETY: passed on
-        unsafe { k_minima::<L>(p) }
+        // SAFETY: as for the scales
+        unsafe {
+            let scale = L::mul(L::lower_f16(L::shr(L::load(p), 16)), L::splat_f32(-1.0));
+            let [.., low, high] = k_scales::<L>(p);
+            let (first, second) = (L::splat(0xff), L::splat(0x00ff_0000));
+            let mut pairs = [low, L::shr(low, 16), high, L::shr(high, 16)];
+            for pair in &mut pairs {
+                *pair = L::or(L::and(*pair, first), L::and(L::shl(*pair, 8), second));
+            }
+            (pairs, scale)
+        }
     }
 }
 
