@@ -73,12 +73,3 @@ fn weight(slot: &mut Slot) -> Result<Option<CudaWeight>> {
         _ => Ok(None),
     }
 }
-
-/// The sensitivity of each of `tokens` tokens, which belong to the rows of a batch in equal shares, and whose dials are
-/// `rows`: a single one if all agree, which spares the device an upload.
-pub(crate) fn sensitivities(rows: &[f64], tokens: usize) -> Vec<f64> {
-    match rows {
-        [first, others @ ..] if others.iter().all(|row| row == first) => vec![*first],
-        rows => rows.iter().flat_map(|&row| std::iter::repeat_n(row, tokens / rows.len())).collect(),
-    }
-}

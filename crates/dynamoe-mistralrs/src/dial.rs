@@ -7,10 +7,11 @@ use std::{
         Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use candle_core::Tensor;
-use dynamoe::{DynaMoeConfig, config::check_dial};
+use dynamoe::{DynaMoeConfig, Routes, config::check_dial};
 use mistralrs_core::{CustomLogitsProcessor, row_data::RowData};
 
 use crate::counters::Counters;
@@ -79,6 +80,25 @@ impl LoadedModel {
     /// What the model has done so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Counts what a layer has routed, for the model and for the requests that `dials` belong to, whose rows have
+    /// equal shares of the tokens.
+    pub(crate) fn count(
+        &self,
+        layer: usize,
+        dials: &[Option<&RequestDial>],
+        routes: &Routes,
+        router: Duration,
+    ) {
+        self.counters.count(layer, &routes.0, router);
+        let widths = &self.config.expert_widths;
+        let share = routes.0.len() / dials.len().max(1);
+        for (dial, experts) in dials.iter().zip(routes.0.chunks_exact(share.max(1))) {
+            if let Some(dial) = dial {
+                dial.count(share, experts.iter().map(|&expert| widths[expert]).sum());
+            }
+        }
     }
 
     /// Layers whose FFN is one pass on dynamoe's CPU kernels; the others run shell by shell.
@@ -210,11 +230,11 @@ impl CustomLogitsProcessor for Carrier {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use dynamoe::{Budget, RouterConfig, RouterKind, Sensitivity};
 
-    fn model() -> Arc<LoadedModel> {
+    pub(crate) fn model() -> Arc<LoadedModel> {
         let config = DynaMoeConfig {
             version: 1,
             base_architecture: "LlamaForCausalLM".into(),

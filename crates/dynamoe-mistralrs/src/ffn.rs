@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, Routes, names, router::logit};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, names};
 use mistralrs_core::{
     layers::Activation,
     plugin::{AnyMoeTrainableLayer, MlpLayer},
@@ -167,32 +167,15 @@ struct EngineFfn {
 }
 
 impl EngineFfn {
-    /// The sensitivity of each row of a batch.
-    fn sensitivities(&self, dials: &[Option<&RequestDial>]) -> Vec<f64> {
+    /// The sensitivity of each of `tokens` tokens, which belong to the rows of a batch in equal shares: a single one
+    /// if all agree.
+    fn sensitivities(&self, dials: &[Option<&RequestDial>], tokens: usize) -> Vec<f64> {
         let default = self.model.sensitivities()[self.layer];
         let of_row = |dial: &Option<&RequestDial>| dial.map_or(default, |dial| dial.sensitivity(self.layer));
-        dials.iter().map(of_row).collect()
-    }
-
-    /// Chooses the experts of `x (T, D)`, whose tokens belong to the rows of a batch in equal shares.
-    fn route(&self, x: &Tensor, dials: &[Option<&RequestDial>]) -> candle_core::Result<Routes> {
-        let tokens = x.dim(0)?;
-        let rows = self.sensitivities(dials);
-        if rows.iter().all(|&sensitivity| sensitivity >= 1.0) {
-            return Ok(Routes(vec![self.ffn.experts().widths().len() - 1; tokens]));
-        }
-        let share = tokens / rows.len();
-        let thresholds: Vec<f32> = rows.iter().flat_map(|&s| std::iter::repeat_n(logit(s), share)).collect();
-        Ok(Routes(self.ffn.router().experts(x, &thresholds)?))
-    }
-
-    fn count(&self, dials: &[Option<&RequestDial>], routes: &Routes) {
-        let widths = self.ffn.experts().widths();
-        let share = routes.0.len() / dials.len();
-        for (dial, experts) in dials.iter().zip(routes.0.chunks_exact(share)) {
-            if let Some(dial) = dial {
-                dial.count(share, experts.iter().map(|&expert| widths[expert]).sum());
-            }
+        let rows: Vec<f64> = dials.iter().map(of_row).collect();
+        match rows.as_slice() {
+            [first, others @ ..] if others.iter().all(|row| row == first) => vec![*first],
+            rows => rows.iter().flat_map(|&row| std::iter::repeat_n(row, tokens / rows.len())).collect(),
         }
     }
 }
@@ -209,9 +192,9 @@ impl MlpLayer for EngineFfn {
             true => rows.iter().map(|row| RequestDial::of_row(row, self.model.layers())).collect(),
             false => vec![None; batch],
         };
+        let sensitivities = self.sensitivities(&dials, x.dim(0)?);
         #[cfg(feature = "cuda")]
         if self.ffn.experts().cuda.is_made() {
-            let sensitivities = crate::cuda::sensitivities(&self.sensitivities(&dials), x.dim(0)?);
             let (y, routes) = self.ffn.forward_routed(&x, &sensitivities)?;
             if serving {
                 self.model.passes().push(self.layer, rows, routes);
@@ -219,10 +202,9 @@ impl MlpLayer for EngineFfn {
             return y.reshape(xs.shape());
         }
         let start = Instant::now();
-        let routes = self.route(&x, &dials)?;
+        let routes = self.ffn.route(&x, &sensitivities)?;
         if serving {
-            self.model.counters().count(self.layer, &routes.0, start.elapsed());
-            self.count(&dials, &routes);
+            self.model.count(self.layer, &dials, &routes, start.elapsed());
         }
         self.ffn.forward_with(&x, &routes)?.reshape(xs.shape())
     }

@@ -46,16 +46,11 @@ impl Passes {
     pub fn count(&self, model: &LoadedModel) -> Result<()> {
         let passes = std::mem::take(&mut *self.lock());
         let routes = PendingRoutes::wait_all(passes.iter().map(|pass| pass.routes.clone()).collect())?;
-        let widths = &model.config().expert_widths;
         for (pass, routes) in passes.iter().zip(routes) {
+            let dials: Vec<_> =
+                pass.rows.iter().map(|row| RequestDial::of_row(row, model.layers())).collect();
             // the device's router takes no time of the host's
-            model.counters().count(pass.layer, &routes.0, Duration::ZERO);
-            let share = routes.0.len() / pass.rows.len().max(1);
-            for (row, experts) in pass.rows.iter().zip(routes.0.chunks_exact(share.max(1))) {
-                if let Some(dial) = RequestDial::of_row(row, model.layers()) {
-                    dial.count(share, experts.iter().map(|&expert| widths[expert]).sum());
-                }
-            }
+            model.count(pass.layer, &dials, &routes, Duration::ZERO);
         }
         Ok(())
     }
@@ -68,21 +63,11 @@ impl Passes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind, Routes};
+    use dynamoe::Routes;
 
     #[test]
     fn a_forward_is_counted_when_it_is_over() {
-        let config = DynaMoeConfig {
-            version: 1,
-            base_architecture: "LlamaForCausalLM".into(),
-            base_model_type: "llama".into(),
-            expert_widths: vec![16, 32],
-            own_shells: 0,
-            router: RouterConfig { kind: RouterKind::Static, hidden_size: 0, compensation: false },
-            sensitivity: 0.9,
-            budgets: vec![],
-        };
-        let model = LoadedModel::register(config, 2).unwrap();
+        let model = crate::dial::tests::model();
         let requests = [model.default_request(), model.default_request()];
         let rows = || requests.iter().map(|dial| Some(dial.clone() as Arc<dyn RowData>)).collect();
         let passes = Passes::default();

@@ -27,6 +27,11 @@ use crate::error::{Error, Result};
 use crate::experts::{NestedExperts, places};
 use crate::router::{Router, logit};
 
+/// Whether the router has nothing to say.
+fn is_dense(sensitivities: &[f64]) -> bool {
+    sensitivities.iter().all(|&s| s >= 1.0)
+}
+
 /// The expert of every token of one forward pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Routes(pub Vec<usize>);
@@ -214,19 +219,27 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         sensitivities: &[f64],
     ) -> candle_core::Result<(Tensor, PendingRoutes)> {
         let rows = x.reshape(((), x.dim(D::Minus1)?))?; // (T, D)
-        let dense = sensitivities.iter().all(|&s| s >= 1.0);
         #[cfg(feature = "cuda")]
-        if !dense && let Some((y, experts)) = crate::cuda::forward(self, &rows, sensitivities)? {
+        if !is_dense(sensitivities)
+            && let Some((y, experts)) = crate::cuda::forward(self, &rows, sensitivities)?
+        {
             return Ok((y.reshape(x.shape())?, PendingRoutes(Pending::OnDevice(experts))));
         }
-        let routes = if dense {
-            Routes(vec![self.experts.widths().len() - 1; rows.dim(0)?])
-        } else {
-            let thresholds: Vec<f32> = sensitivities.iter().map(|&s| logit(s)).collect();
-            Routes(self.router.experts(&rows, &thresholds)?)
-        };
+        let routes = self.route(&rows, sensitivities)?;
         let y = self.forward_with(&rows, &routes)?;
         Ok((y.reshape(x.shape())?, PendingRoutes(Pending::Known(routes))))
+    }
+
+    /// Chooses the experts of `x (T, D)`; sensitivities as for [`DynaMoeFfn::forward_routed`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn route(&self, x: &Tensor, sensitivities: &[f64]) -> candle_core::Result<Routes> {
+        if is_dense(sensitivities) {
+            return Ok(Routes(vec![self.experts.widths().len() - 1; x.dim(0)?]));
+        }
+        let thresholds: Vec<f32> = sensitivities.iter().map(|&s| logit(s)).collect();
+        Ok(Routes(self.router.experts(x, &thresholds)?))
     }
 
     /// Runs `x (T, D)` with experts that were chosen elsewhere.
