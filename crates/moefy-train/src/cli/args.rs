@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 use crate::convert::ConvertOptions;
+use crate::data::DataSource;
 use crate::hf_config::ModelConfig;
 
 /// Where to compute.
@@ -33,6 +34,20 @@ impl DeviceArg {
             ),
         }
     }
+}
+
+/// The dense model and the texts of commands that train and measure.
+#[derive(Debug, Args)]
+pub struct InputArgs {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    pub model: String,
+    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true)]
+    pub data: Vec<DataSource>,
+    /// Text to evaluate on [default: a held-out part of --data]
+    #[arg(long)]
+    pub valid: Vec<DataSource>,
 }
 
 /// How a dense model is cut into experts.

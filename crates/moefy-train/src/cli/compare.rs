@@ -6,24 +6,16 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use super::args::{DeviceArg, ExpertArgs};
+use super::args::{DeviceArg, ExpertArgs, InputArgs};
 use super::print;
 use crate::compare::{Comparison, Variant, compare as run_comparison, variants};
-use crate::data::DataSource;
 use crate::texts::TextArgs;
 use crate::train::{Method, TrainConfig};
 
 #[derive(Debug, Args)]
 pub struct CompareArgs {
-    /// Dense model: a folder or a hub id
-    #[arg(long)]
-    model: String,
-    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
-    #[arg(long, required = true)]
-    data: Vec<DataSource>,
-    /// Text to measure on [default: a held-out part of --data]
-    #[arg(long)]
-    valid: Vec<DataSource>,
+    #[command(flatten)]
+    inputs: InputArgs,
     /// Folder of the table and of finished cells; a comparison that was stopped goes on
     #[arg(long)]
     out: PathBuf,
@@ -87,9 +79,9 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<()> {
     ensure!(args.at.is_sorted(), "--at: expected widths in ascending order, found {:?}", args.at);
     ensure!(args.seeds > 0, "--seeds must be 1 or more, found 0");
     let comparison = Comparison {
-        model: args.model.clone(),
-        data: args.data.clone(),
-        valid: args.valid.clone(),
+        model: args.inputs.model.clone(),
+        data: args.inputs.data.clone(),
+        valid: args.inputs.valid.clone(),
         variants: args.variants()?,
         seeds: (args.train.seed..).take(args.seeds as usize).collect(),
         widths: args.at.clone(),

@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-use super::args::{DeviceArg, ExpertArgs};
+use super::args::{DeviceArg, ExpertArgs, InputArgs};
 use super::print;
 use crate::checkpoint::refuse_overlap;
 use crate::data::DataSource;
@@ -19,15 +19,8 @@ use crate::train::{Method, Outcome, TrainConfig};
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Dense model: a folder or a hub id
-    #[arg(long)]
-    model: String,
-    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
-    #[arg(long, required = true)]
-    data: Vec<DataSource>,
-    /// Text to evaluate on [default: a held-out part of --data]
-    #[arg(long)]
-    valid: Vec<DataSource>,
+    #[command(flatten)]
+    inputs: InputArgs,
     /// Folder of the finished checkpoint and its report
     #[arg(long)]
     out: PathBuf,
@@ -65,9 +58,9 @@ pub struct RunArgs {
 impl RunArgs {
     fn job(&self) -> Job {
         Job {
-            model: self.model.clone(),
-            data: self.data.clone(),
-            valid: self.valid.clone(),
+            model: self.inputs.model.clone(),
+            data: self.inputs.data.clone(),
+            valid: self.inputs.valid.clone(),
             experts: self.experts.clone(),
             train: self.train.clone(),
             baselines: if self.no_baselines { Vec::new() } else { self.baselines.clone() },
@@ -82,7 +75,7 @@ impl RunArgs {
 pub fn run(args: &RunArgs, stop: &AtomicBool) -> Result<()> {
     let device = args.device.open()?;
     let job = args.job();
-    let texts = args.data.iter().chain(&args.valid).map(|source| source.path.as_path());
+    let texts = args.inputs.data.iter().chain(&args.inputs.valid).map(|source| source.path.as_path());
     let mut read: Vec<&Path> = texts.chain(args.pairs.as_deref()).collect();
     RunFolder::check(&args.out, args.existing, &read)?;
     let inputs = Inputs::open(&job)?;
