@@ -725,7 +725,7 @@ fn wrong_numbers_are_refused() {
         ("--accumulation", "18446744073709551615"),
         ("--distill", "2"),
         ("--price-max", "0.01"),
-        ("--ends", "1"),
+        ("--full-share", "1"),
         ("--log-every", "0"),
     ] {
         lab.fails(&run_args("out", "640", &[flag, value]), &[flag]);

@@ -121,12 +121,18 @@ pub struct TrainConfig {
     /// Spread of the noise on router logits (priced, gain)
     #[arg(long, default_value_t = 0.1)]
     pub noise: f64,
-    /// Exponent of the dial that a sequence draws: above 1 trains the narrow end more, below 1 the wide one (gain)
-    #[arg(long, default_value_t = 1.0)]
-    pub lean: f64,
-    /// Share of sequences trained at each end of the dial, full width and narrowest
+    /// Mean width that most sequences are trained near (gain)
+    #[arg(long, default_value_t = 0.5)]
+    pub focus: f64,
+    /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (gain)
+    #[arg(long, default_value_t = 2.0)]
+    pub focus_power: f64,
+    /// Share of sequences trained at full width
     #[arg(long, default_value_t = 0.1)]
-    pub ends: f64,
+    pub full_share: f64,
+    /// Share of sequences trained at the narrowest width
+    #[arg(long, default_value_t = 0.03)]
+    pub narrowest_share: f64,
     /// Seed of the data order, the dials and the noise
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -195,7 +201,7 @@ impl TrainConfig {
             ("--clip", self.clip),
             ("--price-min", self.price_min),
             ("--temperature", self.temperature),
-            ("--lean", self.lean),
+            ("--focus-power", self.focus_power),
         ];
         for (name, value) in positive {
             ensure!(value.is_finite() && value > 0.0, "{name} must be a number above 0, found {value}");
@@ -204,7 +210,9 @@ impl TrainConfig {
             ("--warmup", self.warmup, 1.0),
             ("--final-lr", self.final_lr, 1.0),
             ("--distill", self.distill, 1.0),
-            ("--ends", self.ends, 0.5),
+            ("--focus", self.focus, 1.0),
+            ("--full-share", self.full_share, 0.5),
+            ("--narrowest-share", self.narrowest_share, 0.5),
             ("--noise", self.noise, 100.0),
             ("--distill-hidden", self.distill_hidden, 1000.0),
             ("--weight-decay", self.weight_decay, 1.0),
@@ -270,7 +278,7 @@ mod tests {
         for wrong in [
             TrainConfig { lr: f64::NAN, ..TrainConfig::default() },
             TrainConfig { batch_size: 0, ..TrainConfig::default() },
-            TrainConfig { ends: 0.6, ..TrainConfig::default() },
+            TrainConfig { full_share: 0.6, ..TrainConfig::default() },
             TrainConfig { price_max: 0.01, ..TrainConfig::default() },
             TrainConfig { batch_size: usize::MAX, ..TrainConfig::default() },
             TrainConfig { mode: Mode::Router, method: Method::Static, ..TrainConfig::default() },

@@ -1,4 +1,4 @@
-//! Where the dial's thresholds lie while training, so that every mean width is trained alike.
+//! Where the dial's thresholds lie while training, so that sequences are as wide as they are meant to be.
 //!
 //! A sequence draws a share `u` of the way from the narrowest mean width to the full one. The threshold on its
 //! router logits is looked up here, and moved where the width that came out was another:

@@ -57,8 +57,8 @@ pub fn objective(config: &TrainConfig, width_shares: &[f64]) -> Box<dyn Objectiv
         Method::Dense => Box::new(Dense { experts: shares.len() }),
         Method::Static => Box::new(Static { experts: shares.len() }),
         Method::Random => Box::new(Random { shares }),
-        Method::Similarity => Box::new(Similarity { ends: config.ends, experts: shares.len() }),
-        Method::Gain => Box::new(Gain::new(shares.len(), config)),
+        Method::Similarity => Box::new(Similarity { experts: shares.len(), config: config.clone() }),
+        Method::Gain => Box::new(Gain::new(&shares, config)),
         Method::Priced => Box::new(Priced { shares, config: config.clone() }),
     }
 }
@@ -78,12 +78,12 @@ fn per_token(values: &[f64], tokens: usize) -> impl Iterator<Item = f64> + '_ {
     (0..tokens).map(move |n| values[n / positions])
 }
 
-/// A dial from 0 to 1, uniform but for a share `ends` at each end.
-pub(super) fn dial(rng: &mut ChaCha8Rng, ends: f64) -> f64 {
+/// A dial from 0 to 1, uniform but for a share of sequences at each end.
+pub(super) fn dial(rng: &mut ChaCha8Rng, config: &TrainConfig) -> f64 {
     let (u, v): (f64, f64) = (rng.random(), rng.random());
-    if u < ends {
+    if u < config.narrowest_share {
         0.0
-    } else if u > 1.0 - ends {
+    } else if u > 1.0 - config.full_share {
         1.0
     } else {
         v
@@ -172,12 +172,12 @@ pub fn draw(probabilities: &[f64], rng: &mut impl Rng) -> usize {
 /// predicts, as they will be when served.
 struct Similarity {
     experts: usize,
-    ends: f64,
+    config: TrainConfig,
 }
 
 impl Objective for Similarity {
     fn sample(&self, rng: &mut ChaCha8Rng, sequences: usize) -> Vec<f64> {
-        (0..sequences).map(|_| dial(rng, self.ends)).collect()
+        (0..sequences).map(|_| dial(rng, &self.config)).collect()
     }
 
     fn route(&self, input: LayerInput<'_>) -> Result<Routed> {
@@ -224,7 +224,7 @@ const FAR: f32 = 60.0;
 
 impl Objective for Priced {
     fn sample(&self, rng: &mut ChaCha8Rng, sequences: usize) -> Vec<f64> {
-        (0..sequences).map(|_| dial(rng, self.config.ends)).collect()
+        (0..sequences).map(|_| dial(rng, &self.config)).collect()
     }
 
     fn route(&self, input: LayerInput<'_>) -> Result<Routed> {
@@ -349,7 +349,7 @@ mod tests {
     fn similarity_labels_are_learnable() {
         let mut rng = ChaCha8Rng::seed_from_u64(4);
         let (x, ffn) = (Tensor::randn(0f32, 1.0, (16, 4), &Device::Cpu).unwrap(), ffn(4, &[2, 4, 8]));
-        let similarity = Similarity { experts: 3, ends: 0.0 };
+        let similarity = Similarity { experts: 3, config: TrainConfig::default() };
         let logits = candle_core::Var::zeros((16, 2), DType::F32, &Device::Cpu).unwrap();
         for _ in 0..400 {
             let loss = similarity.route(input(&x, &logits, &ffn, &[0.5], &mut rng)).unwrap().loss.unwrap();
