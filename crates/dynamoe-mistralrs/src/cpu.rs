@@ -1,30 +1,23 @@
 //! The engine's projections on the CPU kernels of `dynamoe`.
 //!
-//! candle multiplies a quantized matrix with one token at a time. Packed matrices do better, and a layer's shells
-//! together are one pass over the FFN instead of three products for each shell. Packed projections stand in the
-//! slots of the engine's own, which may quantize or serialize each of them and gets the blocks that were packed.
-//! Unquantized shells become parts of whole matrices, so that full width is the dense FFN's three products.
+//! candle multiplies a quantized matrix with one token at a time; packed matrices do better. Packed projections stand
+//! in the slots of the engine's own, which may quantize or serialize each of them and gets the blocks that were packed.
 
 use std::{
     borrow::Cow,
-    sync::{Arc, PoisonError, RwLock, atomic::AtomicUsize},
+    sync::{Arc, atomic::AtomicUsize},
 };
 
 use candle_core::{
     DType, Device, Module, Result, Tensor,
     quantized::{GgmlDType, QTensor, ggml_file::qtensor_from_ggml},
 };
-use candle_nn::{Activation, Linear};
-use dynamoe::{
-    NestedExperts, PrefixExperts, Shell, ShellExperts,
-    cpu::{PackedExperts, PackedMatrix},
-};
+use candle_nn::Linear;
+use dynamoe::cpu::PackedMatrix;
 use mistralrs_quant::{
     GgufMatMul, IsqType, QuantMethod, QuantMethodConfig, QuantizeOntoGuard, QuantizedSerde,
     QuantizedSerdeType, UQFF_QUANT_TYPE_OFFSET, UnquantLinear,
 };
-
-use crate::weights::{Projection, fused_glu};
 
 pub(crate) type Slot = Arc<dyn QuantMethod>;
 
@@ -102,13 +95,13 @@ impl QuantizedSerde for PackedLinear {
 }
 
 /// A projection as far as it can be taken out of its slot.
-enum Taken {
+pub(crate) enum Taken {
     Packed(Arc<PackedLinear>),
     Unquantized(Tensor),
 }
 
 /// Takes a projection on the CPU out of `slot`, which keeps it if there is no kernel for it or it is packed.
-fn take(slot: &mut Slot) -> Result<Option<Taken>> {
+pub(crate) fn take(slot: &mut Slot) -> Result<Option<Taken>> {
     if slot.name() == PACKED {
         return Ok(None);
     }
@@ -179,7 +172,7 @@ fn ggml_type(number: usize) -> Option<GgmlDType> {
     numbers.iter().find(|(n, _)| *n == number).map(|(_, dtype)| *dtype)
 }
 
-fn unquantized(weight: Tensor) -> Result<Slot> {
+pub(crate) fn unquantized(weight: Tensor) -> Result<Slot> {
     Ok(Arc::new(UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(weight, None)))?))
 }
 
@@ -191,159 +184,15 @@ pub(crate) fn speed_up(slot: &mut Slot) -> Result<bool> {
     }
 }
 
-/// A faster form of a layer's shells over the same weights, while there is one.
-pub(crate) struct FastExperts {
-    activation: Activation,
-    widths: Vec<usize>,
-    experts: RwLock<Option<Arc<dyn NestedExperts>>>,
-}
-
-impl FastExperts {
-    pub fn new(activation: Activation, widths: &[usize]) -> Self {
-        Self { activation, widths: widths.to_vec(), experts: RwLock::default() }
-    }
-
-    /// Forgets it, since the engine is about to change the shells in `slots`: parts of whole matrices become
-    /// matrices of their own.
-    pub fn release(&self, slots: Vec<&mut Slot>) -> Result<()> {
-        if self.experts.write().unwrap_or_else(PoisonError::into_inner).take().is_none() {
-            return Ok(());
-        }
-        for slot in slots {
-            if let Some((weight, None)) = slot.unquant_weight_bias() {
-                *slot = unquantized(weight.force_contiguous()?)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn get(&self) -> Option<Arc<dyn NestedExperts>> {
-        self.experts.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Makes it of the shells in `slots` (gate, up and down projection of each, narrowest expert's first, then those
-    /// that narrow experts have of their own), which hold the same weights afterwards, in the memory that is used
-    /// here.
-    ///
-    /// Returns whether there is one: shells must all be on the CPU, and all of types that can be packed or all
-    /// unquantized.
-    pub fn make(&self, mut slots: Vec<&mut Slot>) -> Result<bool> {
-        let taken = slots.iter_mut().map(|slot| take(slot)).collect::<Result<Vec<_>>>()?;
-        let Some(taken) = taken.into_iter().collect::<Option<Vec<_>>>() else { return Ok(false) };
-        let packed: Option<Vec<_>> = taken.iter().map(Taken::packed).collect();
-        let unquantized: Option<Vec<_>> = taken.iter().map(Taken::unquantized).collect();
-        let experts: Arc<dyn NestedExperts> = match (packed, unquantized) {
-            (Some(matrices), _) => Arc::new(self.packed(&matrices)?),
-            (_, Some(weights)) => self.prefixes(&mut slots, &weights)?,
-            _ => return Ok(false),
-        };
-        *self.experts.write().unwrap_or_else(PoisonError::into_inner) = Some(experts);
-        Ok(true)
-    }
-
-    fn packed(&self, matrices: &[Arc<PackedMatrix>]) -> Result<PackedExperts> {
-        let shell = |m: &[Arc<PackedMatrix>]| Shell {
-            gate_proj: Arc::clone(&m[0]),
-            up_proj: Arc::clone(&m[1]),
-            down_proj: Arc::clone(&m[2]),
-        };
-        let mut shells: Vec<_> = matrices.chunks_exact(3).map(shell).collect();
-        let own = shells.split_off(self.widths.len());
-        let experts = PackedExperts::new(shells, self.activation, &self.widths);
-        experts.and_then(|experts| experts.with_own(own)).map_err(candle_core::Error::wrap)
-    }
-
-    fn prefixes(&self, slots: &mut [&mut Slot], weights: &[Tensor]) -> Result<Arc<dyn NestedExperts>> {
-        let new = |[gate, up, down]: [Tensor; 3], widths: &[usize]| -> Result<PrefixExperts> {
-            let experts = PrefixExperts::new(gate, up, down, self.activation, widths);
-            Ok(experts.map_err(candle_core::Error::wrap)?.with_glu(fused_glu))
-        };
-        let (slots, own_slots) = slots.split_at_mut(3 * self.widths.len());
-        let (weights, own_weights) = weights.split_at(slots.len());
-        let joined = join(slots, weights)?;
-        let own_shells = own_slots.len() / 3;
-        let narrower = &self.widths[..self.widths.len() - 1];
-        let full = new(joined.clone(), &self.widths)?;
-        let Some(&width) = own_shells.checked_sub(1).map(|last| &narrower[last]) else {
-            return Ok(Arc::new(full));
-        };
-        let shared: Vec<usize> = narrower[own_shells..].iter().map(|end| end - width).collect();
-        let shared = match shared.last() {
-            None => None,
-            Some(&len) => {
-                let [gate, up, down] = &joined;
-                let parts =
-                    [gate.narrow(0, width, len)?, up.narrow(0, width, len)?, down.narrow(1, width, len)?];
-                Some(new(parts, &shared)?)
-            }
-        };
-        let own = new(join(own_slots, own_weights)?, &narrower[..own_shells])?;
-        Ok(Arc::new(OwnPrefixes { full, own, shared }))
-    }
-}
-
-/// Joins shells' weights to whole matrices (gate, up, down), and leaves parts of these in the slots.
-fn join(slots: &mut [&mut Slot], weights: &[Tensor]) -> Result<[Tensor; 3]> {
-    let mut join = |matrix: usize, dim: usize| -> Result<Tensor> {
-        let shells: Vec<&Tensor> = weights.iter().skip(matrix).step_by(3).collect();
-        let joined = Tensor::cat(&shells, dim)?;
-        let mut start = 0;
-        for (shell, slot) in shells.iter().zip(slots.iter_mut().skip(matrix).step_by(3)) {
-            let part = joined.narrow(dim, start, shell.dim(dim)?)?;
-            start += shell.dim(dim)?;
-            **slot = unquantized(part)?;
-        }
-        Ok(joined)
-    };
-    Ok([join(0, 0)?, join(1, 0)?, join(2, 1)?])
-}
-
-/// Prefixes of whole matrices where narrow experts have first neurons of their own: these, and the neurons behind
-/// them, which are parts of the whole ones.
-struct OwnPrefixes {
-    full: PrefixExperts,
-    own: PrefixExperts,
-    shared: Option<PrefixExperts>,
-}
-
-impl NestedExperts for OwnPrefixes {
-    fn widths(&self) -> &[usize] {
-        self.full.widths()
-    }
-
-    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        self.full.forward(x, reach)
-    }
-
-    fn own_shells(&self) -> usize {
-        self.own.widths().len()
-    }
-
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        let (own, behind) = reach.split_at(self.own_shells());
-        let y = self.own.forward(x, own)?;
-        let (Some(shared), Some(&rows)) = (&self.shared, behind.first()) else { return Ok(y) };
-        if rows == 0 {
-            return Ok(y);
-        }
-        let more = shared.forward(&x.narrow(0, 0, rows)?, behind)?;
-        let sum = (y.narrow(0, 0, rows)? + more)?;
-        match y.dim(0)? - rows {
-            0 => Ok(sum),
-            rest => Tensor::cat(&[sum, y.narrow(0, rows, rest)?], 0),
-        }
-    }
-}
-
 impl Taken {
-    fn packed(&self) -> Option<Arc<PackedMatrix>> {
+    pub fn packed(&self) -> Option<Arc<PackedMatrix>> {
         match self {
             Self::Packed(linear) if linear.bias.is_none() => Some(Arc::clone(&linear.weight)),
             _ => None,
         }
     }
 
-    fn unquantized(&self) -> Option<Tensor> {
+    pub fn unquantized(&self) -> Option<Tensor> {
         match self {
             Self::Unquantized(weight) => Some(weight.clone()),
             Self::Packed(_) => None,
@@ -351,79 +200,25 @@ impl Taken {
     }
 }
 
-/// A layer's shells as the engine's projections, and their faster form while there is one.
-#[derive(Clone)]
-pub(crate) struct EngineExperts {
-    pub shells: ShellExperts<Projection>,
-    pub fast: Arc<FastExperts>,
-    #[cfg(feature = "cuda")]
-    pub cuda: Arc<crate::cuda::CudaExperts>,
-}
-
-impl EngineExperts {
-    /// gate, up and down projection of each shell, narrowest expert's first, then of narrow experts' own shells.
-    pub fn slots(&mut self) -> Vec<&mut Slot> {
-        let (shells, own) = self.shells.all_mut();
-        let all = shells.iter_mut().chain(own);
-        all.flat_map(|s| [&mut s.gate_proj.0, &mut s.up_proj.0, &mut s.down_proj.0]).collect()
-    }
-}
-
-impl NestedExperts for EngineExperts {
-    fn widths(&self) -> &[usize] {
-        self.shells.widths()
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_segments(&self) -> Option<Vec<dynamoe::CudaSegment>> {
-        self.cuda.get()
-    }
-
-    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        match self.fast.get() {
-            Some(fast) => fast.forward(x, reach),
-            None => self.shells.forward(x, reach),
-        }
-    }
-
-    fn forward_unsorted(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Result<Tensor> {
-        match self.fast.get() {
-            Some(fast) => fast.forward_unsorted(x, order, reach),
-            None => self.shells.forward_unsorted(x, order, reach),
-        }
-    }
-
-    fn own_shells(&self) -> usize {
-        self.shells.own().len()
-    }
-
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        match self.fast.get() {
-            Some(fast) => fast.forward_narrow(x, reach),
-            None => self.shells.forward_narrow(x, reach),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn random(rows: usize, columns: usize) -> Tensor {
+    pub fn random(rows: usize, columns: usize) -> Tensor {
         Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap()
     }
 
-    fn quantized(weight: &Tensor, dtype: GgmlDType, bias: Option<Tensor>) -> Slot {
+    pub fn quantized(weight: &Tensor, dtype: GgmlDType, bias: Option<Tensor>) -> Slot {
         let q_weight = Arc::new(QTensor::quantize(weight, dtype).unwrap());
         Arc::new(GgufMatMul::new(QuantMethodConfig::Gguf { q_weight, b: bias }).unwrap())
     }
 
-    fn plain(weight: &Tensor) -> Slot {
+    pub fn plain(weight: &Tensor) -> Slot {
         unquantized(weight.clone()).unwrap()
     }
 
     /// The largest difference as a share of the largest number of `expected`.
-    fn difference(found: &Tensor, expected: &Tensor) -> f32 {
+    pub fn difference(found: &Tensor, expected: &Tensor) -> f32 {
         let largest =
             |x: &Tensor| x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
         assert_eq!(found.dims(), expected.dims());
@@ -483,84 +278,5 @@ mod tests {
             assert!(ggml_blocks(&bytes[..len], &Device::Cpu).is_err(), "{len}");
         }
         assert!(ggml_blocks(&[], &Device::Cpu).unwrap().is_none());
-    }
-
-    /// Shells of `widths` over fresh matrices, as `projection` makes them, `own` of them narrow experts' own too.
-    fn experts(
-        widths: &[usize],
-        own: usize,
-        d: usize,
-        projection: impl Fn(&Tensor) -> Slot,
-    ) -> EngineExperts {
-        let shells = |widths: &[usize]| -> Vec<Shell<Projection>> {
-            let mut start = 0;
-            let shell = |&end: &usize| {
-                let width = end - std::mem::replace(&mut start, end);
-                let projection = |rows, columns| Projection(projection(&random(rows, columns)));
-                Shell {
-                    gate_proj: projection(width, d),
-                    up_proj: projection(width, d),
-                    down_proj: projection(d, width),
-                }
-            };
-            widths.iter().map(shell).collect()
-        };
-        let all = ShellExperts::new(shells(widths), Activation::Silu, widths).unwrap();
-        EngineExperts {
-            shells: all.with_own(shells(&widths[..own])).unwrap(),
-            fast: Arc::new(FastExperts::new(Activation::Silu, widths)),
-            #[cfg(feature = "cuda")]
-            cuda: Arc::default(),
-        }
-    }
-
-    fn agrees(mut experts: EngineExperts, tolerance: f32) {
-        let (x, order) = (random(5, 256), [3, 0, 4, 2, 1]);
-        let reaches = [[5, 3, 1], [5, 5, 5], [5, 0, 0]];
-        let run = |experts: &EngineExperts| {
-            let mut found =
-                reaches.map(|reach| experts.forward_unsorted(&x, &order, &reach).unwrap()).to_vec();
-            found.extend(reaches.map(|reach| experts.forward_narrow(&x, &reach[..2]).unwrap()));
-            found
-        };
-        let expected = run(&experts);
-        let fast = Arc::clone(&experts.fast);
-        assert!(fast.make(experts.slots()).unwrap());
-        let by_kernels = run(&experts);
-        // what is left in the slots is the same, and can be quantized
-        fast.release(experts.slots()).unwrap();
-        let shells = run(&experts);
-        for slot in experts.slots() {
-            let (count, isq) = (AtomicUsize::new(0), Some(IsqType::Q8_0));
-            let (before, guard) = (Arc::clone(slot), QuantizeOntoGuard::new());
-            let after = Arc::clone(slot).apply_isq(isq, Device::Cpu, &count, None, guard).unwrap();
-            let before = before.dequantize_w().unwrap();
-            assert!(difference(&after.dequantize_w().unwrap(), &before) < 0.01);
-        }
-        for found in [by_kernels, shells] {
-            for (case, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                let difference = difference(found, expected);
-                assert!(difference < tolerance, "case {case}: {difference}");
-            }
-        }
-    }
-
-    #[test]
-    fn fast_experts_are_the_shells() {
-        let widths = [256, 512, 768];
-        for own in [0, 1, 2] {
-            agrees(experts(&widths, own, 256, plain), 1e-5);
-            // an activation may be rounded to the next step of its own quantization
-            agrees(experts(&widths, own, 256, |w| quantized(w, GgmlDType::Q4K, None)), 1e-3);
-            agrees(experts(&widths, own, 256, |w| quantized(w, GgmlDType::Q8_0, None)), 1e-3);
-        }
-    }
-
-    #[test]
-    fn shells_without_a_kernel_run_one_by_one() {
-        let mut experts = experts(&[64, 128], 0, 64, |w| quantized(w, GgmlDType::Q4_1, None));
-        let fast = Arc::clone(&experts.fast);
-        assert!(!fast.make(experts.slots()).unwrap());
-        assert_eq!(experts.forward(&random(2, 64), &[2, 1]).unwrap().dims(), [2, 64]);
     }
 }

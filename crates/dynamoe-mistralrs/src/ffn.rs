@@ -12,8 +12,9 @@ use mistralrs_core::{
 };
 
 use crate::{
-    cpu::{EngineExperts, FastExperts, Slot},
+    cpu::Slot,
     dial::{LoadedModel, RequestDial},
+    experts::{EngineExperts, FastExperts},
     weights::LayerWeights,
 };
 

@@ -18,6 +18,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dial;
+mod experts;
 mod ffn;
 mod loader;
 mod model;

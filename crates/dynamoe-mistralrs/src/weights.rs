@@ -11,7 +11,7 @@ use mistralrs_quant::{
     UnquantLinear, apply_immediate_isq, immediate_isq_match,
 };
 
-use crate::cpu::{EngineExperts, FastExperts};
+use crate::experts::{EngineExperts, FastExperts};
 
 /// One of the engine's projections, quantized or not, as a candle module over rows.
 #[derive(Debug, Clone)]

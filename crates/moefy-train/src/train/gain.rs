@@ -235,10 +235,12 @@ mod tests {
             dials.iter().filter(|dial| (from..=to).contains(*dial)).count() as f64 / dials.len() as f64
         };
         let sides = [share(1e-9, 1.0 / 3.0), share(1.0 / 3.0, 1.0 - 1e-9)];
-        for (found, expected) in [share(0.0, 0.0), share(1.0, 1.0), sides[0], sides[1]]
-            .into_iter()
-            .zip([0.1, 0.2, 0.7 / 3.0, 1.4 / 3.0])
-        {
+        for (found, expected) in [share(0.0, 0.0), share(1.0, 1.0), sides[0], sides[1]].into_iter().zip([
+            0.1,
+            0.2,
+            0.7 / 3.0,
+            1.4 / 3.0,
+        ]) {
             assert!((found - expected).abs() < 0.015, "{found} for {expected}");
         }
         // a quarter of the way from the focus to an end holds half of its side
