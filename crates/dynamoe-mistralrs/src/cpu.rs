@@ -26,7 +26,7 @@ const PACKED: &str = "packed-gguf";
 
 /// A projection over a packed matrix, in the place of one of the engine's.
 #[derive(Debug)]
-struct PackedLinear {
+pub(crate) struct PackedLinear {
     weight: Arc<PackedMatrix>,
     bias: Option<Tensor>,
 }
