@@ -61,9 +61,9 @@ pub struct ExpertArgs {
     #[arg(long, value_delimiter = ',')]
     pub widths: Vec<usize>,
     /// How many of the first shells narrow experts have of their own, trained apart from full width; each costs its
-    /// share of the FFN in memory, and no time
-    #[arg(long, default_value_t = 1)]
-    pub own_shells: usize,
+    /// share of the FFN in memory, and no time [default: half of the shells]
+    #[arg(long)]
+    pub own_shells: Option<usize>,
     /// Width of a router's hidden layer [default: half the hidden size, 16 to 64]
     #[arg(long)]
     pub router_hidden_size: Option<usize>,
@@ -83,13 +83,14 @@ impl ExpertArgs {
             widths => widths.to_vec(),
         };
         config::check_widths(&expert_widths, config.intermediate_size)?;
-        config::check_own_shells(self.own_shells, expert_widths.len()).context("--own-shells")?;
+        let own_shells = self.own_shells.unwrap_or(expert_widths.len() / 2);
+        config::check_own_shells(own_shells, expert_widths.len()).context("--own-shells")?;
         config::check_dial("sensitivity", self.default_sensitivity)?;
         let hidden_size = self.router_hidden_size.unwrap_or((config.hidden_size / 2).clamp(16, 64));
         ensure!(hidden_size > 0, "--router-hidden-size must be 1 or more, found 0");
         Ok(ConvertOptions {
             expert_widths,
-            own_shells: self.own_shells,
+            own_shells,
             router: RouterConfig { kind: RouterKind::Mlp, hidden_size, compensation: self.compensation },
             seed,
             sensitivity: self.default_sensitivity,

@@ -89,7 +89,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 0.3)]
     pub shared_lr: f64,
     /// Learning rate of all but FFNs and routers, as a multiple of --lr
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(long, default_value_t = 0.1)]
     pub backbone_lr: f64,
     /// Share of the steps over which the learning rate rises from 0
     #[arg(long, default_value_t = 0.05)]
@@ -122,13 +122,13 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 0.1)]
     pub noise: f64,
     /// Mean width that most sequences are trained near (gain)
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.45)]
     pub focus: f64,
     /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (gain)
     #[arg(long, default_value_t = 2.0)]
     pub focus_power: f64,
     /// Share of sequences trained at full width
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.2)]
     pub full_share: f64,
     /// Share of sequences trained at the narrowest width
     #[arg(long, default_value_t = 0.03)]

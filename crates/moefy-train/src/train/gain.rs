@@ -228,7 +228,8 @@ mod tests {
             assert!((crowded(0.3, focus, 1.0) - 0.3).abs() < 1e-12);
         }
         // widths of .25 to 1 and a focus of .5: a third of the way
-        let config = TrainConfig { full_share: 0.2, narrowest_share: 0.1, ..TrainConfig::default() };
+        let shares = TrainConfig { full_share: 0.2, narrowest_share: 0.1, ..TrainConfig::default() };
+        let config = TrainConfig { focus: 0.5, focus_power: 2.0, ..shares };
         let gain = Gain::new(&[0.25, 1.0], &config);
         let dials = gain.sample(&mut ChaCha8Rng::seed_from_u64(7), 20_000);
         let share = |from: f64, to: f64| {
