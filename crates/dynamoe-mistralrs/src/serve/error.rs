@@ -26,9 +26,12 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
 
-    /// 500: ours, or the engine's.
+    /// 500: ours, or the engine's. Backtraces, which candle writes into its messages where `RUST_BACKTRACE` is set,
+    /// are for the log.
     pub fn internal(message: impl ToString) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+        let message = message.to_string();
+        tracing::error!("{message}");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, without_backtrace(&message))
     }
 
     pub fn body(&self) -> Value {
@@ -52,4 +55,28 @@ pub(super) fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
         cause = error.source();
     }
     words
+}
+
+/// `message` up to the first frame of a backtrace, a line such as `   0: std::backtrace::Backtrace::create`.
+fn without_backtrace(message: &str) -> &str {
+    let is_frame = |line: &str| {
+        let number = line.trim_start().split_once(": ").map(|(number, _)| number);
+        line.starts_with(' ') && number.is_some_and(|n| n.parse::<u32>().is_ok())
+    };
+    let before: usize = message.split_inclusive('\n').take_while(|line| !is_frame(line)).map(str::len).sum();
+    message[..before].trim_end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_are_told_no_backtrace() {
+        let traced = "no room for 3: tokens\n   0: candle_core::error::Error::bt\n             at ./src/error.rs:264:25\n";
+        assert_eq!(ApiError::internal(traced).message, "no room for 3: tokens");
+        for whole in ["", "one: line", "1: of 2\n2: of 2", "  indented: 3: more"] {
+            assert_eq!(without_backtrace(whole), whole);
+        }
+    }
 }
