@@ -14,6 +14,8 @@ use crate::checkpoint::Checkpoint;
 use crate::convert::ConvertOptions;
 use crate::data::DataSource;
 use crate::hf_config::ModelConfig;
+use crate::texts::TextArgs;
+use crate::train::TrainConfig;
 
 /// Where to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -48,6 +50,18 @@ pub struct InputArgs {
     /// Text to evaluate on [default: a held-out part of --data]
     #[arg(long)]
     pub valid: Vec<DataSource>,
+}
+
+/// How and where a command trains.
+#[derive(Debug, Args)]
+pub struct TrainingArgs {
+    #[command(flatten)]
+    pub train: TrainConfig,
+    #[command(flatten)]
+    pub text: TextArgs,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: DeviceArg,
 }
 
 /// How a dense model is cut into experts.

@@ -6,10 +6,9 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use super::args::{DeviceArg, ExpertArgs, InputArgs};
+use super::args::{ExpertArgs, InputArgs, TrainingArgs};
 use super::print;
 use crate::compare::{Comparison, Variant, compare as run_comparison, variants};
-use crate::texts::TextArgs;
 use crate::train::{Method, TrainConfig};
 
 #[derive(Debug, Args)]
@@ -43,12 +42,7 @@ pub struct CompareArgs {
     #[command(flatten)]
     experts: ExpertArgs,
     #[command(flatten)]
-    train: TrainConfig,
-    #[command(flatten)]
-    text: TextArgs,
-    /// Where to compute
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceArg,
+    training: TrainingArgs,
     /// TOML file whose keys are these flags
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -59,16 +53,16 @@ impl CompareArgs {
         if let Some(path) = &self.variants {
             let text =
                 std::fs::read_to_string(path).with_context(|| format!("--variants {}", path.display()))?;
-            let found = variants(&text, &self.experts, &self.train);
+            let found = variants(&text, &self.experts, &self.training.train);
             return found.with_context(|| format!("--variants {}", path.display()));
         }
         let mut methods = self.baselines.clone();
-        methods.retain(|method| *method != self.train.method);
-        methods.push(self.train.method);
+        methods.retain(|method| *method != self.training.train.method);
+        methods.push(self.training.train.method);
         let variant = |method: Method| Variant {
             name: method.label().to_owned(),
             experts: self.experts.clone(),
-            train: TrainConfig { method, ..self.train.clone() },
+            train: TrainConfig { method, ..self.training.train.clone() },
         };
         Ok(methods.into_iter().map(variant).collect())
     }
@@ -83,14 +77,14 @@ pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<()> {
         data: args.inputs.data.clone(),
         valid: args.inputs.valid.clone(),
         variants: args.variants()?,
-        seeds: (args.train.seed..).take(args.seeds as usize).collect(),
+        seeds: (args.training.train.seed..).take(args.seeds as usize).collect(),
         widths: args.at.clone(),
         eval_tokens: args.eval_tokens,
         oracle: args.oracle.clone(),
         keep: args.keep,
-        text: args.text.clone(),
+        text: args.training.text.clone(),
     };
-    match run_comparison(&comparison, &args.out, &args.device.open()?, stop)? {
+    match run_comparison(&comparison, &args.out, &args.training.device.open()?, stop)? {
         Some(table) => {
             print(&format_args!("{}", table.markdown()))?;
             print(&format_args!("{}", args.out.join("report.html").display()))

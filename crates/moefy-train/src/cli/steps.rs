@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
-use super::args::{DeviceArg, ExpertArgs, open_model};
+use super::args::{ExpertArgs, TrainingArgs, open_model};
 use super::print;
 use crate::calibrate::Calibration;
 use crate::checkpoint::{Checkpoint, refuse_overlap};
@@ -14,8 +14,8 @@ use crate::data::{DataSource, Split};
 use crate::export::ExportOptions;
 use crate::run::{Existing, Finetune, RunFolder, describe, load, publish};
 use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
+use crate::train::Outcome;
 use crate::train::progress::Progress;
-use crate::train::{Outcome, TrainConfig};
 
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
@@ -111,38 +111,34 @@ pub struct FinetuneArgs {
     #[arg(long)]
     out: PathBuf,
     #[command(flatten)]
-    train: TrainConfig,
-    #[command(flatten)]
-    text: TextArgs,
-    /// Where to compute
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceArg,
+    training: TrainingArgs,
     #[command(flatten)]
     existing: Existing,
 }
 
 pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
-    args.train.validate()?;
+    let TrainingArgs { train, text, .. } = &args.training;
+    train.validate()?;
     let read: Vec<&Path> = args.data.iter().map(|data| data.path.as_path()).collect();
     RunFolder::check(&args.out, args.existing, &read)?;
-    let device = args.device.open()?;
+    let device = args.training.device.open()?;
     let source = open_model(&args.model)?;
-    let texts = Texts::open(source.dir(), source.config(), &args.text)?;
-    let shape = (args.train.batch_size, args.train.sequence_length);
-    let batches = texts.training(&args.data, Split::All, shape, args.train.seed)?;
-    let teacher = match (&args.teacher, args.train.has_teacher()) {
+    let texts = Texts::open(source.dir(), source.config(), text)?;
+    let shape = (train.batch_size, train.sequence_length);
+    let batches = texts.training(&args.data, Split::All, shape, train.seed)?;
+    let teacher = match (&args.teacher, train.has_teacher()) {
         (Some(teacher), true) => Some(load(&open_model(teacher)?, &device)?),
         (None, true) => Some(load(&source, &device)?),
         (_, false) => None,
     };
     refuse_overlap(source.dir(), &args.out)?;
-    let mut told = describe(&source, &args.data, &args.train, &args.text)?;
+    let mut told = describe(&source, &args.data, train, text)?;
     told["teacher"] = args.teacher.as_deref().into();
     let folder = RunFolder::prepare(&args.out, args.existing, &read, &told)?;
     let job = Finetune {
         source: &source,
         teacher: teacher.as_ref(),
-        config: &args.train,
+        config: train,
         batches: &batches,
         state_dir: Some(&folder.training("state")),
         stop,
@@ -153,11 +149,11 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
         print(&format_args!("stopped after step {step}; the same command with --resume continues"))?;
         return Ok(());
     }
-    publish(&folder, &source, &model, args.train.method, &calibration(&batches, CALIBRATION_TOKENS))?;
+    publish(&folder, &source, &model, train.method, &calibration(&batches, CALIBRATION_TOKENS))?;
     print(&format_args!(
         "{}: trained on {} tokens",
         args.out.display(),
-        args.train.steps() * args.train.tokens_per_step()
+        train.steps() * train.tokens_per_step()
     ))?;
     Ok(())
 }

@@ -7,14 +7,13 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-use super::args::{DeviceArg, ExpertArgs, InputArgs};
+use super::args::{ExpertArgs, InputArgs, TrainingArgs};
 use super::print;
 use crate::checkpoint::refuse_overlap;
 use crate::data::DataSource;
 use crate::demo;
 use crate::pretrain::{Pretrain, pretrain as train_dense};
 use crate::run::{Existing, Inputs, Job, RunFolder, run_job};
-use crate::texts::TextArgs;
 use crate::train::{Method, Outcome, TrainConfig};
 
 #[derive(Debug, Args)]
@@ -27,7 +26,7 @@ pub struct RunArgs {
     #[command(flatten)]
     experts: ExpertArgs,
     #[command(flatten)]
-    train: TrainConfig,
+    training: TrainingArgs,
     /// Baselines trained alike for the report's curves
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["dense", "static", "random"])]
     baselines: Vec<Method>,
@@ -44,11 +43,6 @@ pub struct RunArgs {
     #[arg(long)]
     pairs: Option<PathBuf>,
     #[command(flatten)]
-    text: TextArgs,
-    /// Where to compute
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceArg,
-    #[command(flatten)]
     existing: Existing,
     /// TOML file whose keys are these flags
     #[arg(long, value_name = "FILE")]
@@ -62,18 +56,18 @@ impl RunArgs {
             data: self.inputs.data.clone(),
             valid: self.inputs.valid.clone(),
             experts: self.experts.clone(),
-            train: self.train.clone(),
+            train: self.training.train.clone(),
             baselines: if self.no_baselines { Vec::new() } else { self.baselines.clone() },
             oracle: !self.no_oracle,
             eval_tokens: self.eval_tokens,
             pairs: self.pairs.clone(),
-            text: self.text.clone(),
+            text: self.training.text.clone(),
         }
     }
 }
 
 pub fn run(args: &RunArgs, stop: &AtomicBool) -> Result<()> {
-    let device = args.device.open()?;
+    let device = args.training.device.open()?;
     let job = args.job();
     let texts = args.inputs.data.iter().chain(&args.inputs.valid).map(|source| source.path.as_path());
     let mut read: Vec<&Path> = texts.chain(args.pairs.as_deref()).collect();
@@ -141,24 +135,19 @@ pub struct PretrainArgs {
     #[command(flatten)]
     shape: Pretrain,
     #[command(flatten)]
-    train: TrainConfig,
-    #[command(flatten)]
-    text: TextArgs,
-    /// Where to compute
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceArg,
+    training: TrainingArgs,
     #[command(flatten)]
     existing: Existing,
 }
 
 pub fn pretrain(args: &PretrainArgs, stop: &AtomicBool) -> Result<()> {
-    let train = TrainConfig { method: Method::Dense, ..args.train.clone() };
+    let train = TrainConfig { method: Method::Dense, ..args.training.train.clone() };
     train.validate()?;
-    let device = args.device.open()?;
+    let device = args.training.device.open()?;
     let read: Vec<&Path> = args.data.iter().map(|source| source.path.as_path()).collect();
     let told = json!({ "data": read, "shape": args.shape, "tokens": train.tokens, "seed": train.seed });
     let folder = RunFolder::prepare(&args.out, args.existing, &read, &told)?;
-    match train_dense(&args.shape, &train, &args.data, &args.text, &folder, &device, stop)? {
+    match train_dense(&args.shape, &train, &args.data, &args.training.text, &folder, &device, stop)? {
         Outcome::Stopped(step) => print(&format_args!("stopped after step {step}; --resume continues"))?,
         Outcome::Finished => print(&format_args!("{}", folder.out().display()))?,
     }

@@ -37,8 +37,8 @@ impl Method {
             Self::Static => "static nested",
             Self::Random => "random routing",
             Self::Similarity => "similarity router",
-            Self::Priced => "priced router",
-            Self::Gain => "DynaMoE",
+            Self::Priced => "DynaMoE",
+            Self::Gain => "gain router",
         }
     }
 }
@@ -59,7 +59,7 @@ pub enum Mode {
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct TrainConfig {
     /// How tokens are routed while training
-    #[arg(long, value_enum, default_value = "gain")]
+    #[arg(long, value_enum, default_value = "priced")]
     pub method: Method,
     /// Which weights are trained
     #[arg(long, value_enum, default_value = "full")]
@@ -89,7 +89,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 0.3)]
     pub shared_lr: f64,
     /// Learning rate of all but FFNs and routers, as a multiple of --lr
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.15)]
     pub backbone_lr: f64,
     /// Share of the steps over which the learning rate rises from 0
     #[arg(long, default_value_t = 0.05)]
@@ -110,7 +110,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 3.0)]
     pub distill_hidden: f64,
     /// Smallest price in nats of a token's whole width, at sensitivity 1 (priced)
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.3)]
     pub price_min: f64,
     /// Largest price in nats of a token's whole width, at sensitivity 0 (priced)
     #[arg(long, default_value_t = 5.0)]
@@ -128,7 +128,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 2.0)]
     pub focus_power: f64,
     /// Share of sequences trained at full width
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(long, default_value_t = 0.12)]
     pub full_share: f64,
     /// Share of sequences trained at the narrowest width
     #[arg(long, default_value_t = 0.03)]
@@ -244,7 +244,7 @@ impl TrainConfig {
         );
         ensure!(
             self.mode == Mode::Full || self.method.has_router(),
-            "--mode router needs a --method with a router: similarity or priced, found {:?}",
+            "--mode router needs a --method with a router: priced, gain or similarity, found {:?}",
             self.method
         );
         Ok(())
