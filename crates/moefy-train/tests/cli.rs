@@ -513,7 +513,7 @@ fn routers_are_trained_alone() {
         assert!(changed.iter().any(|name| name.contains(".mlp.router.fc1")), "{changed:?}");
         assert!(changed.iter().all(|name| name.contains(".mlp.router.")), "{changed:?}");
     }
-    let words = ["--mode router", "similarity or priced", "Static"];
+    let words = ["--mode router", "priced, gain or similarity", "Static"];
     lab.fails(&finetune_args("out", &["--mode", "router", "--method", "static"]), &words);
     assert!(!lab.path("out").exists());
 }
