@@ -218,7 +218,7 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
 
     use candle_core::{Device, quantized::GgmlDType};
-    use mistralrs_quant::{IsqType, QuantMethod, QuantizeOntoGuard};
+    use mistralrs_quant::{IsqType, QuantizeOntoGuard};
 
     use super::*;
     use crate::cpu::tests::{difference, plain, quantized, random};
