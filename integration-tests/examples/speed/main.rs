@@ -5,7 +5,7 @@
 //! ```
 //!
 //! SHAPE is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's
-//! work); PRECISION is `f32` or a quantization of the engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints
+//! work), with `+N` behind it where narrow experts have N shells of their own; PRECISION is `f32` or a quantization of the engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints
 //! and, quantized, UQFF files for the next time. `batch` measures concurrent requests instead of single ones.
 //!
 //! Rounds alternate between the models, so that a machine that slows down slows all of them. Tables show medians
@@ -58,12 +58,18 @@ async fn main() -> Result<()> {
         arguments.pop();
     }
     let argument = |n: usize| arguments.get(n).map(String::as_str);
-    let (name, architecture, shape) = match argument(0) {
-        Some(name @ "llama-617m") => (name, "LlamaForCausalLM", LLAMA),
-        Some(name @ "qwen3-0.6b") => (name, "Qwen3ForCausalLM", QWEN3),
-        None | Some("small") => ("small", "LlamaForCausalLM", Shape { positions: 1024, ..SMALL }),
-        Some(other) => bail!("expected llama-617m, qwen3-0.6b or small, found {other}"),
+    let name = argument(0).unwrap_or("small");
+    let (base, own_shells) = match name.split_once('+') {
+        Some((base, own)) => (base, own.parse()?),
+        None => (name, 0),
     };
+    let (architecture, shape) = match base {
+        "llama-617m" => ("LlamaForCausalLM", LLAMA),
+        "qwen3-0.6b" => ("Qwen3ForCausalLM", QWEN3),
+        "small" => ("LlamaForCausalLM", Shape { positions: 1024, ..SMALL }),
+        other => bail!("expected llama-617m, qwen3-0.6b or small, found {other}"),
+    };
+    let shape = Shape { own_shells, ..shape };
     let precision = argument(1).unwrap_or("f32");
     let rounds = argument(2).map_or(Ok(5), str::parse)?;
     let temporary = tempfile::tempdir()?;
