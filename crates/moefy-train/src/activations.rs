@@ -18,13 +18,18 @@ pub struct DenseFfn {
     pub down_proj: Tensor,
 }
 
-/// Means over tokens of the activations `h = silu(gate) ∘ up` of one layer's neurons, each (I).
-#[derive(Debug, Clone, PartialEq)]
+/// Tokens whose activations are kept, at most.
+const SAMPLE_TOKENS: usize = 16_384;
+/// Memory for them, over all layers.
+const SAMPLE_BYTES: usize = 2 << 30;
+
+/// The activations `h = silu(gate) ∘ up` of one layer's neurons.
+#[derive(Debug, Clone)]
 pub struct Activations {
-    /// `mean h_j`
+    /// `mean h_j` over all tokens: (I).
     pub mean: Vec<f32>,
-    /// `mean |h_j|`
-    pub mean_abs: Vec<f32>,
+    /// Those of evenly spread tokens: (S, I).
+    pub sample: Tensor,
 }
 
 /// Measures every layer of a dense model; returns the statistics and the number of tokens they are from.
@@ -38,29 +43,38 @@ pub fn measure(
     batches: &[PaddedBatch],
     progress: &mut dyn FnMut(usize),
 ) -> Result<(Vec<Activations>, usize)> {
-    let mut sums: Vec<Option<(Tensor, Tensor)>> = vec![None; ffns.len()];
-    let mut count = 0;
+    let device = backbone.output_matrix().device();
+    let count = batches.iter().flat_map(|batch| &batch.weights).filter(|&&w| w > 0.0).count();
+    ensure!(count > 0, "no tokens to calibrate on: expected at least one document of two tokens");
+    let width: usize = ffns.iter().map(|ffn| ffn.gate_proj.dim(0)).sum::<candle_core::Result<usize>>()?;
+    let room = (SAMPLE_BYTES / (4 * width.max(1))).clamp(1, SAMPLE_TOKENS);
+    let mut every = (0..count).map(|token| token % count.div_ceil(room) == 0);
+    let mut sums: Vec<Option<Tensor>> = vec![None; ffns.len()];
+    let mut samples: Vec<Vec<Tensor>> = vec![Vec::new(); ffns.len()];
     for (index, batch) in batches.iter().enumerate() {
-        let (tokens, _, weights) = batch.tensors(backbone.output_matrix().device())?;
+        let (tokens, _, weights) = batch.tensors(device)?;
         let weights = weights.flatten_all()?.unsqueeze(0)?; // (1, N)
+        let scored = (0u32..).zip(&batch.weights).filter(|(_, weight)| **weight > 0.0);
+        let kept: Vec<u32> = scored.filter(|_| every.next() == Some(true)).map(|(row, _)| row).collect();
+        let kept = Tensor::from_vec(kept.clone(), kept.len(), device)?;
         backbone.forward(&tokens, &mut |layer, x| {
             let DenseFfn { gate_proj, up_proj, down_proj } = &ffns[layer];
             let h = (linear(x, gate_proj)?.silu()? * linear(x, up_proj)?)?; // (N, I)
-            let (mean, mean_abs) = (weights.matmul(&h)?, weights.matmul(&h.abs()?)?); // (1, I)
+            let sum = weights.matmul(&h)?; // (1, I)
             sums[layer] = Some(match &sums[layer] {
-                Some(sum) => ((&sum.0 + mean)?, (&sum.1 + mean_abs)?),
-                None => (mean, mean_abs),
+                Some(before) => (before + sum)?,
+                None => sum,
             });
+            if kept.elem_count() > 0 {
+                samples[layer].push(h.index_select(&kept, 0)?);
+            }
             linear(&h, down_proj)
         })?;
-        count += batch.weights.iter().filter(|&&w| w > 0.0).count();
         progress(index + 1);
     }
-    ensure!(count > 0, "no tokens to calibrate on: expected at least one document of two tokens");
-    let layers = sums.into_iter().flatten().map(|(mean, mean_abs)| {
-        let values =
-            |sum: Tensor| -> Result<Vec<f32>> { Ok((sum.flatten_all()? / count as f64)?.to_vec1()?) };
-        Ok(Activations { mean: values(mean)?, mean_abs: values(mean_abs)? })
+    let layers = sums.into_iter().flatten().zip(samples).map(|(sum, sample)| {
+        let mean = (sum.flatten_all()? / count as f64)?.to_vec1()?;
+        Ok(Activations { mean, sample: Tensor::cat(&sample, 0)? })
     });
     Ok((layers.collect::<Result<_>>()?, count))
 }

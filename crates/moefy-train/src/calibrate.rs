@@ -1,7 +1,7 @@
 //! Statistics of a dense model's FFN neurons on calibration text.
 //!
-//! `h = silu(W_gate x) ∘ (W_up x)` is what the neurons put out. [`crate::convert`] orders neurons by their
-//! importance `mean|h_j| · ‖W_down[:, j]‖` and estimates from `mean h_j` what left-out neurons would add.
+//! `h = silu(W_gate x) ∘ (W_up x)` is what the neurons put out. [`crate::convert`] orders neurons by their importance
+//! ([`crate::order`]) and estimates from `mean h_j` what left-out neurons would add.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -12,15 +12,16 @@ use dynamoe::names;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::activations::{self, DenseFfn};
+use crate::activations::{Activations, DenseFfn, measure};
 use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::data::PaddedBatch;
 use crate::model::Backbone;
+use crate::order::left_out_late;
 
 /// Statistics of one layer's neurons.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LayerStatistics {
-    /// `mean|h_j| · ‖W_down[:, j]‖` for each neuron: `(I)`.
+    /// How late each neuron is left out: `(I)`.
     pub importance: Vec<f32>,
     /// `mean h_j` for each neuron: `(I)`.
     pub mean_activation: Vec<f32>,
@@ -164,13 +165,9 @@ pub fn calibrate(
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    let (activations, tokens) = activations::measure(&backbone, &ffns, batches, progress)?;
-    let layers = activations.into_iter().zip(&ffns).map(|(activations, ffn)| {
-        let norms = ffn.down_proj.sqr()?.sum(0)?.sqrt()?.to_vec1::<f32>()?; // (I)
-        Ok(LayerStatistics {
-            importance: activations.mean_abs.iter().zip(norms).map(|(h, norm)| h * norm).collect(),
-            mean_activation: activations.mean,
-        })
+    let (activations, tokens) = measure(&backbone, &ffns, batches, progress)?;
+    let layers = activations.into_iter().zip(&ffns).map(|(Activations { mean, sample }, ffn)| {
+        Ok(LayerStatistics { importance: left_out_late(&sample, &ffn.down_proj)?, mean_activation: mean })
     });
     Ok(Calibration { layers: layers.collect::<Result<_>>()?, tokens, fingerprint: source.fingerprint()? })
 }

@@ -21,6 +21,7 @@ pub mod hf_config;
 pub mod hub;
 pub mod inspect;
 pub mod model;
+pub mod order;
 pub mod pretrain;
 pub mod report;
 pub mod results;
