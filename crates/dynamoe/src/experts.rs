@@ -52,13 +52,21 @@ pub trait NestedExperts: Send + Sync {
         0
     }
 
+    /// The experts of tokens below full width, where these are a set of their own.
+    fn narrow_experts(&self) -> Option<&dyn NestedExperts> {
+        None
+    }
+
     /// Runs rows below full width, sorted by expert, widest first; `reach` as for [`NestedExperts::forward`], without
     /// the largest expert's.
     ///
     /// # Errors
     /// candle's.
     fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        self.forward(x, &[reach, &[0]].concat())
+        match self.narrow_experts() {
+            Some(narrow) => narrow.forward(x, reach),
+            None => self.forward(x, &[reach, &[0]].concat()),
+        }
     }
 }
 
@@ -212,11 +220,8 @@ impl NestedExperts for PrefixExperts {
         self.own_shells
     }
 
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        match &self.narrow {
-            Some(narrow) => narrow.forward(x, reach),
-            None => self.forward(x, &[reach, &[0]].concat()),
-        }
+    fn narrow_experts(&self) -> Option<&dyn NestedExperts> {
+        self.narrow.as_deref().map(|narrow| narrow as _)
     }
 }
 

@@ -404,11 +404,8 @@ impl NestedExperts for PackedExperts {
         self.own_shells
     }
 
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        match &self.narrow {
-            Some(narrow) => narrow.forward(x, reach),
-            None => self.forward(x, &[reach, &[0]].concat()),
-        }
+    fn narrow_experts(&self) -> Option<&dyn NestedExperts> {
+        self.narrow.as_deref().map(|narrow| narrow as _)
     }
 }
 
