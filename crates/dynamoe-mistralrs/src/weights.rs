@@ -1,4 +1,5 @@
-//! Reads a layer's FFN: shells as slices of the dense matrices and of narrow experts' own, router and compensation in full precision.
+//! Reads a layer's FFN: shells as slices of the dense matrices and of narrow experts' own, router and compensation in
+//! full precision.
 
 use std::sync::Arc;
 

@@ -34,9 +34,19 @@ pub const OWN_DOWN_PROJ: &str = "own.down_proj.weight";
 /// The tensors of the neurons that narrow experts have of their own.
 pub const OWN_TENSORS: [&str; 3] = [OWN_GATE_PROJ, OWN_UP_PROJ, OWN_DOWN_PROJ];
 
+/// Whether a tensor of this full name is a router's, or its compensation.
+pub fn is_of_router(name: &str) -> bool {
+    name.contains(".mlp.router.")
+}
+
+/// Whether a tensor of this full name holds neurons of narrow experts' own.
+pub fn is_own(name: &str) -> bool {
+    name.contains(".mlp.own.")
+}
+
 /// Whether a tensor of this full name is one that a DynaMoE checkpoint has beyond its base's.
 pub fn is_addition(name: &str) -> bool {
-    name.contains(".mlp.router.") || name.contains(".mlp.own.")
+    is_of_router(name) || is_own(name)
 }
 
 /// The full name of an FFN tensor of decoder layer `layer`, as in `model.layers.3.mlp.gate_proj.weight`.

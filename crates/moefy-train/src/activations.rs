@@ -56,7 +56,7 @@ pub fn measure(
         let weights = weights.flatten_all()?.unsqueeze(0)?; // (1, N)
         let scored = (0u32..).zip(&batch.weights).filter(|(_, weight)| **weight > 0.0);
         let kept: Vec<u32> = scored.filter(|_| every.next() == Some(true)).map(|(row, _)| row).collect();
-        let kept = Tensor::from_vec(kept.clone(), kept.len(), device)?;
+        let kept = Tensor::new(kept, device)?;
         backbone.forward(&tokens, &mut |layer, x| {
             let DenseFfn { gate_proj, up_proj, down_proj } = &ffns[layer];
             let h = (linear(x, gate_proj)?.silu()? * linear(x, up_proj)?)?; // (N, I)

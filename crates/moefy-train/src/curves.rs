@@ -91,26 +91,8 @@ fn sorted(name: &str, description: &str, mut points: Vec<Point>) -> Curve {
 /// candle's.
 pub fn oracle_curve(model: &TrainModel, batches: &[PaddedBatch]) -> Result<Curve> {
     let routed = model.routed()?;
-    let config = routed.config();
-    let layers = config.num_hidden_layers;
-    let ffn = |layer: usize| -> Result<TrainableFfn> {
-        let get = |name: &str| model.tensor(&dynamoe::names::mlp(layer, name));
-        let section = config.dynamoe.as_ref();
-        let compensation = section.is_some_and(|c| c.router.compensation);
-        let own = section.is_some_and(|c| c.own_shells > 0);
-        let (gate_proj, up_proj, down_proj) =
-            (get(dynamoe::names::GATE_PROJ)?, get(dynamoe::names::UP_PROJ)?, get(dynamoe::names::DOWN_PROJ)?);
-        let compensation = compensation.then(|| get(dynamoe::names::COMPENSATION)).transpose()?;
-        let own = match own {
-            true => {
-                let [gate, up, down] = dynamoe::names::OWN_TENSORS;
-                Some([get(gate)?, get(up)?, get(down)?])
-            }
-            false => None,
-        };
-        Ok(TrainableFfn { gate_proj, up_proj, down_proj, own, compensation, widths: routed.widths() })
-    };
-    let ffns: Vec<TrainableFfn> = (0..layers).map(ffn).collect::<Result<_>>()?;
+    let layers = routed.config().num_hidden_layers;
+    let ffns: Vec<TrainableFfn> = (0..layers).map(|layer| model.ffn(layer)).collect::<Result<_>>()?;
     let some = spread(batches, ORACLE_TOKENS);
     let full = Setting::uniform(1.0, layers);
     let offset = point(&routed, batches, &full)?.loss - point(&routed, &some, &full)?.loss;

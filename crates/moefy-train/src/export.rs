@@ -16,7 +16,8 @@ use crate::hf_config::read_json;
 /// What to change.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Leave routers, narrow experts' own neurons and the `dynamoe` section out: any engine loads the result as the base architecture.
+    /// Leave routers, narrow experts' own neurons and the `dynamoe` section out: any engine loads the result as the
+    /// base architecture.
     pub dense: bool,
     /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers stay in F32.
     pub dtype: Option<Dtype>,

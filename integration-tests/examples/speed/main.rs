@@ -4,9 +4,10 @@
 //! cargo run --release -p dynamoe-integration-tests --example speed -- SHAPE PRECISION [ROUNDS] [FOLDER] [batch]
 //! ```
 //!
-//! SHAPE is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's
-//! work), with `+N` behind it where narrow experts have N shells of their own; PRECISION is `f32` or a quantization of the engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints
-//! and, quantized, UQFF files for the next time. `batch` measures concurrent requests instead of single ones.
+//! SHAPE is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's work),
+//! with `+N` behind it where narrow experts have N shells of their own; PRECISION is `f32` or a quantization of the
+//! engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints and, quantized, UQFF files for the next time. `batch`
+//! measures concurrent requests instead of single ones.
 //!
 //! Rounds alternate between the models, so that a machine that slows down slows all of them. Tables show medians
 //! over the rounds with the extremes in brackets; ratios are those of a round. `ideal` is the ratio of the bytes

@@ -10,6 +10,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
+use dynamoe::names;
 use rayon::prelude::*;
 
 use crate::model::{Gradient, Gradients, Params};
@@ -94,8 +95,8 @@ impl AdamW {
             let moments = self.moments.get_mut(name);
             let moments = moments.with_context(|| format!("no optimizer state for {name}"))?;
             let lr = match name {
-                _ if name.contains(".mlp.router.") => update.router_lr,
-                _ if name.contains(".mlp.own.") => update.own_lr,
+                _ if names::is_of_router(name) => update.router_lr,
+                _ if names::is_own(name) => update.own_lr,
                 _ if name.contains(".mlp.") => update.ffn_lr,
                 _ => update.backbone_lr,
             };

@@ -110,6 +110,14 @@ impl TrainModel {
         trained.or_else(|| self.frozen.get(name).cloned()).with_context(|| format!("no tensor {name}"))
     }
 
+    /// A layer's FFN with the present weights, outside any graph.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn ffn(&self, layer: usize) -> Result<TrainableFfn> {
+        Ok(layer_weights(&self.config, layer, &mut |name, _| self.tensor(name))?.0)
+    }
+
     /// The model as it is served, with the present weights.
     ///
     /// # Errors
@@ -238,9 +246,9 @@ impl TrainModel {
 
 /// Whether `name` is trained.
 fn is_trained(name: &str, train: &TrainConfig) -> bool {
-    let of_router = name.contains(".mlp.router.");
+    let of_router = names::is_of_router(name);
     let compensation = name.ends_with(names::COMPENSATION);
-    let of_narrow = compensation || names::OWN_TENSORS.iter().any(|own| name.ends_with(own));
+    let of_narrow = compensation || names::is_own(name);
     match train.mode {
         Mode::Router => of_router && (train.method.has_router() || compensation),
         Mode::Full if of_narrow => train.method != Method::Dense,
