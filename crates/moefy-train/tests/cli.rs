@@ -710,6 +710,8 @@ fn wrong_numbers_are_refused() {
         ("--widths", "8,64", &["64", "32"]),
         ("--widths", "0,32", &["0"]),
         ("--experts", "0", &["experts"]),
+        ("--experts", "1", &["two experts"]),
+        ("--widths", "32", &["two experts"]),
         ("--router-hidden-size", "0", &["--router-hidden-size"]),
         ("--default-sensitivity", "2", &["sensitivity", "2"]),
     ] {

@@ -97,6 +97,10 @@ impl ExpertArgs {
             widths => widths.to_vec(),
         };
         config::check_widths(&expert_widths, config.intermediate_size)?;
+        ensure!(
+            expert_widths.len() > 1,
+            "--experts or --widths must make two experts or more, found one: that is the dense model"
+        );
         let own_shells = self.own_shells.unwrap_or(expert_widths.len() / 2);
         config::check_own_shells(own_shells, expert_widths.len()).context("--own-shells")?;
         config::check_dial("sensitivity", self.default_sensitivity)?;

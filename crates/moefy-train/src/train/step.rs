@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use dynamoe::router::logit;
@@ -65,6 +65,10 @@ impl TrainModel {
         train: &TrainConfig,
         get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
+        ensure!(
+            config.expert_widths().len() > 1 || !train.method.has_router(),
+            "a checkpoint of one expert has nothing to route: --method dense trains it"
+        );
         let mut params = Params::new();
         let mut frozen = BTreeMap::new();
         let mut take = |name: &str, shape: &[usize]| -> Result<Tensor> {
