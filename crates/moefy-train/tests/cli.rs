@@ -726,7 +726,7 @@ fn wrong_numbers_are_refused() {
         ("--accumulation", "0"),
         ("--accumulation", "18446744073709551615"),
         ("--distill", "2"),
-        ("--price-max", "0.01"),
+        ("--focus", "1.5"),
         ("--full-share", "1"),
         ("--log-every", "0"),
     ] {

@@ -109,29 +109,23 @@ pub struct TrainConfig {
     /// Weight of the difference to the dense model's hidden states, relative to their size
     #[arg(long, default_value_t = 3.0)]
     pub distill_hidden: f64,
-    /// Smallest price in nats of a token's whole width, at sensitivity 1 (priced)
-    #[arg(long, default_value_t = 0.3)]
-    pub price_min: f64,
-    /// Largest price in nats of a token's whole width, at sensitivity 0 (priced)
-    #[arg(long, default_value_t = 5.0)]
-    pub price_max: f64,
     /// Softness of the router's decisions to its gradient, in logits (priced, gain)
     #[arg(long, default_value_t = 1.0)]
     pub temperature: f64,
     /// Spread of the noise on router logits (priced, gain)
     #[arg(long, default_value_t = 0.1)]
     pub noise: f64,
-    /// Mean width that most sequences are trained near (gain)
+    /// Mean width that most sequences are trained near (priced, gain)
     #[arg(long, default_value_t = 0.45)]
     pub focus: f64,
-    /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (gain)
+    /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (priced, gain)
     #[arg(long, default_value_t = 2.0)]
     pub focus_power: f64,
     /// Share of sequences trained at full width
     #[arg(long, default_value_t = 0.12)]
     pub full_share: f64,
     /// Share of sequences trained at the narrowest width
-    #[arg(long, default_value_t = 0.03)]
+    #[arg(long, default_value_t = 0.06)]
     pub narrowest_share: f64,
     /// Seed of the data order, the dials and the noise
     #[arg(long, default_value_t = 0)]
@@ -177,11 +171,6 @@ impl TrainConfig {
         self.final_lr + (1.0 - self.final_lr) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
     }
 
-    /// Nats that a token's whole width costs at a sensitivity: log-linear between the two ends.
-    pub fn price(&self, sensitivity: f64) -> f64 {
-        self.price_max * (self.price_min / self.price_max).powf(sensitivity)
-    }
-
     /// Whether training needs the dense model's predictions; plain fine-tuning never does.
     pub fn has_teacher(&self) -> bool {
         self.method != Method::Dense && (self.distill > 0.0 || self.distill_hidden > 0.0)
@@ -199,7 +188,6 @@ impl TrainConfig {
             ("--own-lr", self.own_lr),
             ("--shared-lr", self.shared_lr),
             ("--clip", self.clip),
-            ("--price-min", self.price_min),
             ("--temperature", self.temperature),
             ("--focus-power", self.focus_power),
         ];
@@ -220,12 +208,6 @@ impl TrainConfig {
         for (name, value, top) in shares {
             ensure!((0.0..=top).contains(&value), "{name} must be from 0 to {top}, found {value}");
         }
-        ensure!(
-            self.price_max.is_finite() && self.price_max >= self.price_min,
-            "--price-max must be at least --price-min {}, found {}",
-            self.price_min,
-            self.price_max
-        );
         let counts = [
             ("--batch-size", self.batch_size as u64),
             ("--sequence-length", self.sequence_length as u64),
@@ -266,20 +248,12 @@ mod tests {
     }
 
     #[test]
-    fn the_price_falls_as_the_dial_rises() {
-        let config = TrainConfig::default();
-        assert_eq!(config.price(0.0), config.price_max);
-        assert!((config.price(1.0) - config.price_min).abs() < 1e-12);
-        assert!(config.price(0.4) > config.price(0.5));
-    }
-
-    #[test]
     fn nonsense_is_refused() {
         for wrong in [
             TrainConfig { lr: f64::NAN, ..TrainConfig::default() },
             TrainConfig { batch_size: 0, ..TrainConfig::default() },
             TrainConfig { full_share: 0.6, ..TrainConfig::default() },
-            TrainConfig { price_max: 0.01, ..TrainConfig::default() },
+            TrainConfig { focus: 1.5, ..TrainConfig::default() },
             TrainConfig { batch_size: usize::MAX, ..TrainConfig::default() },
             TrainConfig { mode: Mode::Router, method: Method::Static, ..TrainConfig::default() },
         ] {

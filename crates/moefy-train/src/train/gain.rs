@@ -20,8 +20,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::TrainConfig;
-use super::dial::TrainingDial;
-use super::objective::{LayerInput, Objective, Routed, dial, reach_of};
+use super::dial::{self, TrainingDial};
+use super::objective::{LayerInput, Objective, Routed, reach_of};
 
 /// Keeps thresholds at the ends of the dial finite.
 const FAR: f32 = 60.0;
@@ -93,38 +93,22 @@ pub fn router_loss(
 /// Routes by the router's logits, with noise, and thresholds that keep widths where the dial wants them
 /// ([`super::dial`]); what the router learns is [`router_loss`].
 pub struct Gain {
-    experts: usize,
-    /// `--focus` as a share of the way from the narrowest width to the full one.
-    focus: f64,
-    config: TrainConfig,
-}
-
-impl Gain {
-    /// For experts of these shares of the width.
-    pub fn new(shares: &[f64], config: &TrainConfig) -> Self {
-        let narrowest = shares[0].min(1.0 - 1e-9);
-        let focus = ((config.focus - narrowest) / (1.0 - narrowest)).clamp(0.0, 1.0);
-        Self { experts: shares.len(), focus, config: config.clone() }
-    }
-}
-
-/// Moves `dial` towards `focus`, by its distance from there to the power of `power`; 0 and 1 stay.
-fn crowded(dial: f64, focus: f64, power: f64) -> f64 {
-    let end = if dial < focus { -focus } else { 1.0 - focus };
-    if end == 0.0 { dial } else { focus + end * ((dial - focus) / end).powf(power) }
+    /// Experts' shares of the width.
+    pub shares: Vec<f64>,
+    /// `--noise` and where the dial's draws crowd.
+    pub config: TrainConfig,
 }
 
 impl Objective for Gain {
     fn sample(&self, rng: &mut ChaCha8Rng, sequences: usize) -> Vec<f64> {
-        let draw = |_| crowded(dial(rng, &self.config), self.focus, self.config.focus_power);
-        (0..sequences).map(draw).collect()
+        (0..sequences).map(|_| dial::crowded(rng, &self.config, self.shares[0])).collect()
     }
 
     fn route(&self, input: LayerInput<'_>) -> CandleResult<Routed> {
         let Some(logits) = input.logits else { candle_core::bail!("the gain objective needs a router") };
         let spread = self.config.noise as f32;
         let tokens = input.x.dim(0)?;
-        let positions = tokens / input.thresholds.len().max(1);
+        let positions = tokens / input.steering.len().max(1);
         let mut rows = logits.detach().to_vec2::<f32>()?;
         let chosen: Vec<usize> = rows
             .iter_mut()
@@ -133,10 +117,10 @@ impl Objective for Gain {
                 for l in row.iter_mut() {
                     *l += spread * logit(input.rng.random_range(1e-6..1.0 - 1e-6));
                 }
-                dynamoe::router::choose(row, input.thresholds[n / positions])
+                dynamoe::router::choose(row, input.steering[n / positions])
             })
             .collect();
-        Ok(Routed { reach: reach_of(&chosen, self.experts, input.x.device())?, loss: None })
+        Ok(Routed { reach: reach_of(&chosen, self.shares.len(), input.x.device())?, loss: None })
     }
 }
 
@@ -219,39 +203,10 @@ mod tests {
     }
 
     #[test]
-    fn dials_crowd_around_the_focus_and_reach_both_ends() {
-        for focus in [0.0, 0.2, 0.5, 1.0] {
-            let at = |dial| crowded(dial, focus, 2.0);
-            assert_eq!([at(0.0), at(focus), at(1.0)], [0.0, focus, 1.0]);
-            let steps: Vec<f64> = (0..=100).map(|k| at(f64::from(k) / 100.0)).collect();
-            assert!(steps.windows(2).all(|pair| pair[0] <= pair[1] + 1e-12));
-            assert!((crowded(0.3, focus, 1.0) - 0.3).abs() < 1e-12);
-        }
-        // widths of .25 to 1 and a focus of .5: a third of the way
-        let shares = TrainConfig { full_share: 0.2, narrowest_share: 0.1, ..TrainConfig::default() };
-        let config = TrainConfig { focus: 0.5, focus_power: 2.0, ..shares };
-        let gain = Gain::new(&[0.25, 1.0], &config);
-        let dials = gain.sample(&mut ChaCha8Rng::seed_from_u64(7), 20_000);
-        let share = |from: f64, to: f64| {
-            dials.iter().filter(|dial| (from..=to).contains(*dial)).count() as f64 / dials.len() as f64
-        };
-        let sides = [share(1e-9, 1.0 / 3.0), share(1.0 / 3.0, 1.0 - 1e-9)];
-        for (found, expected) in [share(0.0, 0.0), share(1.0, 1.0), sides[0], sides[1]].into_iter().zip([
-            0.1,
-            0.2,
-            0.7 / 3.0,
-            1.4 / 3.0,
-        ]) {
-            assert!((found - expected).abs() < 0.015, "{found} for {expected}");
-        }
-        // a quarter of the way from the focus to an end holds half of its side
-        assert!((share(0.25, 0.5) - 0.35).abs() < 0.015);
-    }
-
-    #[test]
     fn gain_routing_keeps_to_the_thresholds() {
         let mut rng = ChaCha8Rng::seed_from_u64(5);
-        let gain = Gain::new(&[0.25, 0.5, 1.0], &TrainConfig { noise: 0.0, ..TrainConfig::default() });
+        let config = TrainConfig { noise: 0.0, ..TrainConfig::default() };
+        let gain = Gain { shares: vec![0.25, 0.5, 1.0], config };
         let weight = |rows, columns| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
         let ffn = TrainableFfn {
             gate_proj: weight(8, 4),
@@ -268,7 +223,7 @@ mod tests {
             logits: Some(&logits),
             ffn: &ffn,
             dials: &[0.0, 0.4, 0.6, 1.0],
-            thresholds: &thresholds,
+            steering: &thresholds,
             rng: &mut rng,
         };
         let reach = gain.route(input).unwrap().reach.to_vec2::<f32>().unwrap();

@@ -12,6 +12,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::{Method, TrainConfig};
+use super::dial;
 use super::gain::Gain;
 
 /// One layer's input and parameters at one training step.
@@ -24,8 +25,9 @@ pub struct LayerInput<'a> {
     pub ffn: &'a TrainableFfn,
     /// Each sequence's dial, (B), as [`Objective::sample`] drew them.
     pub dials: &'a [f64],
-    /// Each sequence's threshold on router logits, (B).
-    pub thresholds: &'a [f32],
+    /// What steers each sequence, (B): its threshold on router logits (gain), its price in nats of a token's whole
+    /// width (priced).
+    pub steering: &'a [f32],
     /// Randomness of this layer and step.
     pub rng: &'a mut ChaCha8Rng,
 }
@@ -58,7 +60,7 @@ pub fn objective(config: &TrainConfig, width_shares: &[f64]) -> Box<dyn Objectiv
         Method::Static => Box::new(Static { experts: shares.len() }),
         Method::Random => Box::new(Random { shares }),
         Method::Similarity => Box::new(Similarity { experts: shares.len(), config: config.clone() }),
-        Method::Gain => Box::new(Gain::new(&shares, config)),
+        Method::Gain => Box::new(Gain { shares, config: config.clone() }),
         Method::Priced => Box::new(Priced { shares, config: config.clone() }),
     }
 }
@@ -73,21 +75,9 @@ pub fn reach_of(chosen: &[usize], experts: usize, device: &Device) -> Result<Ten
 }
 
 /// Each sequence's value, repeated for its tokens: (N).
-fn per_token(values: &[f64], tokens: usize) -> impl Iterator<Item = f64> + '_ {
+fn per_token<T: Copy>(values: &[T], tokens: usize) -> impl Iterator<Item = T> + '_ {
     let positions = tokens / values.len().max(1);
     (0..tokens).map(move |n| values[n / positions])
-}
-
-/// A dial from 0 to 1, uniform but for a share of sequences at each end.
-pub(super) fn dial(rng: &mut ChaCha8Rng, config: &TrainConfig) -> f64 {
-    let (u, v): (f64, f64) = (rng.random(), rng.random());
-    if u < config.narrowest_share {
-        0.0
-    } else if u > 1.0 - config.full_share {
-        1.0
-    } else {
-        v
-    }
 }
 
 struct Dense {
@@ -177,7 +167,7 @@ struct Similarity {
 
 impl Objective for Similarity {
     fn sample(&self, rng: &mut ChaCha8Rng, sequences: usize) -> Vec<f64> {
-        (0..sequences).map(|_| dial(rng, &self.config)).collect()
+        (0..sequences).map(|_| dial::even(rng, &self.config)).collect()
     }
 
     fn route(&self, input: LayerInput<'_>) -> Result<Routed> {
@@ -213,7 +203,8 @@ fn softplus(x: &Tensor) -> Result<Tensor> {
 
 /// The router's decisions are sampled: token `n` stops at expert `e` where `logit_e + noise ≥ logit(dial)`,
 /// logistic noise of spread `temperature`. The forward pass takes the sampled widths, the gradient that of
-/// their probabilities (straight-through); the expected width is charged at the dial's price.
+/// their probabilities (straight-through); the expected width is charged at the price that keeps sequences as wide
+/// as they are meant to be ([`super::dial`]).
 struct Priced {
     shares: Vec<f64>,
     config: TrainConfig,
@@ -224,7 +215,7 @@ const FAR: f32 = 60.0;
 
 impl Objective for Priced {
     fn sample(&self, rng: &mut ChaCha8Rng, sequences: usize) -> Vec<f64> {
-        (0..sequences).map(|_| dial(rng, &self.config)).collect()
+        (0..sequences).map(|_| dial::crowded(rng, &self.config, self.shares[0])).collect()
     }
 
     fn route(&self, input: LayerInput<'_>) -> Result<Routed> {
@@ -234,7 +225,7 @@ impl Objective for Priced {
         let column = |values: Vec<f32>| Tensor::from_vec(values, (tokens, 1), device);
         let thresholds: Vec<f32> =
             per_token(input.dials, tokens).map(|d| logit(d).clamp(-FAR, FAR)).collect();
-        let prices: Vec<f32> = per_token(input.dials, tokens).map(|d| self.config.price(d) as f32).collect();
+        let prices: Vec<f32> = per_token(input.steering, tokens).collect();
         let temperature = self.config.temperature;
         let noise: Vec<f32> =
             (0..tokens * narrower).map(|_| logit(input.rng.random_range(1e-6..1.0 - 1e-6))).collect();
@@ -297,7 +288,7 @@ mod tests {
         dials: &'a [f64],
         rng: &'a mut ChaCha8Rng,
     ) -> LayerInput<'a> {
-        LayerInput { x, logits: Some(logits), ffn, dials, thresholds: &[0.0], rng }
+        LayerInput { x, logits: Some(logits), ffn, dials, steering: &[1.0], rng }
     }
 
     fn ffn(d: usize, widths: &[usize]) -> TrainableFfn {

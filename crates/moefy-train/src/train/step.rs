@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use dynamoe::router::logit;
 use dynamoe::{TrainableFfn, names};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -39,8 +38,8 @@ pub struct StepLoss {
     pub widths: Vec<f32>,
     /// Each sequence's dial: (B).
     dials: Vec<f64>,
-    /// Each sequence's threshold: (B).
-    thresholds: Vec<f32>,
+    /// What steers each sequence: (B).
+    steering: Vec<f32>,
     /// Of each layer, where the router learns gains.
     gains: Vec<LayerGains>,
 }
@@ -86,7 +85,12 @@ impl TrainModel {
             ffns.push(ffn);
             routers.push(router);
         }
-        let dial = (train.method == Method::Gain).then(|| TrainingDial::new(&mut params)).transpose()?;
+        let sequences = train.steps() * (train.batch_size * train.accumulation) as u64;
+        let dial = match train.method {
+            Method::Gain => Some(TrainingDial::of_thresholds(&mut params)?),
+            Method::Priced => Some(TrainingDial::of_prices(&mut params, sequences)?),
+            _ => None,
+        };
         Ok(Self { config: config.clone(), params, frozen, backbone, ffns, routers, dial })
     }
 
@@ -145,8 +149,8 @@ impl TrainModel {
         Ok(())
     }
 
-    /// What the routers learn from the gradients of `loss`: a scalar of their graph; none where they do not learn
-    /// gains. Moves the training dial.
+    /// Moves the training dial, and returns what the routers learn from the gradients of `loss`: a scalar of their
+    /// graph; none where they do not learn gains.
     ///
     /// # Errors
     /// candle's.
@@ -162,8 +166,11 @@ impl TrainModel {
         let found: Vec<f64> =
             loss.widths.iter().map(|&w| (f64::from(w) - narrowest) / (1.0 - narrowest)).collect();
         dial.adapt(&loss.dials, &found)?;
+        if train.method != Method::Gain {
+            return Ok(None);
+        }
         let temperature = train.temperature;
-        let place = Place { thresholds: &loss.thresholds, shares: &shares, temperature };
+        let place = Place { thresholds: &loss.steering, shares: &shares, temperature };
         gain::router_loss(&loss.gains, gradients, dial, &place)
     }
 
@@ -183,27 +190,29 @@ impl TrainModel {
         let (sequences, _) = tokens.dims2()?;
         let stream = |layer: usize| micro << 20 | layer as u64;
         let dials = objective.sample(&mut rng(train.seed, step, stream(0xF_FFFF)), sequences);
-        let thresholds = match &self.dial {
-            Some(dial) => dial.thresholds(&dials)?,
-            None => dials.iter().map(|&dial| logit(dial)).collect(),
+        let learns_gains = train.method == Method::Gain;
+        let steering = match &self.dial {
+            Some(dial) if learns_gains => dial.thresholds(&dials)?,
+            Some(dial) => dial.prices(&dials)?,
+            None => Vec::new(),
         };
         let teacher = teacher.map(|teacher| Lesson::new(teacher, tokens)).transpose()?;
         let shares = Tensor::new(self.width_shares(), tokens.device())?;
         let (mut charged, mut widths, mut strayed) = (Vec::new(), Vec::new(), Vec::new());
         let mut gains = Vec::new();
         let hidden = self.backbone.forward(tokens, &mut |layer, x| {
-            let seen = if self.dial.is_some() { x.detach() } else { x.clone() };
+            let seen = if learns_gains { x.detach() } else { x.clone() };
             let logits = self.routers[layer].as_ref().map(|router| router.logits(&seen)).transpose()?;
             let weights = &self.ffns[layer];
             let mut rng = rng(train.seed, step, stream(layer));
             if let Some(teacher) = teacher.as_ref().filter(|_| train.distill_hidden > 0.0 && layer > 0) {
                 strayed.push(relative_error(x, &teacher.inputs[layer])?);
             }
-            let (dials, thresholds) = (&dials[..], &thresholds[..]);
+            let (dials, steering) = (&dials[..], &steering[..]);
             let input =
-                LayerInput { x, logits: logits.as_ref(), ffn: weights, dials, thresholds, rng: &mut rng };
+                LayerInput { x, logits: logits.as_ref(), ffn: weights, dials, steering, rng: &mut rng };
             let mut routed = objective.route(input)?;
-            if let (Some(_), Some(logits)) = (&self.dial, logits) {
+            if let (true, Some(logits)) = (learns_gains, logits) {
                 let reach = Var::from_tensor(&routed.reach)?;
                 routed.reach = reach.as_tensor().clone();
                 gains.push(LayerGains { logits, reach });
@@ -235,7 +244,7 @@ impl TrainModel {
             language_model: language_model.detach(),
             widths: Tensor::stack(&widths, 0)?.mean(0)?.to_vec1()?,
             dials,
-            thresholds,
+            steering,
             gains,
         })
     }

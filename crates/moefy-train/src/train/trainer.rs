@@ -140,14 +140,6 @@ impl Trainer<'_> {
             }
         }
         progress.finish();
-        if self.config.method == Method::Priced
-            && let Some(width) = too_narrow(&log.metrics, shares[0])
-        {
-            tracing::warn!(
-                "sequences were {width:.2} wide on average: the price of width is high for this model, and wide \
-                 experts were hardly trained; try a tenth of --price-min and --price-max, or --method gain"
-            );
-        }
         Ok((Outcome::Finished, log.metrics))
     }
 
@@ -234,13 +226,6 @@ impl Trainer<'_> {
     }
 }
 
-/// The mean width over the second half of a training, if that is close to the `narrowest`.
-fn too_narrow(metrics: &[TrainMetrics], narrowest: f64) -> Option<f64> {
-    let half = &metrics[metrics.len() / 2..];
-    let width = half.iter().map(|m| m.mean_width).sum::<f64>() / half.len().max(1) as f64;
-    (!half.is_empty() && narrowest < 1.0 && width < narrowest + 0.2 * (1.0 - narrowest)).then_some(width)
-}
-
 /// metrics.jsonl: one [`TrainMetrics`] a line.
 struct MetricsLog {
     file: Option<(File, PathBuf)>,
@@ -284,28 +269,5 @@ impl MetricsLog {
             file.sync_all().with_context(|| format!("writing {}", path.display()))?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prices_that_leave_only_narrow_sequences_are_noticed() {
-        let at = |mean_width| TrainMetrics {
-            step: 1,
-            tokens: 1,
-            loss: 1.0,
-            objective: 1.0,
-            mean_width,
-            grad_norm: 1.0,
-            lr: 1.0,
-            tokens_per_second: 1.0,
-        };
-        let run = |widths: &[f64]| too_narrow(&widths.iter().map(|&w| at(w)).collect::<Vec<_>>(), 0.25);
-        assert_eq!(run(&[0.9, 0.9, 0.25, 0.35]), Some(0.3));
-        assert_eq!(run(&[0.25, 0.25, 0.5, 0.5]), None);
-        assert_eq!(run(&[]), None);
     }
 }
