@@ -52,7 +52,7 @@ pub fn curve(
             };
             means.map(random).collect::<Result<_>>()?
         }
-        Method::Similarity | Method::Priced | Method::Gain => {
+        Method::Similarity | Method::Priced => {
             let mut points = vec![at(0.0)?, at(1.0)?];
             for width in between() {
                 points.push(point(model, batches, &Setting::of(Dial::Budget(width), model)?)?);
@@ -70,9 +70,6 @@ pub fn curve(
             "A router that predicts how similar each expert's output is to the whole FFN's."
         }
         Method::Priced => "A router trained through the loss, with a price on width.",
-        Method::Gain => {
-            "One checkpoint along its dial; the router predicts what further width would gain each token."
-        }
     };
     Ok(sorted(method.label(), description, points))
 }

@@ -99,7 +99,7 @@ pub fn publish(
     method: Method,
     calibration: &[PaddedBatch],
 ) -> Result<RoutedModel> {
-    if matches!(method, Method::Priced | Method::Gain) {
+    if method == Method::Priced {
         match budget::dial_scale(&model.routed()?, calibration)? {
             Some((scale, shift)) => model.rescale_routers(scale, shift)?,
             None => {

@@ -47,10 +47,10 @@ fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
 #[test]
 fn a_step_without_fused_operations_is_the_same_step() {
     for (vocab_size, extras, own_shells) in [(50, false, 0), (50, true, 1), (4100, true, 2)] {
-        for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity, Method::Gain] {
+        for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity] {
             let train = TrainConfig { method, ..TrainConfig::default() };
             let config = config(vocab_size, extras, own_shells);
-            // a step may move more than gradients (the training dial), so each has its own model of the same weights
+            // a step may move more than gradients (the price of width), so each has its own model of the same weights
             let mut made = BTreeMap::new();
             let mut random = |name: &str, shape: &[usize]| {
                 let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
@@ -65,17 +65,15 @@ fn a_step_without_fused_operations_is_the_same_step() {
             let step = |model: &TrainModel, gradients: &mut Gradients| {
                 let inputs = (&batch(0), &batch(1));
                 let loss = model.loss(inputs, objective.as_ref(), None, &train, (3, 0)).unwrap();
-                let store = gradients.add(&loss.objective, model.params()).unwrap();
-                let of_routers = model.router_loss(&loss, &store, &train).unwrap();
-                assert_eq!(of_routers.is_some(), method == Method::Gain);
-                of_routers.map(|loss| gradients.add(&loss, model.params()).unwrap());
+                gradients.add(&loss.objective, model.params()).unwrap();
+                model.adapt_prices(&loss).unwrap();
                 loss.objective.to_scalar::<f32>().unwrap()
             };
             let (mut fused, mut composed) = (Gradients::new(), Gradients::new());
             let (a, b) = (step(&one, &mut fused), ops::composed(|| step(&other, &mut composed)));
             assert!((a - b).abs() < 1e-5 * b.abs(), "{method:?}: loss {a}, {b}");
             for ((name, var), (_, twin)) in one.params().iter().zip(other.params().iter()) {
-                if name == "dial" {
+                if name == "prices" {
                     continue; // moved, not trained
                 }
                 let values = |gradients: &Gradients, var: &Var| match gradients.get(var) {

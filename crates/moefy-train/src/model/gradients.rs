@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, Var};
 use faer::Accum;
 use rayon::prelude::*;
@@ -50,12 +49,11 @@ impl Gradients {
         self.sums.values_mut().for_each(|(some, _)| *some = false);
     }
 
-    /// Adds the gradients of `loss`, a scalar, by `params`. Returns what candle holds besides: the gradients by
-    /// other variables.
+    /// Adds the gradients of `loss`, a scalar, by `params`.
     ///
     /// # Errors
     /// candle's.
-    pub fn add(&mut self, loss: &Tensor, params: &Params) -> Result<GradStore> {
+    pub fn add(&mut self, loss: &Tensor, params: &Params) -> Result<()> {
         RUNNING.set(Some(std::mem::take(&mut self.sums)));
         let store = loss.backward();
         self.sums = RUNNING.take().unwrap_or_default();
@@ -66,7 +64,7 @@ impl Gradients {
                 self.add_tensor(var, &gradient)?;
             }
         }
-        Ok(store)
+        Ok(())
     }
 
     fn add_tensor(&mut self, var: &Var, gradient: &Tensor) -> Result<()> {

@@ -20,14 +20,12 @@ pub enum Method {
     Similarity,
     /// The router is trained through the language-model loss, with a price on width.
     Priced,
-    /// The router predicts what each further shell of neurons would gain, from the loss's gradient.
-    Gain,
 }
 
 impl Method {
     /// Whether the method trains a router.
     pub fn has_router(self) -> bool {
-        matches!(self, Self::Similarity | Self::Priced | Self::Gain)
+        matches!(self, Self::Similarity | Self::Priced)
     }
 
     /// The name used in tables and legends.
@@ -38,7 +36,6 @@ impl Method {
             Self::Random => "random routing",
             Self::Similarity => "similarity router",
             Self::Priced => "DynaMoE",
-            Self::Gain => "gain router",
         }
     }
 }
@@ -109,16 +106,16 @@ pub struct TrainConfig {
     /// Weight of the difference to the dense model's hidden states, relative to their size
     #[arg(long, default_value_t = 3.0)]
     pub distill_hidden: f64,
-    /// Softness of the router's decisions to its gradient, in logits (priced, gain)
+    /// Softness of the router's decisions to its gradient, in logits (priced)
     #[arg(long, default_value_t = 1.0)]
     pub temperature: f64,
-    /// Spread of the noise on router logits (priced, gain)
+    /// Spread of the noise on router logits (priced)
     #[arg(long, default_value_t = 0.1)]
     pub noise: f64,
-    /// Mean width that most sequences are trained near (priced, gain)
+    /// Mean width that most sequences are trained near (priced)
     #[arg(long, default_value_t = 0.45)]
     pub focus: f64,
-    /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (priced, gain)
+    /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (priced)
     #[arg(long, default_value_t = 2.0)]
     pub focus_power: f64,
     /// Share of sequences trained at full width
@@ -226,7 +223,7 @@ impl TrainConfig {
         );
         ensure!(
             self.mode == Mode::Full || self.method.has_router(),
-            "--mode router needs a --method with a router: priced, gain or similarity, found {:?}",
+            "--mode router needs a --method with a router: priced or similarity, found {:?}",
             self.method
         );
         Ok(())

@@ -1,20 +1,17 @@
-//! Where the dial steers sequences while training, so that they are as wide as they are meant to be.
+//! The dial in training: how wide sequences are meant to be, and the price of width that makes them so.
 //!
-//! A sequence draws a share `u` of the way from the narrowest mean width to the full one. What steers it there is
-//! looked up here, and moved where the width that came out was another:
+//! A sequence of the priced method draws a share `u` of the way from the narrowest mean width to the full one. Its price
+//! is looked up here, and moved where the width that came out was another:
 //!
 //! ```text
-//! value(u) = Σ_k hat_k(u) · t_k        t_k += rate · Σ_sequences hat_k(u) · (u - found)
+//! ln price(u) = (1 - u) · t_0 + u · t_1        t_k += rate · Σ_sequences hat_k(u) · (found - u)
 //! ```
 //!
-//! For the gain router the value is the threshold on its logits, so the dial does not depend on where a model's
-//! router puts its scores. For the priced router it is `-ln price`, and the rule is dual ascent on "as low a loss as
-//! possible at mean width u": what the last of a width is worth differs from model to model, and falls as narrow
-//! experts learn, so no option could say it.
+//! with `hat_0(u) = 1 - u`, `hat_1(u) = u`: dual ascent on "as low a loss as possible at mean width u". What the last
+//! of a width is worth differs from model to model, and falls as narrow experts learn, so no option could say it.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
-use dynamoe::router::logit;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -22,19 +19,13 @@ use super::config::TrainConfig;
 use crate::model::Params;
 
 /// Its name among what is trained, with which it is saved and restored.
-const NAME: &str = "dial";
-/// Knots of the thresholds: a router's scores may lie anywhere.
-const THRESHOLDS: usize = 17;
-/// Change of a threshold, in logits, for a sequence that is narrower by the whole range.
-const THRESHOLD_RATE: f32 = 1.0;
-/// Prices at both ends to begin with, nats of a token's whole width; between them they are geometric.
-const PRICES: [f32; 2] = [5.0, 0.3];
+const NAME: &str = "prices";
+/// Prices at both ends to begin with, nats of a token's whole width.
+const START: [f32; 2] = [5.0, 0.3];
 /// Change of a log price over a whole training whose sequences are all wider by the whole range.
-const PRICE_TRAVEL: f32 = 60.0;
+const TRAVEL: f32 = 60.0;
 /// Largest change of a log price for one sequence: a short training must not throw it about.
-const PRICE_RATE: f32 = 0.1;
-/// Share of a batch in the running scale.
-const MIX: f32 = 0.1;
+const LARGEST_RATE: f32 = 0.1;
 
 /// A dial from 0 to 1, uniform but for a share of sequences at each end.
 pub fn even(rng: &mut ChaCha8Rng, config: &TrainConfig) -> f64 {
@@ -61,112 +52,46 @@ fn crowd(dial: f64, focus: f64, power: f64) -> f64 {
     if end == 0.0 { dial } else { focus + end * ((dial - focus) / end).powf(power) }
 }
 
-/// The values at knots evenly between both ends, and the running scale: `(knots + 1)`.
-pub struct TrainingDial {
+/// The log prices at both ends: (2).
+pub struct Prices {
     state: Var,
     rate: f32,
 }
 
-impl TrainingDial {
-    /// Thresholds on router logits, which start where the share is the sensitivity itself.
+impl Prices {
+    /// For a training of this many sequences.
     ///
     /// # Errors
     /// candle's.
-    pub fn of_thresholds(params: &mut Params) -> Result<Self> {
-        let at = |k: usize| logit(k as f64 / (THRESHOLDS - 1) as f64).clamp(-4.0, 4.0);
-        Self::new(params, (0..THRESHOLDS).map(at), THRESHOLD_RATE)
+    pub fn new(params: &mut Params, sequences: u64) -> Result<Self> {
+        let rate = (TRAVEL / sequences.max(1) as f32).min(LARGEST_RATE);
+        let start = Tensor::new(&START.map(f32::ln), &Device::Cpu)?;
+        Ok(Self { state: params.insert(NAME, &start)?, rate })
     }
 
-    /// Prices of width, as `-ln price`, for a training of this many sequences.
+    /// The price at each share, nats of a token's whole width.
     ///
     /// # Errors
     /// candle's.
-    pub fn of_prices(params: &mut Params, sequences: u64) -> Result<Self> {
-        let rate = (PRICE_TRAVEL / sequences.max(1) as f32).min(PRICE_RATE);
-        Self::new(params, PRICES.into_iter().map(|price| -price.ln()), rate)
+    pub fn at(&self, shares: &[f64]) -> Result<Vec<f32>> {
+        let ends = self.state.to_vec1::<f32>()?;
+        Ok(shares.iter().map(|&u| ((1.0 - u as f32) * ends[0] + u as f32 * ends[1]).exp()).collect())
     }
 
-    fn new(params: &mut Params, knots: impl Iterator<Item = f32>, rate: f32) -> Result<Self> {
-        let state: Vec<f32> = knots.chain([0.0]).collect();
-        Ok(Self { state: params.insert(NAME, &Tensor::new(state, &Device::Cpu)?)?, rate })
-    }
-
-    fn state(&self) -> Result<Vec<f32>> {
-        Ok(self.state.to_vec1()?)
-    }
-
-    fn set(&self, state: Vec<f32>) -> Result<()> {
-        Ok(self.state.set(&Tensor::new(state, self.state.device())?)?)
-    }
-
-    /// The threshold of each share; without bound at both ends.
-    ///
-    /// # Errors
-    /// candle's.
-    pub fn thresholds(&self, shares: &[f64]) -> Result<Vec<f32>> {
-        let state = self.state()?;
-        let at = |&u: &f64| match u {
-            u if u <= 0.0 => f32::NEG_INFINITY,
-            u if u >= 1.0 => f32::INFINITY,
-            u => value(&state, u),
-        };
-        Ok(shares.iter().map(at).collect())
-    }
-
-    /// The price of each share, nats of a token's whole width.
-    ///
-    /// # Errors
-    /// candle's.
-    pub fn prices(&self, shares: &[f64]) -> Result<Vec<f32>> {
-        let state = self.state()?;
-        Ok(shares.iter().map(|&u| (-value(&state, u)).exp()).collect())
-    }
-
-    /// Moves the values after sequences at `shares` came out as wide as `found`, also as shares of the way.
+    /// Moves the prices after sequences at `shares` came out as wide as `found`, also as shares of the way.
     ///
     /// # Errors
     /// candle's.
     pub fn adapt(&self, shares: &[f64], found: &[f64]) -> Result<()> {
-        let mut state = self.state()?;
-        let knots = state.len() - 1;
-        // both ends are certain, whatever steers
+        let mut ends = self.state.to_vec1::<f32>()?;
+        // both ends of the dial are certain, whatever the price
         for (&u, &found) in shares.iter().zip(found).filter(|(u, _)| **u > 0.0 && **u < 1.0) {
-            for (k, share) in hats(u, knots) {
-                state[k] += self.rate * share * (u - found) as f32;
-            }
+            let change = self.rate * (found - u) as f32;
+            ends[0] += change * (1.0 - u as f32);
+            ends[1] += change * u as f32;
         }
-        self.set(state)
+        Ok(self.state.set(&Tensor::new(ends, self.state.device())?)?)
     }
-
-    /// The running mean of gains over their predictions, after a batch where it was `batch`: a router learns gains
-    /// relative to each other, and the same options suit a model that needs its width and one that hardly does.
-    ///
-    /// # Errors
-    /// candle's.
-    pub fn scale(&self, batch: f64) -> Result<f64> {
-        let mut state = self.state()?;
-        let last = state.len() - 1;
-        if batch > 0.0 && batch.is_finite() {
-            let log = batch.ln() as f32;
-            // the first batch counts whole
-            state[last] = if state[last] == 0.0 { log } else { state[last] + MIX * (log - state[last]) };
-            self.set(state.clone())?;
-        }
-        Ok(f64::from(state[last]).exp())
-    }
-}
-
-/// The value at `u`.
-fn value(state: &[f32], u: f64) -> f32 {
-    hats(u, state.len() - 1).iter().map(|&(k, share)| share * state[k]).sum()
-}
-
-/// The two knots around `u` and their shares.
-fn hats(u: f64, knots: usize) -> [(usize, f32); 2] {
-    let at = u.clamp(0.0, 1.0) * (knots - 1) as f64;
-    let below = (at as usize).min(knots - 2);
-    let share = (at - below as f64) as f32;
-    [(below, 1.0 - share), (below + 1, share)]
 }
 
 #[cfg(test)]
@@ -205,54 +130,17 @@ mod tests {
     }
 
     #[test]
-    fn thresholds_follow_the_width_and_the_ends_are_certain() {
-        let dial = TrainingDial::of_thresholds(&mut Params::new()).unwrap();
-        let shares = [0.0, 0.3, 0.5, 1.0];
-        let before = dial.thresholds(&shares).unwrap();
-        assert_eq!((before[0], before[3]), (f32::NEG_INFINITY, f32::INFINITY));
-        assert!(before[2].abs() < 1e-6 && before[1] < before[2]);
-        dial.adapt(&shares, &shares).unwrap();
-        assert_eq!(dial.thresholds(&shares).unwrap(), before);
-        // too narrow at 0.3, too wide at 0.5
-        dial.adapt(&shares, &[0.0, 0.1, 0.9, 1.0]).unwrap();
-        let after = dial.thresholds(&shares).unwrap();
-        assert!(after[1] > before[1] && after[2] < before[2]);
-    }
-
-    #[test]
-    fn a_dial_finds_the_widths_of_any_router() {
-        // logits spread evenly over 6 to 9, far from where the dial starts
-        let dial = TrainingDial::of_thresholds(&mut Params::new()).unwrap();
-        let shares: Vec<f64> = (1..16).map(|k| f64::from(k) / 16.0).collect();
-        let width = |t: &f32| ((f64::from(*t) - 6.0) / 3.0).clamp(0.0, 1.0);
-        let found = || dial.thresholds(&shares).unwrap().iter().map(width).collect::<Vec<_>>();
-        let error = || shares.iter().zip(found()).map(|(u, f)| (u - f).abs()).fold(0.0, f64::max);
-        assert!(error() > 0.9);
-        (0..400).for_each(|_| dial.adapt(&shares, &found()).unwrap());
-        assert!(error() < 0.02, "{}", error());
-    }
-
-    #[test]
     fn prices_are_found_for_any_value_of_width() {
         // a width whose last bit is worth `top · exp(-steepness · u)` nats comes out where that equals the price
         for (top, steepness) in [(0.01f64, 3.0f64), (1.0, 1.0), (200.0, 5.0)] {
-            let dial = TrainingDial::of_prices(&mut Params::new(), 6000).unwrap();
+            let prices = Prices::new(&mut Params::new(), 6000).unwrap();
             let shares: Vec<f64> = (1..8).map(|k| f64::from(k) / 8.0).collect();
             let width = |price: &f32| ((top / f64::from(*price)).ln() / steepness).clamp(0.0, 1.0);
-            let found = || dial.prices(&shares).unwrap().iter().map(width).collect::<Vec<_>>();
-            (0..6000 / 7).for_each(|_| dial.adapt(&shares, &found()).unwrap());
+            let found = || prices.at(&shares).unwrap().iter().map(width).collect::<Vec<_>>();
+            (0..6000 / 7).for_each(|_| prices.adapt(&shares, &found()).unwrap());
             for (u, found) in shares.iter().zip(found()) {
                 assert!((u - found).abs() < 0.1, "{top} {steepness}: {u} {found}");
             }
         }
-    }
-
-    #[test]
-    fn the_scale_follows_slowly() {
-        let dial = TrainingDial::of_thresholds(&mut Params::new()).unwrap();
-        assert!((dial.scale(0.01).unwrap() - 0.01).abs() < 1e-6);
-        let next = dial.scale(0.02).unwrap();
-        assert!(next > 0.01 && next < 0.012);
-        assert!((dial.scale(-1.0).unwrap() - next).abs() < 1e-9);
     }
 }

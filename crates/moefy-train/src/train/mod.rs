@@ -5,7 +5,6 @@
 
 pub mod config;
 pub mod dial;
-pub mod gain;
 pub mod objective;
 pub mod optimizer;
 pub mod progress;

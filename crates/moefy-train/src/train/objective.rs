@@ -13,7 +13,6 @@ use rand_chacha::ChaCha8Rng;
 
 use super::config::{Method, TrainConfig};
 use super::dial;
-use super::gain::Gain;
 
 /// One layer's input and parameters at one training step.
 pub struct LayerInput<'a> {
@@ -25,9 +24,8 @@ pub struct LayerInput<'a> {
     pub ffn: &'a TrainableFfn,
     /// Each sequence's dial, (B), as [`Objective::sample`] drew them.
     pub dials: &'a [f64],
-    /// What steers each sequence, (B): its threshold on router logits (gain), its price in nats of a token's whole
-    /// width (priced).
-    pub steering: &'a [f32],
+    /// What width costs each sequence, (B): nats of a token's whole width (priced).
+    pub prices: &'a [f32],
     /// Randomness of this layer and step.
     pub rng: &'a mut ChaCha8Rng,
 }
@@ -60,7 +58,6 @@ pub fn objective(config: &TrainConfig, width_shares: &[f64]) -> Box<dyn Objectiv
         Method::Static => Box::new(Static { experts: shares.len() }),
         Method::Random => Box::new(Random { shares }),
         Method::Similarity => Box::new(Similarity { experts: shares.len(), config: config.clone() }),
-        Method::Gain => Box::new(Gain { shares, config: config.clone() }),
         Method::Priced => Box::new(Priced { shares, config: config.clone() }),
     }
 }
@@ -225,7 +222,7 @@ impl Objective for Priced {
         let column = |values: Vec<f32>| Tensor::from_vec(values, (tokens, 1), device);
         let thresholds: Vec<f32> =
             per_token(input.dials, tokens).map(|d| logit(d).clamp(-FAR, FAR)).collect();
-        let prices: Vec<f32> = per_token(input.steering, tokens).collect();
+        let prices: Vec<f32> = per_token(input.prices, tokens).collect();
         let temperature = self.config.temperature;
         let noise: Vec<f32> =
             (0..tokens * narrower).map(|_| logit(input.rng.random_range(1e-6..1.0 - 1e-6))).collect();
@@ -288,7 +285,7 @@ mod tests {
         dials: &'a [f64],
         rng: &'a mut ChaCha8Rng,
     ) -> LayerInput<'a> {
-        LayerInput { x, logits: Some(logits), ffn, dials, steering: &[1.0], rng }
+        LayerInput { x, logits: Some(logits), ffn, dials, prices: &[1.0], rng }
     }
 
     fn ffn(d: usize, widths: &[usize]) -> TrainableFfn {

@@ -3,15 +3,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use dynamoe::{TrainableFfn, names};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::{Method, Mode, TrainConfig};
-use super::dial::TrainingDial;
-use super::gain::{self, LayerGains, Place};
+use super::dial::Prices;
 use super::objective::{LayerInput, Objective};
 use crate::hf_config::ModelConfig;
 use crate::model::ops::{RouterWeights, ffn};
@@ -25,7 +23,7 @@ pub struct TrainModel {
     backbone: Backbone,
     ffns: Vec<TrainableFfn>,
     routers: Vec<Option<RouterWeights>>,
-    dial: Option<TrainingDial>,
+    prices: Option<Prices>,
 }
 
 /// The losses of one batch, each a scalar of the graph.
@@ -38,10 +36,6 @@ pub struct StepLoss {
     pub widths: Vec<f32>,
     /// Each sequence's dial: (B).
     dials: Vec<f64>,
-    /// What steers each sequence: (B).
-    steering: Vec<f32>,
-    /// Of each layer, where the router learns gains.
-    gains: Vec<LayerGains>,
 }
 
 /// A generator that depends on nothing but its arguments.
@@ -86,12 +80,9 @@ impl TrainModel {
             routers.push(router);
         }
         let sequences = train.steps() * (train.batch_size * train.accumulation) as u64;
-        let dial = match train.method {
-            Method::Gain => Some(TrainingDial::of_thresholds(&mut params)?),
-            Method::Priced => Some(TrainingDial::of_prices(&mut params, sequences)?),
-            _ => None,
-        };
-        Ok(Self { config: config.clone(), params, frozen, backbone, ffns, routers, dial })
+        let priced = train.method == Method::Priced;
+        let prices = priced.then(|| Prices::new(&mut params, sequences)).transpose()?;
+        Ok(Self { config: config.clone(), params, frozen, backbone, ffns, routers, prices })
     }
 
     /// The model's configuration.
@@ -149,29 +140,16 @@ impl TrainModel {
         Ok(())
     }
 
-    /// Moves the training dial, and returns what the routers learn from the gradients of `loss`: a scalar of their
-    /// graph; none where they do not learn gains.
+    /// Moves the price of width, if there is one, by the widths that came out in `loss`'s batch.
     ///
     /// # Errors
     /// candle's.
-    pub fn router_loss(
-        &self,
-        loss: &StepLoss,
-        gradients: &GradStore,
-        train: &TrainConfig,
-    ) -> Result<Option<Tensor>> {
-        let Some(dial) = &self.dial else { return Ok(None) };
-        let shares = self.width_shares();
-        let narrowest = f64::from(shares[0]);
+    pub fn adapt_prices(&self, loss: &StepLoss) -> Result<()> {
+        let Some(prices) = &self.prices else { return Ok(()) };
+        let narrowest = f64::from(self.width_shares()[0]);
         let found: Vec<f64> =
             loss.widths.iter().map(|&w| (f64::from(w) - narrowest) / (1.0 - narrowest)).collect();
-        dial.adapt(&loss.dials, &found)?;
-        if train.method != Method::Gain {
-            return Ok(None);
-        }
-        let temperature = train.temperature;
-        let place = Place { thresholds: &loss.steering, shares: &shares, temperature };
-        gain::router_loss(&loss.gains, gradients, dial, &place)
+        prices.adapt(&loss.dials, &found)
     }
 
     /// The losses of one batch: `tokens` and `targets (B, T)` u32. `streams` numbers the step and the batch
@@ -190,33 +168,23 @@ impl TrainModel {
         let (sequences, _) = tokens.dims2()?;
         let stream = |layer: usize| micro << 20 | layer as u64;
         let dials = objective.sample(&mut rng(train.seed, step, stream(0xF_FFFF)), sequences);
-        let learns_gains = train.method == Method::Gain;
-        let steering = match &self.dial {
-            Some(dial) if learns_gains => dial.thresholds(&dials)?,
-            Some(dial) => dial.prices(&dials)?,
+        let prices = match &self.prices {
+            Some(prices) => prices.at(&dials)?,
             None => Vec::new(),
         };
         let teacher = teacher.map(|teacher| Lesson::new(teacher, tokens)).transpose()?;
         let shares = Tensor::new(self.width_shares(), tokens.device())?;
         let (mut charged, mut widths, mut strayed) = (Vec::new(), Vec::new(), Vec::new());
-        let mut gains = Vec::new();
         let hidden = self.backbone.forward(tokens, &mut |layer, x| {
-            let seen = if learns_gains { x.detach() } else { x.clone() };
-            let logits = self.routers[layer].as_ref().map(|router| router.logits(&seen)).transpose()?;
+            let logits = self.routers[layer].as_ref().map(|router| router.logits(x)).transpose()?;
             let weights = &self.ffns[layer];
             let mut rng = rng(train.seed, step, stream(layer));
             if let Some(teacher) = teacher.as_ref().filter(|_| train.distill_hidden > 0.0 && layer > 0) {
                 strayed.push(relative_error(x, &teacher.inputs[layer])?);
             }
-            let (dials, steering) = (&dials[..], &steering[..]);
-            let input =
-                LayerInput { x, logits: logits.as_ref(), ffn: weights, dials, steering, rng: &mut rng };
-            let mut routed = objective.route(input)?;
-            if let (true, Some(logits)) = (learns_gains, logits) {
-                let reach = Var::from_tensor(&routed.reach)?;
-                routed.reach = reach.as_tensor().clone();
-                gains.push(LayerGains { logits, reach });
-            }
+            let (dials, prices) = (&dials[..], &prices[..]);
+            let input = LayerInput { x, logits: logits.as_ref(), ffn: weights, dials, prices, rng: &mut rng };
+            let routed = objective.route(input)?;
             charged.extend(routed.loss);
             let reach = routed.reach.detach().reshape((sequences, (), shares.dim(0)?))?;
             widths.push(reach.mean(1)?.broadcast_mul(&shares)?.sum(1)?); // (B)
@@ -244,8 +212,6 @@ impl TrainModel {
             language_model: language_model.detach(),
             widths: Tensor::stack(&widths, 0)?.mean(0)?.to_vec1()?,
             dials,
-            steering,
-            gains,
         })
     }
 

@@ -177,10 +177,8 @@ impl Trainer<'_> {
             report.loss += share * scalar(&loss.language_model)?;
             report.mean_width +=
                 share * loss.widths.iter().map(|&w| f64::from(w)).sum::<f64>() / loss.widths.len() as f64;
-            let store = grads.add(&loss.objective, params)?;
-            if let Some(of_routers) = self.model.router_loss(&loss, &store, self.config)? {
-                grads.add(&of_routers, params)?;
-            }
+            grads.add(&loss.objective, params)?;
+            self.model.adapt_prices(&loss)?;
         }
         report.grad_norm = share * grads.norm(params)?;
         if !report.grad_norm.is_finite() {
