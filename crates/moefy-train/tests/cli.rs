@@ -519,6 +519,23 @@ fn routers_are_trained_alone() {
 }
 
 #[test]
+fn sequences_come_out_as_wide_as_they_are_meant_to_be() {
+    let lab = Lab::new();
+    lab.convert();
+    for focus in ["0.4", "0.8"] {
+        // all sequences are meant to be near the focus, whatever width is worth to this model
+        let draws = ["--focus", focus, "--focus-power", "20", "--full-share", "0", "--narrowest-share", "0"];
+        let args = ["finetune", "--model", "converted", "--data", "train.txt", "--out", focus];
+        let size = ["--tokens", "32000", "--batch-size", "4", "--sequence-length", "16", "--log-every", "1"];
+        lab.ok(&[&args[..], &size, &draws].concat());
+        let log = log(&lab.path(focus).join("training/state/metrics.jsonl"));
+        let half = &log[log.len() / 2..];
+        let width = half.iter().map(|line| line.3).sum::<f64>() / half.len() as f64;
+        assert!((width - focus.parse::<f64>().unwrap()).abs() < 0.1, "{focus}: {width}");
+    }
+}
+
+#[test]
 fn every_method_trains() {
     let lab = Lab::new();
     lab.convert();
