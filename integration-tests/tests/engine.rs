@@ -9,9 +9,9 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use dynamoe_mistralrs::Dial;
+use dynamoe_model::{ModelConfig, RoutedModel};
 use engine::{Engine, LOADING, PROMPT, build, plain};
 use mistralrs::{IsqType, ModelDType, TextModelBuilder, UqffTextModelBuilder};
-use moefy_train::{hf_config::ModelConfig, model::RoutedModel};
 use support::{Checkpoints, FOR_K_QUANTS, SMALL, Shape, checkpoints, largest_difference, numbers};
 
 /// The trainer's logits for the engine's tokens.

@@ -10,10 +10,10 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use dynamoe_mistralrs::Dial;
+use dynamoe_model::Checkpoint;
 use engine::{build, plain};
 use http::{Server, chat, with};
 use moefy_train::{
-    checkpoint::Checkpoint,
     data::{PaddedBatch, load_tokenizer},
     evaluate::{Setting, point},
     run::load,

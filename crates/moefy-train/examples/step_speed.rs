@@ -10,9 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use dynamoe::train::TrainableFfn;
-use moefy_train::hf_config::{Architecture, ModelConfig};
-use moefy_train::model::ops::{ffn, linear};
-use moefy_train::model::{Backbone, Gradients, Params};
+use dynamoe_model::Params;
+use dynamoe_model::config::{Architecture, ModelConfig};
+use dynamoe_model::model::Backbone;
+use dynamoe_model::ops::{Gradients, ffn, linear};
 use moefy_train::train::optimizer::{AdamW, Update};
 
 /// A model's shape and the batch to train it on.
@@ -50,7 +51,7 @@ fn llama([d, i, l, h, k, head_dim, v]: [usize; 7]) -> ModelConfig {
 }
 
 fn main() -> Result<()> {
-    moefy_train::model::keep_freed_memory();
+    moefy_train::allocator::keep_freed_memory();
     let runs = std::env::args().nth(1).map_or(Ok(10), |runs| runs.parse()).context("RUNS: a whole number")?;
     let cases = [
         Case {

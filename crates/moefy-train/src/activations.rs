@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
 use crate::data::PaddedBatch;
-use crate::model::Backbone;
-use crate::model::ops::linear;
+use dynamoe_model::model::Backbone;
+use dynamoe_model::ops::linear;
 
 /// The matrices of one dense FFN: gate `(I, D)`, up `(I, D)`, down `(D, I)`.
 #[derive(Debug, Clone)]

@@ -13,10 +13,10 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::activations::{Activations, DenseFfn, measure};
-use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::data::PaddedBatch;
-use crate::model::Backbone;
 use crate::order::left_out_late;
+use dynamoe_model::checkpoint::{Checkpoint, write_atomic};
+use dynamoe_model::model::Backbone;
 
 /// Statistics of one layer's neurons.
 #[derive(Debug, Clone, Default, PartialEq)]

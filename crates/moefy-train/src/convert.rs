@@ -21,10 +21,10 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::calibrate::{Calibration, LayerStatistics};
-use crate::checkpoint::save::{CHUNK_BYTES, copy_tensor, write_folder};
-use crate::checkpoint::writer::check_finite;
-use crate::checkpoint::{Checkpoint, TensorSpec, Writer, added_tensors, plan_shards, set_section};
-use crate::hf_config::{ModelConfig, read_json};
+use dynamoe_model::checkpoint::copy::{CHUNK_BYTES, copy_tensor, write_folder};
+use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section};
+use dynamoe_model::config::{ModelConfig, read_json};
+use dynamoe_model::tensors::added_tensors;
 
 const FFN: [&str; 3] = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ];
 

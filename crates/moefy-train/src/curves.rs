@@ -8,10 +8,10 @@ use crate::data::PaddedBatch;
 use crate::evaluate::oracle::Oracle;
 use crate::evaluate::score::{Policy, score, token_losses};
 use crate::evaluate::{Dial, Setting, as_point, point};
-use crate::model::RoutedModel;
 use crate::results::{Curve, Point, Sample};
 use crate::texts::{Texts, TokenUse};
 use crate::train::{Method, TrainModel};
+use dynamoe_model::model::RoutedModel;
 
 /// Mean widths at which curves are measured, besides both ends of the dial.
 pub const WIDTHS: [f64; 9] = [0.3, 0.375, 0.45, 0.5, 0.55, 0.625, 0.75, 0.875, 0.95];

@@ -7,8 +7,8 @@
 //! `d` head_dim.
 
 pub mod activations;
+pub mod allocator;
 pub mod calibrate;
-pub mod checkpoint;
 pub mod cli;
 pub mod compare;
 pub mod convert;
@@ -16,11 +16,6 @@ pub mod curves;
 pub mod data;
 pub mod demo;
 pub mod evaluate;
-pub mod export;
-pub mod hf_config;
-pub mod hub;
-pub mod inspect;
-pub mod model;
 pub mod order;
 pub mod pretrain;
 pub mod report;

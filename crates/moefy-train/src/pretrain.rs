@@ -14,15 +14,16 @@ use serde::Serialize;
 use serde_json::json;
 use tokenizers::Tokenizer;
 
-use crate::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, expected_tensors, save_model, save_tensors};
 use crate::data::source::Documents;
 use crate::data::{DataSource, Split, TextFormat};
 use crate::demo::corpus::{self, BOUNDARY};
-use crate::hf_config::ModelConfig;
 use crate::run::RunFolder;
 use crate::texts::{TextArgs, Texts};
 use crate::train::step::rng;
 use crate::train::{Outcome, TrainConfig, TrainModel, Trainer};
+use dynamoe_model::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, save_model, save_tensors};
+use dynamoe_model::config::ModelConfig;
+use dynamoe_model::tensors::expected_tensors;
 
 /// Documents of generated text that a base is trained on.
 pub const DOCUMENTS: usize = 12_000;

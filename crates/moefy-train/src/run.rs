@@ -15,18 +15,19 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dynamoe::{RouterConfig, RouterKind};
 
-use crate::checkpoint::{Checkpoint, expected_tensors, save_model, write_atomic};
 use crate::cli::measure;
 use crate::convert::convert;
 use crate::curves::{WIDTHS, curve, oracle_curve, samples};
 use crate::data::{Batches, PaddedBatch};
 use crate::evaluate::cost::Cost;
 use crate::evaluate::{Dial, Setting, budget, pairs_point, point};
-use crate::hf_config::ModelConfig;
-use crate::model::RoutedModel;
 use crate::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::texts::Texts;
 use crate::train::{Method, Outcome, TrainConfig, TrainModel, Trainer};
+use dynamoe_model::checkpoint::{Checkpoint, save_model, write_atomic};
+use dynamoe_model::config::ModelConfig;
+use dynamoe_model::model::RoutedModel;
+use dynamoe_model::tensors::expected_tensors;
 
 pub use folder::{Existing, RunFolder, TRAINING};
 pub use job::{Inputs, Job, describe};

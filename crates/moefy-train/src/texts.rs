@@ -13,8 +13,8 @@ use crate::data::{
     TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
 };
 use crate::evaluate::score::{BATCH_TOKENS, packed};
-use crate::hf_config::ModelConfig;
 use crate::results::{Sample, SampleToken};
+use dynamoe_model::config::ModelConfig;
 
 /// Tokens that calibration reads unless told otherwise.
 pub const CALIBRATION_TOKENS: usize = 32_768;

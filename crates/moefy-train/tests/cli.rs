@@ -10,7 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::contents;
-use moefy_train::checkpoint::Checkpoint;
+use dynamoe_model::checkpoint::Checkpoint;
 use moefy_train::demo::corpus::{BOUNDARY, documents, train_tokenizer};
 use rand::Rng;
 use safetensors::Dtype;

@@ -8,9 +8,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use dynamoe::config::{RouterConfig, RouterKind, even_widths};
-use moefy_train::checkpoint::{Checkpoint, TensorSpec, Writer, expected_tensors, plan_shards};
+use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards};
+use dynamoe_model::config::ModelConfig;
+use dynamoe_model::tensors::expected_tensors;
 use moefy_train::convert::{ConvertOptions, convert};
-use moefy_train::hf_config::ModelConfig;
 use safetensors::Dtype;
 use serde_json::json;
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind};
-use moefy_train::hf_config::{Architecture, ModelConfig};
-use moefy_train::model::{Gradient, Gradients, ops};
+use dynamoe_model::config::{Architecture, ModelConfig};
+use dynamoe_model::ops::{self, Gradient, Gradients};
 use moefy_train::train::{Method, TrainConfig, TrainModel, objective::objective};
 
 /// A model that uses what the architectures differ in.

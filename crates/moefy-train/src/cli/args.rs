@@ -10,12 +10,12 @@ use clap::{Args, Command, ValueEnum};
 use dynamoe::{RouterConfig, RouterKind, config};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::Checkpoint;
 use crate::convert::ConvertOptions;
 use crate::data::DataSource;
-use crate::hf_config::ModelConfig;
 use crate::texts::TextArgs;
 use crate::train::TrainConfig;
+use dynamoe_model::checkpoint::Checkpoint;
+use dynamoe_model::config::ModelConfig;
 
 /// Where to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -120,7 +120,7 @@ impl ExpertArgs {
 
 /// Opens a model by folder or hub id.
 pub fn open_model(model: &str) -> Result<Checkpoint> {
-    Checkpoint::open(&crate::hub::resolve(model)?)
+    Checkpoint::open(&dynamoe_model::hub::resolve(model)?)
 }
 
 /// Puts the keys of `--config FILE.toml` in front of the arguments, as flags of the same names; a flag given

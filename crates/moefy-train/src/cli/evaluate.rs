@@ -8,14 +8,14 @@ use dynamoe::config::check_dial;
 
 use super::args::{DeviceArg, open_model};
 use super::print;
-use crate::checkpoint::{Checkpoint, store_section};
 use crate::curves::spread;
 use crate::data::{DataSource, PaddedBatch};
 use crate::evaluate::{Dial, Setting, budget, pairs_point, point, shuffled_point};
-use crate::model::RoutedModel;
 use crate::results::{Evaluation, PairsPoint, Point};
 use crate::run::load;
 use crate::texts::{Scope, TextArgs, Texts};
+use dynamoe_model::checkpoint::{Checkpoint, store_section};
+use dynamoe_model::model::RoutedModel;
 
 /// Tokens on which a missing budget is solved.
 const SOLVE_TOKENS: usize = 32_768;

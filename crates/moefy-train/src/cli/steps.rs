@@ -9,13 +9,13 @@ use clap::{Args, ValueEnum};
 use super::args::{ExpertArgs, TrainingArgs, open_model};
 use super::print;
 use crate::calibrate::Calibration;
-use crate::checkpoint::{Checkpoint, refuse_overlap};
 use crate::data::{DataSource, Split};
-use crate::export::ExportOptions;
 use crate::run::{Existing, Finetune, RunFolder, describe, load, publish};
 use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
 use crate::train::Outcome;
 use crate::train::progress::Progress;
+use dynamoe_model::checkpoint::{Checkpoint, refuse_overlap};
+use dynamoe_model::export::ExportOptions;
 
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
@@ -196,7 +196,7 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     });
     let options =
         ExportOptions { dense: args.dense, dtype, max_shard_bytes: args.max_shard_bytes, force: args.force };
-    crate::export::export(&open_model(&args.model)?, &options, &args.out)?;
+    dynamoe_model::export::export(&open_model(&args.model)?, &options, &args.out)?;
     print(&format_args!("{}", args.out.display()))?;
     Ok(())
 }
@@ -232,7 +232,7 @@ pub struct InspectArgs {
 }
 
 pub fn inspect(args: &InspectArgs) -> Result<()> {
-    let inspection = crate::inspect::inspect(&args.model)?;
+    let inspection = dynamoe_model::inspect::inspect(&args.model)?;
     if args.json {
         print(&format_args!("{}", serde_json::to_string_pretty(&inspection)?))?;
     } else {

@@ -9,12 +9,12 @@ use serde_json::json;
 
 use super::args::{ExpertArgs, InputArgs, TrainingArgs};
 use super::print;
-use crate::checkpoint::refuse_overlap;
 use crate::data::DataSource;
 use crate::demo;
 use crate::pretrain::{Pretrain, pretrain as train_dense};
 use crate::run::{Existing, Inputs, Job, RunFolder, run_job};
 use crate::train::{Method, Outcome, TrainConfig};
+use dynamoe_model::checkpoint::refuse_overlap;
 
 #[derive(Debug, Args)]
 pub struct RunArgs {

@@ -17,16 +17,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{Checkpoint, write_atomic};
 use crate::cli::{ExpertArgs, measure};
 use crate::convert::convert;
 use crate::curves::{curve, oracle_curve, spread};
 use crate::data::{DataSource, PaddedBatch, Split};
-use crate::hub;
 use crate::results::Curve;
 use crate::run::{Finetune, describe, load, routed, with_budgets, write};
 use crate::texts::{TextArgs, Texts, calibration};
 use crate::train::{Outcome, TrainConfig};
+use dynamoe_model::checkpoint::{Checkpoint, write_atomic};
+use dynamoe_model::hub;
 
 pub use table::{Row, Table};
 

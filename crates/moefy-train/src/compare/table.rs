@@ -8,10 +8,10 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::Cell;
-use crate::checkpoint::write_atomic;
 use crate::report;
 use crate::results::{Curve, Point, Report};
 use crate::train::Method;
+use dynamoe_model::checkpoint::write_atomic;
 
 /// A width this little outside a curve's ends is taken for the end.
 const NEAR: f64 = 0.01;

@@ -2,7 +2,7 @@
 
 use dynamoe::RouterKind;
 
-use crate::hf_config::ModelConfig;
+use dynamoe_model::config::ModelConfig;
 
 /// Parameters of the parts of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -14,8 +14,8 @@ use rayon::prelude::*;
 pub use score::{Policy, Score, score};
 
 use crate::data::{PaddedBatch, Pairs};
-use crate::model::RoutedModel;
 use crate::results::{PairsPoint, Point};
+use dynamoe_model::model::RoutedModel;
 
 /// A dial's value as a user asks for it.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -20,10 +20,10 @@ use rayon::prelude::*;
 
 use super::score::{BatchScore, Score, batch_score, combine, token_losses};
 use crate::data::PaddedBatch;
-use crate::model::RoutedModel;
-use crate::model::ops::ffn;
 use crate::train::objective::reach_of;
 use crate::train::step::rng;
+use dynamoe_model::model::RoutedModel;
+use dynamoe_model::ops::ffn;
 
 /// An oracle over a model.
 pub struct Oracle<'a> {

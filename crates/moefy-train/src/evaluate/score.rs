@@ -8,9 +8,9 @@ use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use crate::data::{Batch, PaddedBatch};
-use crate::model::RoutedModel;
 use crate::train::objective::{draw, widths_with_mean};
 use crate::train::step::rng;
+use dynamoe_model::model::RoutedModel;
 
 /// Positions of one batch while measuring.
 pub const BATCH_TOKENS: usize = 4096;

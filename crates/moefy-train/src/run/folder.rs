@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use crate::checkpoint::{refuse_overlap, write_atomic};
-use crate::hf_config::ModelConfig;
 use crate::train::state::differences;
+use dynamoe_model::checkpoint::{refuse_overlap, write_atomic};
+use dynamoe_model::config::ModelConfig;
 
 /// Folder of intermediate results within the output.
 pub const TRAINING: &str = "training";

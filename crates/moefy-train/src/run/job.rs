@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::checkpoint::Checkpoint;
 use crate::cli::ExpertArgs;
 use crate::curves::spread;
 use crate::data::{Batches, DataSource, PaddedBatch, Split};
-use crate::hub;
 use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
 use crate::train::{Method, TrainConfig};
+use dynamoe_model::checkpoint::Checkpoint;
+use dynamoe_model::hub;
 
 /// All that `run` is told.
 #[derive(Debug, Clone)]

@@ -16,7 +16,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::TrainConfig;
-use crate::model::Params;
+use dynamoe_model::Params;
 
 /// Its name among what is trained, with which it is saved and restored.
 const NAME: &str = "prices";

@@ -13,7 +13,8 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use dynamoe::names;
 use rayon::prelude::*;
 
-use crate::model::{Gradient, Gradients, Params};
+use dynamoe_model::Params;
+use dynamoe_model::ops::{Gradient, Gradients};
 
 const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;

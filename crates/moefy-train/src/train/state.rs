@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
-use crate::model::Params;
+use dynamoe_model::Params;
 
 const PARAMS: &str = "params.safetensors";
 const MOMENTS: &str = "moments.safetensors";

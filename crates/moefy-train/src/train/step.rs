@@ -11,9 +11,10 @@ use rand_chacha::ChaCha8Rng;
 use super::config::{Method, Mode, TrainConfig};
 use super::dial::Prices;
 use super::objective::{LayerInput, Objective};
-use crate::hf_config::ModelConfig;
-use crate::model::ops::{RouterWeights, ffn};
-use crate::model::{Backbone, Params, RoutedModel};
+use dynamoe_model::Params;
+use dynamoe_model::config::ModelConfig;
+use dynamoe_model::model::{Backbone, RoutedModel};
+use dynamoe_model::ops::{RouterWeights, ffn};
 
 /// A model whose weights are trained, all or the routers' only.
 pub struct TrainModel {

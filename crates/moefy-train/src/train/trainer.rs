@@ -14,10 +14,11 @@ use super::optimizer::{AdamW, Update};
 use super::progress::Progress;
 use super::state;
 use super::step::TrainModel;
-use crate::checkpoint::write_atomic;
 use crate::data::{Batches, Origin};
-use crate::model::{Gradients, RoutedModel};
 use crate::results::TrainMetrics;
+use dynamoe_model::RoutedModel;
+use dynamoe_model::checkpoint::write_atomic;
+use dynamoe_model::ops::Gradients;
 
 /// Trainings that this process runs now.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);

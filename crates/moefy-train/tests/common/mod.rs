@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use moefy_train::checkpoint::{Checkpoint, expected_tensors};
-use moefy_train::hf_config::ModelConfig;
+use dynamoe_model::checkpoint::Checkpoint;
+use dynamoe_model::config::ModelConfig;
+use dynamoe_model::tensors::expected_tensors;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};

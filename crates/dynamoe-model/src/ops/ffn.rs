@@ -2,7 +2,7 @@
 //!
 //! Each block of rows goes through gate, up, SwiGLU, mask and down while it is in the cache, and likewise
 //! backwards. Gradients of the three matrices and of the compensation go straight into
-//! [`crate::model::Gradients`].
+//! [`super::Gradients`].
 
 use std::sync::Mutex;
 
@@ -16,8 +16,8 @@ use super::cpu::{
     Host, add_parts, axpy, blocks, dot, fusable, host, matrix, multiply, multiply_blocks, read,
     rows_per_block, slice,
 };
+use super::gradients::add_gradient;
 use super::linear;
-use crate::model::gradients::add_gradient;
 
 /// `Σ_e p_e O_e(x)` for `x (N, D)` and `reach (N, E)`, as [`TrainableFfn::forward`].
 ///

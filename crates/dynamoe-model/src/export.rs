@@ -8,10 +8,10 @@ use dynamoe::names::is_addition;
 use safetensors::Dtype;
 use serde_json::json;
 
-use crate::checkpoint::reader::float_dtype;
-use crate::checkpoint::save::{copy_tensor, write_folder};
-use crate::checkpoint::{Checkpoint, plan_shards, remove_section, router_tensors};
-use crate::hf_config::read_json;
+use crate::checkpoint::copy::{copy_tensor, write_folder};
+use crate::checkpoint::{Checkpoint, float_dtype, plan_shards, remove_section};
+use crate::config::read_json;
+use crate::tensors::router_tensors;
 
 /// What to change.
 #[derive(Debug, Clone, Default)]

@@ -2,7 +2,7 @@
 //! `n = rms_norm(x)`, biases and norms of heads where the model has them.
 //!
 //! On the CPU in f32 each block of rows goes through norm, projections and rotation while it is in the cache, and
-//! likewise backwards. Gradients of weights go straight into [`crate::model::Gradients`].
+//! likewise backwards. Gradients of weights go straight into [`super::Gradients`].
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -16,11 +16,11 @@ use super::cpu::{
     Host, add_parts, axpy, blocks, fusable, host, matrix, multiply, multiply_blocks, read, rows_per_block,
     slice,
 };
+use super::gradients::add_gradient;
 use super::rms_norm::{norm_rows, norm_rows_backward};
 use super::rope::turn_rows;
+use super::rotary::Rotary;
 use super::{AttentionShape, attention, linear, rms_norm, rope};
-use crate::model::Rotary;
-use crate::model::gradients::add_gradient;
 
 /// A projection with an optional bias.
 #[derive(Debug, Clone)]

@@ -1,24 +1,14 @@
 //! The language model around the FFNs, differentiable: embeddings, attention, norms, output matrix.
 //!
 //! [`Backbone`] is the decoder of Llama, Mistral, Qwen2 and Qwen3; the caller supplies each layer's FFN as a
-//! closure. [`Params`] holds trainable tensors by their Hugging Face names. [`ops`] holds the operations that
-//! candle lacks or differentiates slowly.
+//! closure. [`crate::ops`] holds the operations that candle lacks or differentiates slowly.
 //!
 //! Activations are 2-D, one row for each token, so that every matrix product is one large contiguous one.
 
 mod backbone;
 mod experts;
-mod gradients;
-mod memory;
-pub mod ops;
-mod params;
-mod rotary;
 mod routed;
 
 pub use backbone::Backbone;
 pub use experts::Experts;
-pub use gradients::{Gradient, Gradients};
-pub use memory::keep_freed_memory;
-pub use params::Params;
-pub use rotary::Rotary;
 pub use routed::RoutedModel;

@@ -5,11 +5,10 @@
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as CandleResult, Tensor};
 
-use super::Rotary;
-use super::ops::{
-    AttentionShape, Projection, SelfAttention, embedding, linear, linear_cross_entropy, rms_norm,
+use crate::config::ModelConfig;
+use crate::ops::{
+    AttentionShape, Projection, Rotary, SelfAttention, embedding, linear, linear_cross_entropy, rms_norm,
 };
-use crate::hf_config::ModelConfig;
 
 /// A decoder layer without its FFN.
 #[derive(Debug, Clone)]

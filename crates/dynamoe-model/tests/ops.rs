@@ -3,12 +3,12 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use dynamoe::TrainableFfn;
-use moefy_train::model::ops::{
-    AttentionShape, Projection, RouterWeights, SelfAttention, attention, attention_composed, cross_entropy,
-    cross_entropy_composed, embedding, ffn, linear, linear_cross_entropy, rms_norm, rms_norm_composed, rope,
-    rope_composed,
+use dynamoe_model::Params;
+use dynamoe_model::ops::{
+    AttentionShape, Gradient, Gradients, Projection, Rotary, RouterWeights, SelfAttention, attention,
+    attention_composed, cross_entropy, cross_entropy_composed, embedding, ffn, linear, linear_cross_entropy,
+    rms_norm, rms_norm_composed, rope, rope_composed,
 };
-use moefy_train::model::{Gradient, Gradients, Params, Rotary};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};

@@ -8,7 +8,8 @@ use anyhow::Result;
 use dynamoe::config::{Budget, RouterConfig};
 use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, added_tensors, expected_tensors, router_tensors};
+use crate::checkpoint::Checkpoint;
+use crate::tensors::{added_tensors, expected_tensors, router_tensors};
 
 /// A nested expert.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -12,8 +12,8 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::Metadata};
 use sha2::{Digest, Sha256};
 
-use super::expected_tensors;
-use crate::hf_config::ModelConfig;
+use crate::config::ModelConfig;
+use crate::tensors::expected_tensors;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -203,7 +203,7 @@ impl Checkpoint {
 }
 
 /// candle's name of a floating-point type that models are stored in.
-pub(crate) fn float_dtype(dtype: Dtype) -> Option<DType> {
+pub fn float_dtype(dtype: Dtype) -> Option<DType> {
     match dtype {
         Dtype::F32 => Some(DType::F32),
         Dtype::F16 => Some(DType::F16),

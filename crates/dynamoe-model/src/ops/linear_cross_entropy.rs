@@ -15,8 +15,8 @@ use super::cpu::{
     add_parts, exp, fusable, matrix, max, multiply, multiply_blocks, read, rows_per_block, slice, sum,
 };
 use super::cross_entropy::{check, cross_entropy};
+use super::gradients::add_gradient;
 use super::linear::linear;
-use crate::model::gradients::add_gradient;
 
 /// Vocabularies from this size on go column by column.
 const LARGE: usize = 4096;

@@ -12,11 +12,12 @@ use serde_json::{Value, json};
 
 use super::reader::float_dtype;
 use super::writer::{check_finite, to_bytes};
-use super::{Checkpoint, StagedFolder, TensorSpec, Writer, expected_tensors, refuse_overlap, write_atomic};
-use crate::hf_config::{ModelConfig, read_json};
+use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic};
+use crate::config::{ModelConfig, read_json};
+use crate::tensors::expected_tensors;
 
 /// Bytes of a tensor in memory at a time while it is copied.
-pub(crate) const CHUNK_BYTES: usize = 8 << 20;
+pub const CHUNK_BYTES: usize = 8 << 20;
 
 /// Beginnings of the names of files that belong to a model besides its weights and config.json.
 const COMPANIONS: [&str; 11] = [
@@ -127,7 +128,7 @@ pub fn save_model(
 }
 
 /// A new model folder: config.json, the source's companion files, and the planned tensors, which `fill` pushes.
-pub(crate) fn write_folder(
+pub fn write_folder(
     source: &Checkpoint,
     config: &Value,
     plan: Vec<Vec<TensorSpec>>,
@@ -147,7 +148,7 @@ pub(crate) fn write_folder(
 }
 
 /// Copies a tensor in chunks, converted to `dtype`; checks that its values are finite.
-pub(crate) fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &mut Writer) -> Result<()> {
+pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &mut Writer) -> Result<()> {
     let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
     let element = (info.dtype.bitsize() / 8).max(1);
     for start in (0..info.len).step_by(CHUNK_BYTES) {

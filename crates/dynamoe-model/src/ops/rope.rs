@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use rayon::prelude::*;
 
 use super::cpu::{fusable, mul_add, read, rows_per_task, slice};
-use crate::model::Rotary;
+use super::rotary::Rotary;
 
 /// Turns the heads of `x (N, heads·d)`, whose row `n` is at position `n mod T`; the tables give `T` and `d`.
 ///

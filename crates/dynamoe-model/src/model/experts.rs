@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::Activation;
 use dynamoe::{NestedExperts, PrefixExperts};
 
-use super::ops::expert_rows;
+use crate::ops::expert_rows;
 
 /// The experts of one FFN.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Ten
 use faer::Accum;
 
 use super::cpu::{fusable, matrix, multiply_blocks, read, slice};
-use crate::model::gradients::add_gradient;
+use super::gradients::add_gradient;
 
 /// `x (N, in)`, `w (out, in)` → `(N, out)`.
 ///

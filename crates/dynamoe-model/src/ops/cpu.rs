@@ -83,7 +83,7 @@ impl Deref for Host<'_> {
 }
 
 /// Reads `N` f32 tensors on the CPU.
-pub(in crate::model) fn read<const N: usize, T>(
+pub(crate) fn read<const N: usize, T>(
     tensors: [&Tensor; N],
     body: impl FnOnce([&[f32]; N]) -> Result<T>,
 ) -> Result<T> {
@@ -164,7 +164,7 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// `Σ f(x)` in [`LANES`] partial sums.
 #[inline(always)]
-pub(in crate::model) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let (blocks, rest) = x.as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
     for block in blocks {
@@ -207,7 +207,7 @@ pub(super) fn max(x: &[f32]) -> f32 {
 
 /// `y += a x`.
 #[inline(always)]
-pub(in crate::model) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
+pub(crate) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
     for (y, &x) in y.iter_mut().zip(x) {
         *y = mul_add(a, x, *y);
     }

@@ -1,5 +1,5 @@
 //! A router's logits, `W₂ silu(W₁ x + b₁) + b₂`, in one. Gradients of the weights go straight into
-//! [`crate::model::Gradients`].
+//! [`super::Gradients`].
 
 use std::sync::OnceLock;
 
@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::cpu::{
     add_parts, axpy, blocks, fusable, host, matrix, multiply, multiply_blocks, read, rows_per_block, slice,
 };
+use super::gradients::add_gradient;
 use super::linear;
-use crate::model::gradients::add_gradient;
 
 /// The weights of one layer's router.
 #[derive(Debug, Clone)]

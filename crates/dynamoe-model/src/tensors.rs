@@ -1,22 +1,9 @@
-//! Checkpoint folders: config.json, safetensors, tokenizer.
-//!
-//! [`Checkpoint`] reads one, [`Writer`] writes the tensors of one, [`StagedFolder`] makes a new folder appear
-//! whole or not at all. docs/checkpoint-format.md specifies what is in it.
-
-mod folder;
-pub(crate) mod reader;
-pub(crate) mod save;
-pub(crate) mod writer;
+//! Every tensor of a model, with its name and shape: the one list that readers and writers go by.
 
 use dynamoe::config::RouterKind;
 use dynamoe::names;
 
-pub use folder::{StagedFolder, refuse_overlap, write_atomic};
-pub use reader::{Checkpoint, TensorInfo};
-pub use save::{remove_section, save_model, set_section, store_section};
-pub use writer::{DEFAULT_SHARD_BYTES, TensorSpec, Writer, plan_shards, save_tensors};
-
-use crate::hf_config::ModelConfig;
+use crate::config::ModelConfig;
 
 /// Every tensor that a model of this configuration reads, with its shape: the dense model's, then those of
 /// [`added_tensors`].

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use faer::Accum;
 
 use super::cpu::{axpy, fusable, read, slice};
-use crate::model::gradients::add_gradient;
+use super::gradients::add_gradient;
 
 /// `table (V, D)`, `tokens (N)` u32 → `(N, D)`.
 ///

@@ -5,7 +5,7 @@ use candle_core::{Result as CandleResult, Tensor};
 use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, names};
 
 use super::{Backbone, Experts};
-use crate::hf_config::ModelConfig;
+use crate::config::ModelConfig;
 
 /// A model whose FFNs run only the experts that their routers choose. A dense model is one whose FFNs have a
 /// single expert.

@@ -207,7 +207,7 @@ pub fn save_tensors(
 }
 
 /// Little-endian bytes of a flat tensor in a floating-point type.
-pub(crate) fn to_bytes(flat: &Tensor, dtype: Dtype) -> Result<Vec<u8>> {
+pub fn to_bytes(flat: &Tensor, dtype: Dtype) -> Result<Vec<u8>> {
     Ok(match dtype {
         Dtype::F32 => {
             flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect()
@@ -224,13 +224,7 @@ pub(crate) fn to_bytes(flat: &Tensor, dtype: Dtype) -> Result<Vec<u8>> {
 
 /// Checks that no value of a chunk is NaN or infinite; types other than F32, F16 and BF16 pass. `start` is the
 /// chunk's first element in the tensor.
-pub(crate) fn check_finite(
-    name: &str,
-    bytes: &[u8],
-    dtype: Dtype,
-    shape: &[usize],
-    start: usize,
-) -> Result<()> {
+pub fn check_finite(name: &str, bytes: &[u8], dtype: Dtype, shape: &[usize], start: usize) -> Result<()> {
     // not finite: all bits of the exponent are set
     let (halves, words) = (bytes.as_chunks::<2>().0, bytes.as_chunks::<4>().0);
     let bad = match dtype {

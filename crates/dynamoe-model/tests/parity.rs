@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, safetensors};
-use moefy_train::hf_config::ModelConfig;
-use moefy_train::model::Backbone;
+use dynamoe_model::config::ModelConfig;
+use dynamoe_model::model::Backbone;
 
 /// Every tensor of the folder, in f32.
 fn tensors(dir: &Path) -> Result<HashMap<String, Tensor>> {

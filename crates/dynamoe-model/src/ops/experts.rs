@@ -12,7 +12,7 @@ use super::cpu::{fusable, matrix, multiply, read, rows_per_block};
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub(in crate::model) fn expert_rows(
+pub(crate) fn expert_rows(
     weights: [&Tensor; 3],
     widths: &[usize],
     x: &Tensor,

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail}
 use rayon::prelude::*;
 
 use super::cpu::{add_parts, dot, fusable, mul_add, read, rows_per_task, slice, sum};
-use crate::model::gradients::add_gradient;
+use super::gradients::add_gradient;
 
 /// `x (N, D)`, `w (D)` → `(N, D)`.
 ///

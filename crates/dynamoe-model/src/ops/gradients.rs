@@ -1,7 +1,7 @@
 //! Gradients of parameters, summed in place.
 //!
 //! candle's backward pass fills a tensor with zeros for every first gradient and makes a new one for every sum.
-//! For weights on the CPU, the fused operations of [`super::ops`] add to buffers instead that live as long as the
+//! For weights on the CPU, the fused operations of [`crate::ops`] add to buffers instead that live as long as the
 //! training does: while [`Gradients::add`] runs the backward pass, its thread holds them.
 
 use std::cell::RefCell;
@@ -11,8 +11,8 @@ use candle_core::{Result, Tensor, TensorId, Var};
 use faer::Accum;
 use rayon::prelude::*;
 
-use super::Params;
-use super::ops::{axpy, read, sum};
+use super::cpu::{axpy, read, sum};
+use crate::params::Params;
 
 /// The sum of a parameter's gradients.
 #[derive(Debug)]

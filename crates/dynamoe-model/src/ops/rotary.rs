@@ -6,7 +6,7 @@ use std::f64::consts::TAU;
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::hf_config::{Llama3Rope, ModelConfig, RopeScaling};
+use crate::config::{Llama3Rope, ModelConfig, RopeScaling};
 
 /// Cosines and sines for positions `0..T`, each `(T, d/2)`, f32.
 #[derive(Debug, Clone)]

@@ -1,0 +1,31 @@
+//! A language model with DynaMoE FFNs: a Llama, Mistral, Qwen2 or Qwen3 whose every FFN is nested experts and a router.
+//!
+//! | concept | module |
+//! | --- | --- |
+//! | Hugging Face's config.json, and which architectures are read | [`config`] |
+//! | finding a model: a folder or a hub id | [`hub`] |
+//! | every tensor of a model with its shape | [`tensors`] |
+//! | checkpoint folders: reading, writing, copying | [`checkpoint`] |
+//! | trainable tensors by name | [`params`] |
+//! | the model: forward and backward | [`model`], on the fused operations of [`ops`] |
+//! | rewriting a checkpoint, dense or in another type | [`export`] |
+//! | telling what a checkpoint is | [`inspect`] |
+//!
+//! Letters in shape comments: `B` sequences, `T` positions, `N = B·T` tokens, `D` hidden_size,
+//! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary, `H` attention heads, `K` key/value heads,
+//! `d` head_dim.
+
+pub mod checkpoint;
+pub mod config;
+pub mod export;
+pub mod hub;
+pub mod inspect;
+pub mod model;
+pub mod ops;
+pub mod params;
+pub mod tensors;
+
+pub use checkpoint::Checkpoint;
+pub use config::ModelConfig;
+pub use model::RoutedModel;
+pub use params::Params;
