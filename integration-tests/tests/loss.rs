@@ -10,13 +10,12 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use dynamoe_mistralrs::Dial;
-use dynamoe_model::Checkpoint;
+use dynamoe_model::{Checkpoint, RoutedModel};
 use engine::{build, plain};
 use http::{Server, chat, with};
 use moefy_train::{
     data::{PaddedBatch, load_tokenizer},
     evaluate::{Setting, point},
-    run::load,
     texts::{Scope, TextArgs, Texts},
 };
 use rand::{Rng, SeedableRng};
@@ -48,7 +47,7 @@ fn loss(logits: &[f32], targets: &[u32]) -> f64 {
 async fn losses_agree(folder: &Path, batches: &[PaddedBatch], sensitivities: [f64; 3]) {
     let engine = build(plain(&folder.display().to_string())).await;
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let model = load(&checkpoint, &Device::Cpu).unwrap();
+    let model = RoutedModel::load(&checkpoint, &Device::Cpu).unwrap();
     for sensitivity in sensitivities {
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
@@ -114,7 +113,7 @@ async fn the_loss_of_a_real_checkpoint_is_the_trainers() {
 /// Samples an answer over HTTP, and compares the probabilities of its tokens. `prompt` are the tokens of the
 /// prompt in the served template.
 fn logprobs_agree(server: &Server, folder: &str, text: &str, prompt: &[u32], sensitivities: [f64; 3]) {
-    let model = load(&Checkpoint::open(Path::new(folder)).unwrap(), &Device::Cpu).unwrap();
+    let model = RoutedModel::load(&Checkpoint::open(Path::new(folder)).unwrap(), &Device::Cpu).unwrap();
     let (vocab_size, layers) = (model.config().vocab_size, model.config().num_hidden_layers);
     for sensitivity in sensitivities {
         let mut body = with(chat(text, 16), "sensitivity", sensitivity);

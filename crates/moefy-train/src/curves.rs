@@ -127,7 +127,7 @@ pub fn samples(
 ) -> Result<Vec<Sample>> {
     let full = model.config().intermediate_size as f64;
     let widths = model.widths();
-    let device = model.backbone().output_matrix().device();
+    let device = model.device();
     let mut samples = Vec::new();
     // from the middle: batches are sorted by length
     for batch in batches.iter().skip(batches.len() / 2).take(count) {

@@ -150,16 +150,6 @@ pub fn write(source: &Checkpoint, model: &TrainModel, config: &ModelConfig, out:
     save_model(source, &weights, config.dynamoe.as_ref(), out, false)
 }
 
-/// Loads a checkpoint for inference, in f32.
-///
-/// # Errors
-/// Tensors that are missing or do not fit.
-pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<RoutedModel> {
-    RoutedModel::from_tensors(checkpoint.config(), &mut |name, shape| {
-        checkpoint.tensor(name, shape, DType::F32, device)
-    })
-}
-
 /// A running job: what its steps share.
 struct Running<'a> {
     job: &'a Job,
@@ -188,7 +178,7 @@ pub fn run_job(
     let run = Running { job, folder, device, stop, texts, batches, held_out, calibration };
 
     let converted = run.convert(&dense)?;
-    let teacher = load(&dense, device)?;
+    let teacher = RoutedModel::load(&dense, device)?;
     let layers = dense.config().num_hidden_layers;
     let dense_loss = point(&teacher, &run.held_out, &Setting::uniform(1.0, layers))?.loss;
     let state = folder.training("state");

@@ -1,10 +1,11 @@
 //! A whole model as it is served: the backbone around dense or DynaMoE FFNs.
 
 use anyhow::Result;
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, names};
 
 use super::{Backbone, Experts};
+use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 
 /// A model whose FFNs run only the experts that their routers choose. A dense model is one whose FFNs have a
@@ -29,6 +30,21 @@ impl RoutedModel {
         let ffns =
             (0..config.num_hidden_layers).map(|layer| ffn(config, layer, get)).collect::<Result<_>>()?;
         Ok(Self { backbone, ffns })
+    }
+
+    /// Loads a checkpoint for inference, in f32.
+    ///
+    /// # Errors
+    /// Tensors that are missing or do not fit.
+    pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        Self::from_tensors(checkpoint.config(), &mut |name, shape| {
+            checkpoint.tensor(name, shape, DType::F32, device)
+        })
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.backbone.output_matrix().device()
     }
 
     /// The model's configuration.

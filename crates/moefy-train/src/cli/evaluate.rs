@@ -12,7 +12,6 @@ use crate::curves::spread;
 use crate::data::{DataSource, PaddedBatch};
 use crate::evaluate::{Dial, Setting, budget, pairs_point, point, shuffled_point};
 use crate::results::{Evaluation, PairsPoint, Point};
-use crate::run::load;
 use crate::texts::{Scope, TextArgs, Texts};
 use dynamoe_model::checkpoint::{Checkpoint, store_section};
 use dynamoe_model::model::RoutedModel;
@@ -70,7 +69,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = args.device.open()?;
     let mut checkpoint = open_model(&args.model)?;
     let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text)?;
-    let mut model = load(&checkpoint, &device)?;
+    let mut model = RoutedModel::load(&checkpoint, &device)?;
     let scope = if args.documents {
         Scope::Documents(args.max_tokens.unwrap_or(checkpoint.config().max_position_embeddings))
     } else {
@@ -84,7 +83,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         };
         store_budgets(args, &checkpoint, &model, &text)?;
         checkpoint = Checkpoint::open(checkpoint.dir())?;
-        model = load(&checkpoint, &device)?;
+        model = RoutedModel::load(&checkpoint, &device)?;
     }
     let settings = settings(args, &model)?;
     let mut evaluation = Evaluation {

@@ -10,10 +10,11 @@ use super::args::{ExpertArgs, TrainingArgs, open_model};
 use super::print;
 use crate::calibrate::Calibration;
 use crate::data::{DataSource, Split};
-use crate::run::{Existing, Finetune, RunFolder, describe, load, publish};
+use crate::run::{Existing, Finetune, RunFolder, describe, publish};
 use crate::texts::{CALIBRATION_TOKENS, TextArgs, Texts, calibration};
 use crate::train::Outcome;
 use crate::train::progress::Progress;
+use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::{Checkpoint, refuse_overlap};
 use dynamoe_model::export::ExportOptions;
 
@@ -127,8 +128,8 @@ pub fn finetune(args: &FinetuneArgs, stop: &AtomicBool) -> Result<()> {
     let shape = (train.batch_size, train.sequence_length);
     let batches = texts.training(&args.data, Split::All, shape, train.seed)?;
     let teacher = match (&args.teacher, train.has_teacher()) {
-        (Some(teacher), true) => Some(load(&open_model(teacher)?, &device)?),
-        (None, true) => Some(load(&source, &device)?),
+        (Some(teacher), true) => Some(RoutedModel::load(&open_model(teacher)?, &device)?),
+        (None, true) => Some(RoutedModel::load(&source, &device)?),
         (_, false) => None,
     };
     refuse_overlap(source.dir(), &args.out)?;

@@ -22,11 +22,11 @@ use crate::convert::convert;
 use crate::curves::{curve, oracle_curve, spread};
 use crate::data::{DataSource, PaddedBatch, Split};
 use crate::results::Curve;
-use crate::run::{Finetune, describe, load, routed, with_budgets, write};
+use crate::run::{Finetune, describe, routed, with_budgets, write};
 use crate::texts::{TextArgs, Texts, calibration};
 use crate::train::{Outcome, TrainConfig};
 use dynamoe_model::checkpoint::{Checkpoint, write_atomic};
-use dynamoe_model::hub;
+use dynamoe_model::{RoutedModel, hub};
 
 pub use table::{Row, Table};
 
@@ -219,7 +219,7 @@ impl Lab<'_> {
             convert(&self.dense, Some(&measured), &options, &converted)?;
         }
         let source = Checkpoint::open(&converted)?;
-        let teacher = train.has_teacher().then(|| load(&self.dense, self.device)).transpose()?;
+        let teacher = train.has_teacher().then(|| RoutedModel::load(&self.dense, self.device)).transpose()?;
         let job = Finetune {
             source: &source,
             teacher: teacher.as_ref(),

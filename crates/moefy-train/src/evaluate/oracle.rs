@@ -51,7 +51,7 @@ impl Oracle<'_> {
     }
 
     fn batch(&self, batch: &PaddedBatch, start: &[f64], price: f64, index: u64) -> Result<BatchScore> {
-        let (tokens, targets, weights) = batch.tensors(self.model.backbone().output_matrix().device())?;
+        let (tokens, targets, weights) = batch.tensors(self.model.device())?;
         let (hidden, mut routes) = self.model.forward(&tokens, start)?;
         let losses = token_losses(self.model, &hidden, &targets, &weights)?;
         let mut best = batch_score(self.model, batch, &losses, &routes);

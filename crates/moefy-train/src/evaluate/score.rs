@@ -93,7 +93,7 @@ pub fn score(model: &RoutedModel, batches: &[PaddedBatch], policy: &Policy<'_>) 
 /// candle's; no tokens to measure on.
 pub fn mean_width(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f64]) -> Result<f64> {
     let parts = batches.par_iter().map(|batch| -> Result<BatchScore> {
-        let (tokens, _, _) = batch.tensors(model.backbone().output_matrix().device())?;
+        let (tokens, _, _) = batch.tensors(model.device())?;
         let (_, routes) = model.forward(&tokens, sensitivity)?;
         Ok(batch_score(model, batch, &vec![0.0; batch.tokens.len()], &routes))
     });
@@ -129,7 +129,7 @@ fn score_batch(
     index: u64,
     policy: &Policy<'_>,
 ) -> Result<BatchScore> {
-    let (tokens, targets, weights) = batch.tensors(model.backbone().output_matrix().device())?;
+    let (tokens, targets, weights) = batch.tensors(model.device())?;
     let (hidden, routes) = match policy {
         Policy::Dial(sensitivity) => model.forward(&tokens, sensitivity)?,
         Policy::Shuffled(sensitivity) => {
