@@ -14,11 +14,16 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
 use candle_nn::Activation;
 
-use super::input::{Encoding, Input, TILE, Writer};
-use super::kernel::{Isa, Sums};
+use super::format::Encoding;
+use super::host::Host;
+use super::input::{Input, TILE};
+use super::isa::Isa;
 use super::lanes::LANES;
-use super::matrix::{Output, PackedMatrix, groups_each, unset, with_rows};
+use super::loops::Sums;
+use super::matrix::{PackedMatrix, groups_each};
+use super::output::{Output, unset};
 use super::parallel::{Phase, run};
+use super::writer::Writer;
 use crate::experts::{NestedExperts, Shell};
 
 /// Sums of 16 rows that an item of few tokens keeps: groups times tokens.
@@ -120,15 +125,15 @@ impl PackedExperts {
         let mut y = unset(tokens * d);
         let mut encodings: Vec<Encoding> = Vec::new();
         for matrix in self.shells[..used].iter().flat_map(|s| [&s.gate_proj, &s.up_proj]) {
-            if !encodings.contains(&matrix.format().encoding()) {
-                encodings.push(matrix.format().encoding());
+            if !encodings.contains(&matrix.encoding()) {
+                encodings.push(matrix.encoding());
             }
         }
         let mut inputs: Vec<Input> = encodings.iter().map(|&e| Input::new(e, tokens, d)).collect();
         let mut hidden: Vec<Input> = self.shells[..used]
             .iter()
             .zip(reach)
-            .map(|(s, &rows)| Input::new(s.down_proj.format().encoding(), rows, s.down_proj.shape().1))
+            .map(|(s, &rows)| Input::new(s.down_proj.encoding(), rows, s.down_proj.shape().1))
             .collect();
         // for few tokens, floats of all neurons; for many, they stay within an item
         let few = if tokens <= TILE { tokens * self.widths[used - 1] } else { 0 };
@@ -140,8 +145,8 @@ impl PackedExperts {
             order,
             reach: &reach[..used],
             x,
-            inputs: inputs.iter_mut().map(Input::writer).collect(),
-            hidden: hidden.iter_mut().map(Input::writer).collect(),
+            inputs: inputs.iter_mut().map(Writer::new).collect(),
+            hidden: hidden.iter_mut().map(Writer::new).collect(),
             gate: Output::new(&mut gate, width),
             up: Output::new(&mut up, width),
             y: Output::new(&mut y, d),
@@ -246,7 +251,7 @@ impl Pass<'_> {
     }
 
     fn input(&self, matrix: &PackedMatrix) -> &Input {
-        let encoding = matrix.format().encoding();
+        let encoding = matrix.encoding();
         let input = self.inputs.iter().find(|i| i.input().encoding() == encoding);
         input.expect("inputs were made for all encodings").input()
     }
@@ -430,7 +435,7 @@ impl PackedExperts {
             );
         }
         let rows = x.to_dtype(DType::F32)?.contiguous()?;
-        let y = with_rows(&rows, |rows| self.run(isa, rows, order, reach))??;
+        let y = self.run(isa, &Host::of(&rows)?, order, reach)?;
         Tensor::from_vec(y, (tokens, d), &Device::Cpu)?.to_dtype(x.dtype())
     }
 }

@@ -7,7 +7,6 @@
 
 use candle_core::quantized::GgmlDType;
 
-use super::input::Encoding;
 use super::lanes::Lanes;
 
 /// The types that can be packed.
@@ -78,6 +77,48 @@ impl Format {
             Self::Q8_0 => Encoding::Block32 { offset: 128 },
             Self::Q4K | Self::Q5K => Encoding::Block256Pairs,
             Self::Q6K => Encoding::Block256 { offset: 32 },
+        }
+    }
+}
+
+/// What a type of weights wants its inputs to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Encoding {
+    F32,
+    /// Blocks of 32 (ggml's Q8_0), with `-offset` times their sum.
+    Block32 {
+        offset: i32,
+    },
+    /// Blocks of 256 (ggml's Q8_K), with `-offset` times the sum of each 16.
+    Block256 {
+        offset: i32,
+    },
+    /// Blocks of 256 with the sums of each 32, as pairs of 16 bits.
+    Block256Pairs,
+}
+
+impl Encoding {
+    /// Inputs in a block.
+    pub fn block(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Block32 { .. } => 32,
+            Self::Block256 { .. } | Self::Block256Pairs => 256,
+        }
+    }
+
+    /// Words of a block.
+    pub fn words(self) -> usize {
+        self.block().div_ceil(4)
+    }
+
+    /// Sums of a block.
+    pub fn sums(self) -> usize {
+        match self {
+            Self::F32 => 0,
+            Self::Block32 { .. } => 1,
+            Self::Block256 { .. } => 16,
+            Self::Block256Pairs => 4,
         }
     }
 }

@@ -1,17 +1,22 @@
 //! One matrix, as an engine's projection.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{D, DType, Device, Module, Result, Storage, Tensor, bail};
+use candle_core::{D, DType, Device, Module, Result, Tensor, bail};
 
-use super::format::Format;
-use super::input::{Input, TILE, UNSET};
-use super::kernel::{Group, Isa};
+use super::format::{Encoding, Format};
+use super::host::Host;
+use super::input::{Input, TILE};
+use super::isa::Isa;
 use super::lanes::LANES;
+use super::loops::Group;
 use super::memory::Memory;
+use super::output::{Output, unset};
 use super::pack;
 use super::parallel::{Phase, run};
+use super::writer::Writer;
 
 /// A weight matrix `(N, K)`, its blocks interleaved for the CPU; as large as the blocks themselves.
 ///
@@ -51,10 +56,8 @@ impl PackedMatrix {
     pub fn from_tensor(weight: &Tensor) -> Result<Self> {
         let (rows, columns) = weight.dims2()?;
         let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-        with_rows(&weight, |data| {
-            let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
-            Self::new(Format::F32, rows, columns, &bytes)
-        })?
+        let bytes: Vec<u8> = Host::of(&weight)?.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self::new(Format::F32, rows, columns, &bytes)
     }
 
     fn new(format: Format, rows: usize, columns: usize, data: &[u8]) -> Result<Self> {
@@ -106,12 +109,13 @@ impl PackedMatrix {
         self.packed.bytes().len()
     }
 
-    pub(super) fn format(&self) -> Format {
-        self.format
+    /// How a product with this matrix needs its inputs.
+    pub(crate) fn encoding(&self) -> Encoding {
+        self.format.encoding()
     }
 
     /// Groups of 16 rows.
-    pub(super) fn groups(&self) -> usize {
+    pub(crate) fn groups(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
 
@@ -120,21 +124,21 @@ impl PackedMatrix {
     }
 
     /// Bytes of a group.
-    pub(super) fn group_bytes(&self) -> usize {
+    pub(crate) fn group_bytes(&self) -> usize {
         self.blocks() * pack::unit(self.format)
     }
 
     /// Adds the products of group `group` with `tokens` tokens of `input` from `token` on, within a panel,
     /// to as many `sums`.
-    pub(super) fn multiply(
+    pub(crate) fn multiply(
         &self,
         isa: Isa,
         group: usize,
         input: &Input,
-        tokens: std::ops::Range<usize>,
+        tokens: Range<usize>,
         sums: &mut [[f32; LANES]],
     ) {
-        assert!(input.encoding() == self.format.encoding() && input.blocks() == self.blocks());
+        assert!(input.encoding() == self.encoding() && input.blocks() == self.blocks());
         assert!(
             sums.len() == tokens.len()
                 && tokens.end <= input.rows()
@@ -147,6 +151,7 @@ impl PackedMatrix {
         unsafe { isa.multiply(group, input.panel(tokens.start, 0), sums) }
     }
 
+    /// Row-major `x (T, K)` → `(T, N)`.
     pub(super) fn forward_rows(&self, isa: Isa, x: &[f32], tokens: usize) -> Vec<f32> {
         let (n, k) = (self.rows, self.columns);
         if k == 0 {
@@ -156,38 +161,57 @@ impl PackedMatrix {
         if y.is_empty() {
             return y;
         }
-        let mut input = Input::new(self.format.encoding(), tokens, k);
-        let (stride, panels) = (input.stride(), input.panels());
-        let writer = input.writer();
-        let encode = |panel: usize| {
-            for token in panel * stride..((panel + 1) * stride).min(tokens) {
-                // SAFETY: each panel is one item, read in the next phase only
-                unsafe { writer.encode(isa, token, 0, &x[token * k..][..k]) }
-            }
-        };
-        let out = Output::new(&mut y, n);
+        let mut input = Input::new(self.encoding(), tokens, k);
+        let panels = input.panels();
         let each = groups_each(self.groups(), self.group_bytes(), tokens);
-        let multiply = |item: usize| {
-            let mut sums = [[0f32; LANES]; TILE];
-            for token in (0..tokens).step_by(stride) {
-                let range = token..(token + stride).min(tokens);
-                for group in item * each..((item + 1) * each).min(self.groups()) {
-                    let sums = &mut sums[..range.len()];
-                    sums.fill([0.0; LANES]);
-                    self.multiply(isa, group, writer.input(), range.clone(), sums);
-                    let count = LANES.min(n - group * LANES);
-                    for (token, sums) in range.clone().zip(&*sums) {
-                        // SAFETY: each group is in one item
-                        unsafe { out.store(token, group * LANES, sums, count) }
-                    }
-                }
-            }
-        };
+        let product =
+            Product { matrix: self, isa, x, input: Writer::new(&mut input), y: Output::new(&mut y, n) };
+        let multiply =
+            |item: usize| product.multiply_groups(item * each..((item + 1) * each).min(self.groups()));
         run(&[
-            Phase { items: panels, cost: 4 * x.len(), run: &encode },
+            Phase { items: panels, cost: 4 * x.len(), run: &|panel| product.encode_panel(panel) },
             Phase { items: self.groups().div_ceil(each), cost: self.bytes() * tokens, run: &multiply },
         ]);
         y
+    }
+}
+
+/// One product `x (T, K)` → `y (T, N)`, whose items run on several threads.
+struct Product<'a> {
+    matrix: &'a PackedMatrix,
+    isa: Isa,
+    x: &'a [f32],
+    input: Writer<'a>,
+    y: Output<'a>,
+}
+
+impl Product<'_> {
+    /// First phase: encodes the inputs of one panel of tokens.
+    fn encode_panel(&self, panel: usize) {
+        let (input, k) = (self.input.input(), self.matrix.columns);
+        for token in panel * input.stride()..((panel + 1) * input.stride()).min(input.rows()) {
+            // SAFETY: each panel is one item, and is read in the next phase only
+            unsafe { self.input.encode(self.isa, token, 0, &self.x[token * k..][..k]) }
+        }
+    }
+
+    /// Second phase: the outputs of some groups of rows for all tokens.
+    fn multiply_groups(&self, groups: Range<usize>) {
+        let (input, n) = (self.input.input(), self.matrix.rows);
+        let mut sums = [[0f32; LANES]; TILE];
+        for token in (0..input.rows()).step_by(input.stride()) {
+            let tokens = token..(token + input.stride()).min(input.rows());
+            for group in groups.clone() {
+                let sums = &mut sums[..tokens.len()];
+                sums.fill([0.0; LANES]);
+                self.matrix.multiply(self.isa, group, input, tokens.clone(), sums);
+                let count = LANES.min(n - group * LANES);
+                for (token, sums) in tokens.clone().zip(&*sums) {
+                    // SAFETY: each group is in one item
+                    unsafe { self.y.store(token, group * LANES, sums, count) }
+                }
+            }
+        }
     }
 }
 
@@ -209,7 +233,7 @@ impl Module for PackedMatrix {
         let tokens = shape.iter().product();
         shape.push(self.rows);
         let rows = x.to_dtype(DType::F32)?.contiguous()?;
-        let y = with_rows(&rows, |rows| self.forward_rows(Isa::best(), rows, tokens))?;
+        let y = self.forward_rows(Isa::best(), &Host::of(&rows)?, tokens);
         Tensor::from_vec(y, shape, &Device::Cpu)?.to_dtype(x.dtype())
     }
 }
@@ -220,72 +244,11 @@ impl std::fmt::Debug for PackedMatrix {
     }
 }
 
-/// Hands out the numbers of a contiguous f32 tensor.
-pub(super) fn with_rows<T>(x: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
-    let (storage, layout) = x.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(storage), Some((start, end))) => Ok(read(&storage.as_slice::<f32>()?[start..end])),
-        _ => bail!("packed product: expected inputs on the CPU, found {:?}", x.device()),
-    }
-}
-
-/// Memory for results that are all written.
-pub(super) fn unset(len: usize) -> Vec<f32> {
-    vec![f32::from_bits(UNSET); len]
-}
-
-/// Groups of `bytes` bytes that one item takes, fine enough to share them fairly. For few tokens, about 128 KiB of
-/// weights: memory delivers long runs faster than short ones (docs/log.md). For many, some groups that share a
-/// panel of inputs.
-pub(super) fn groups_each(groups: usize, bytes: usize, tokens: usize) -> usize {
+/// How many groups of `bytes` bytes one item takes: small enough to balance the threads. For few tokens about 128 KiB
+/// of weights, since memory delivers long runs faster than short ones (docs/log.md). For many tokens some groups, which
+/// share a panel of inputs.
+pub(crate) fn groups_each(groups: usize, bytes: usize, tokens: usize) -> usize {
     let fair = groups / (8 * rayon::current_num_threads());
     let enough = if tokens <= TILE { (128 << 10) / bytes.max(1) } else { 4 };
     enough.min(fair).max(1)
-}
-
-/// An output `(T, N)` that threads fill, each its own columns.
-pub(super) struct Output<'a> {
-    data: *mut f32,
-    len: usize,
-    columns: usize,
-    _borrow: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: `store` is unsafe: its callers write to different places.
-unsafe impl Sync for Output<'_> {}
-
-impl<'a> Output<'a> {
-    pub fn new(data: &'a mut [f32], columns: usize) -> Self {
-        Self { data: data.as_mut_ptr(), len: data.len(), columns, _borrow: std::marker::PhantomData }
-    }
-
-    /// Stores `count` columns of one row.
-    ///
-    /// # Safety
-    /// No other thread may use the same place at the same time.
-    pub unsafe fn store(&self, row: usize, column: usize, values: &[f32; LANES], count: usize) {
-        let at = row * self.columns + column;
-        assert!(count <= LANES && column + count <= self.columns && at + count <= self.len);
-        // SAFETY: within the slice; the caller has this place for itself
-        unsafe {
-            let to = self.data.add(at);
-            if count == LANES {
-                // a length that the compiler knows
-                to.cast::<[f32; LANES]>().write_unaligned(*values);
-            } else {
-                std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
-            }
-        }
-    }
-
-    /// Reads `count` columns of one row.
-    ///
-    /// # Safety
-    /// No thread may write to the same place while the slice lives.
-    pub unsafe fn read(&self, row: usize, column: usize, count: usize) -> &[f32] {
-        let at = row * self.columns + column;
-        assert!(column + count <= self.columns && at + count <= self.len);
-        // SAFETY: within the slice; the caller keeps others from writing
-        unsafe { std::slice::from_raw_parts(self.data.add(at), count) }
-    }
 }

@@ -24,19 +24,24 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod encode;
 mod experts;
 mod format;
+mod host;
 mod input;
-mod kernel;
+mod isa;
 mod lanes;
+mod loops;
 mod matrix;
 mod memory;
+mod output;
 mod pack;
 mod parallel;
 mod pool;
 mod router;
 #[cfg(test)]
 mod tests;
+mod writer;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -46,5 +51,5 @@ pub(crate) use router::logits as router_logits;
 
 /// The name of the kernels that this processor runs, for logs: `avx512-vnni`, `avx2` or `portable`.
 pub fn variant() -> &'static str {
-    kernel::Isa::best().name()
+    isa::Isa::best().name()
 }

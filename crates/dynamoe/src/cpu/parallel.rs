@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::pool;
 
-/// Work that a thread does before it is worth to wake another, in items of [`Phase::cost`] bytes or operations.
+/// The least work for each thread that is worth waking one for, in the units of [`Phase::cost`].
 const WORTH_A_THREAD: usize = 1 << 16;
 
 /// Items that may run at the same time.

@@ -1,11 +1,12 @@
 //! The router for few tokens: dot products with the rows of its matrices, without candle's cost for each operation.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Linear;
 
-use super::kernel::Isa;
+use super::host::Host;
+use super::isa::Isa;
 use super::lanes::LANES;
-use super::matrix::{Output, unset, with_rows};
+use super::output::{Output, unset};
 use super::parallel::{Phase, run};
 
 /// More tokens go to candle's matrix product.
@@ -14,11 +15,22 @@ const FEW: usize = 8;
 /// Rows of `fc1` that one item takes.
 const ROWS: usize = 4;
 
-/// `fc2 · silu(fc1 · x + b1) + b2`, `(T, E-1)`, for `x (T, D)`; none where this path does not serve: many
-/// tokens, or weights that are not contiguous f32 on the CPU.
+/// A linear layer's numbers: `weight (out, in)`, row-major, and `bias (out)`.
+struct Layer<'a> {
+    weight: Host<'a>,
+    bias: Host<'a>,
+}
+
+impl<'a> Layer<'a> {
+    fn of(linear: &'a Linear, bias: &'a Tensor) -> Result<Self> {
+        Ok(Self { weight: Host::of(linear.weight())?, bias: Host::of(bias)? })
+    }
+}
+
+/// `fc2 · silu(fc1 · x + b1) + b2`, `(T, E-1)`, for `x (T, D)`. None where this path does not serve: for many tokens,
+/// and for weights that are not contiguous f32 on the CPU.
 pub(crate) fn logits(fc1: &Linear, fc2: &Linear, x: &Tensor) -> Option<Result<Tensor>> {
-    let served =
-        |t: &Tensor| t.device().is_cpu() && t.is_contiguous() && t.dtype() == candle_core::DType::F32;
+    let served = |t: &Tensor| t.device().is_cpu() && t.is_contiguous() && t.dtype() == DType::F32;
     let (tokens, d) = x.dims2().ok()?;
     let (r, columns) = fc1.weight().dims2().ok()?;
     let (outputs, inner) = fc2.weight().dims2().ok()?;
@@ -28,36 +40,32 @@ pub(crate) fn logits(fc1: &Linear, fc2: &Linear, x: &Tensor) -> Option<Result<Te
     if !fits || !(1..=FEW).contains(&tokens) || !tensors.into_iter().all(served) {
         return None;
     }
-    let all = || {
-        with_rows(x, |x| {
-            with_rows(fc1.weight(), |w1| {
-                with_rows(fc2.weight(), |w2| {
-                    with_rows(b1, |b1| with_rows(b2, |b2| forward(Isa::best(), x, [w1, b1], [w2, b2])))
-                })
-            })
-        })????
+    let logits = || {
+        let y = forward(Isa::best(), &Host::of(x)?, &Layer::of(fc1, b1)?, &Layer::of(fc2, b2)?);
+        Tensor::from_vec(y, (tokens, outputs), &Device::Cpu)
     };
-    Some(all().and_then(|y| Tensor::from_vec(y, (tokens, outputs), &Device::Cpu)))
+    Some(logits())
 }
 
-fn forward(isa: Isa, x: &[f32], [w1, b1]: [&[f32]; 2], [w2, b2]: [&[f32]; 2]) -> Vec<f32> {
-    let (r, d) = (b1.len(), w1.len() / b1.len());
+fn forward(isa: Isa, x: &[f32], fc1: &Layer, fc2: &Layer) -> Vec<f32> {
+    let r = fc1.bias.len();
+    let d = fc1.weight.len() / r;
     let tokens = x.len() / d;
     let mut hidden = unset(tokens * r);
     let out = Output::new(&mut hidden, r);
     let rows = |item: usize| {
         for row in item * ROWS..((item + 1) * ROWS).min(r) {
             for (token, x) in x.chunks_exact(d).enumerate() {
-                let z = isa.dot(&w1[row * d..][..d], x) + b1[row];
+                let z = isa.dot(&fc1.weight[row * d..][..d], x) + fc1.bias[row];
                 // SAFETY: each row is in one item
                 unsafe { out.store(token, row, &[z * crate::math::sigmoid(z); LANES], 1) }
             }
         }
     };
-    run(&[Phase { items: r.div_ceil(ROWS), cost: 4 * w1.len(), run: &rows }]);
-    let mut logits = Vec::with_capacity(tokens * b2.len());
+    run(&[Phase { items: r.div_ceil(ROWS), cost: 4 * fc1.weight.len(), run: &rows }]);
+    let mut logits = Vec::with_capacity(tokens * fc2.bias.len());
     for hidden in hidden.chunks_exact(r) {
-        logits.extend(w2.chunks_exact(r).zip(b2).map(|(w, b)| isa.dot(w, hidden) + b));
+        logits.extend(fc2.weight.chunks_exact(r).zip(&*fc2.bias).map(|(w, b)| isa.dot(w, hidden) + b));
     }
     logits
 }
@@ -81,9 +89,8 @@ mod tests {
                 let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 for isa in Isa::available() {
                     let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                    let (w1, b1) = (flat(fc1.weight()), flat(fc1.bias().unwrap()));
-                    let (w2, b2) = (flat(fc2.weight()), flat(fc2.bias().unwrap()));
-                    let found = forward(isa, &flat(&x), [&w1, &b1], [&w2, &b2]);
+                    let [fc1, fc2] = [&fc1, &fc2].map(|l| Layer::of(l, l.bias().unwrap()).unwrap());
+                    let found = forward(isa, &flat(&x), &fc1, &fc2);
                     assert_eq!(found.len(), expected.len());
                     for (a, b) in found.iter().zip(&expected) {
                         assert!((a - b).abs() <= 1e-5 * (r as f32 * (d as f32).sqrt()), "{a} {b}");
@@ -91,7 +98,7 @@ mod tests {
                 }
                 assert_eq!(logits(&fc1, &fc2, &x).unwrap().unwrap().dims(), [tokens, e]);
                 assert!(logits(&fc1, &fc2, &random(9, d)).is_none());
-                assert!(logits(&fc1, &fc2, &x.to_dtype(candle_core::DType::F16).unwrap()).is_none());
+                assert!(logits(&fc1, &fc2, &x.to_dtype(DType::F16).unwrap()).is_none());
             }
         }
     }

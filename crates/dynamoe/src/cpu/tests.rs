@@ -10,7 +10,7 @@ use candle_nn::Activation;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::kernel::Isa;
+use super::isa::Isa;
 use super::{PackedExperts, PackedMatrix};
 use crate::{NestedExperts, Shell};
 

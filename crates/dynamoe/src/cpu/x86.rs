@@ -1,12 +1,20 @@
-//! AVX2 and AVX-512 with VNNI.
+//! AVX2 and AVX-512 with VNNI: their vectors, and the loops compiled for them.
 
 use std::arch::x86_64::*;
 
-use super::format::Blocks;
-use super::input;
-use super::input::{Encoded, Encoding, Panel};
-use super::kernel::{Group, blocks, dot, floats, swiglu};
-use super::lanes::{LANES, Lanes};
+use super::lanes::Lanes;
+use super::loops::compile;
+
+/// Functions of [`Lanes`], each an expression over intrinsics.
+macro_rules! intrinsics {
+    ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty = $body:expr;)+) => {$(
+        #[inline(always)]
+        unsafe fn $name($($argument: $type),*) -> $result {
+            // SAFETY: the contract of `Lanes`: the processor has the instructions, and pointers have 16 lanes behind them
+            unsafe { $body }
+        }
+    )+};
+}
 
 /// One register of 512 bits.
 pub(super) struct Avx512;
@@ -15,112 +23,25 @@ impl Lanes for Avx512 {
     type I = __m512i;
     type F = __m512;
 
-    #[inline(always)]
-    unsafe fn load(p: *const u8) -> Self::I {
-        // SAFETY: the caller has 64 bytes there
-        unsafe { _mm512_loadu_si512(p.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f32(p: *const f32) -> Self::F {
-        // SAFETY: the caller has 16 floats there
-        unsafe { _mm512_loadu_ps(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(p: *const u8) -> Self::F {
-        // SAFETY: the caller has 32 bytes there
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn store_f32(p: *mut f32, v: Self::F) {
-        // SAFETY: the caller has room for 16 floats there
-        unsafe { _mm512_storeu_ps(p, v) }
-    }
-
-    #[inline(always)]
-    unsafe fn splat(v: i32) -> Self::I {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_set1_epi32(v) }
-    }
-
-    #[inline(always)]
-    unsafe fn splat_f32(v: f32) -> Self::F {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_set1_ps(v) }
-    }
-
-    #[inline(always)]
-    unsafe fn and(a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_and_si512(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn or(a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_or_si512(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn shl(v: Self::I, bits: u32) -> Self::I {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_sll_epi32(v, _mm_cvtsi32_si128(bits as i32)) }
-    }
-
-    #[inline(always)]
-    unsafe fn shr(v: Self::I, bits: u32) -> Self::I {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits as i32)) }
-    }
-
-    #[inline(always)]
-    unsafe fn upper_i8(v: Self::I) -> Self::I {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_srai_epi32::<24>(v) }
-    }
-
-    #[inline(always)]
-    unsafe fn lower_f16(v: Self::I) -> Self::F {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)) }
-    }
-
-    #[inline(always)]
-    unsafe fn to_f32(v: Self::I) -> Self::F {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_cvtepi32_ps(v) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_add_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        // SAFETY: the processor has AVX-512
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    unsafe fn dot8(acc: Self::I, w: Self::I, x: i32, _wide: bool) -> Self::I {
-        // SAFETY: the processor has AVX-512 and VNNI
-        unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)) }
-    }
-
-    #[inline(always)]
-    unsafe fn dot16(acc: Self::I, w: Self::I, x: i32) -> Self::I {
-        // SAFETY: the processor has AVX-512 and VNNI
-        unsafe { _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x)) }
+    intrinsics! {
+        load(p: *const u8) -> Self::I = _mm512_loadu_si512(p.cast());
+        load_f32(p: *const f32) -> Self::F = _mm512_loadu_ps(p);
+        load_f16(p: *const u8) -> Self::F = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+        store_f32(p: *mut f32, v: Self::F) -> () = _mm512_storeu_ps(p, v);
+        splat(v: i32) -> Self::I = _mm512_set1_epi32(v);
+        splat_f32(v: f32) -> Self::F = _mm512_set1_ps(v);
+        and(a: Self::I, b: Self::I) -> Self::I = _mm512_and_si512(a, b);
+        or(a: Self::I, b: Self::I) -> Self::I = _mm512_or_si512(a, b);
+        shl(v: Self::I, bits: u32) -> Self::I = _mm512_sll_epi32(v, _mm_cvtsi32_si128(bits as i32));
+        shr(v: Self::I, bits: u32) -> Self::I = _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits as i32));
+        upper_i8(v: Self::I) -> Self::I = _mm512_srai_epi32::<24>(v);
+        lower_f16(v: Self::I) -> Self::F = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+        to_f32(v: Self::I) -> Self::F = _mm512_cvtepi32_ps(v);
+        add(a: Self::F, b: Self::F) -> Self::F = _mm512_add_ps(a, b);
+        mul(a: Self::F, b: Self::F) -> Self::F = _mm512_mul_ps(a, b);
+        fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F = _mm512_fmadd_ps(a, b, c);
+        dot8(acc: Self::I, w: Self::I, x: i32, _wide: bool) -> Self::I = _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x));
+        dot16(acc: Self::I, w: Self::I, x: i32) -> Self::I = _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x));
     }
 }
 
@@ -140,118 +61,36 @@ impl Lanes for Avx2 {
     type I = [__m256i; 2];
     type F = [__m256; 2];
 
-    #[inline(always)]
-    unsafe fn load(p: *const u8) -> Self::I {
-        // SAFETY: the caller has 64 bytes there
-        unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f32(p: *const f32) -> Self::F {
-        // SAFETY: the caller has 16 floats there
-        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(p: *const u8) -> Self::F {
-        // SAFETY: the caller has 32 bytes there
-        unsafe {
+    intrinsics! {
+        load(p: *const u8) -> Self::I = [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())];
+        load_f32(p: *const f32) -> Self::F = [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))];
+        load_f16(p: *const u8) -> Self::F = {
             let [a, b] = [_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(16).cast())];
             [_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store_f32(p: *mut f32, v: Self::F) {
-        // SAFETY: the caller has room for 16 floats there
-        unsafe {
+        };
+        store_f32(p: *mut f32, v: Self::F) -> () = {
             _mm256_storeu_ps(p, v[0]);
             _mm256_storeu_ps(p.add(8), v[1]);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn splat(v: i32) -> Self::I {
-        // SAFETY: the processor has AVX2
-        [unsafe { _mm256_set1_epi32(v) }; 2]
-    }
-
-    #[inline(always)]
-    unsafe fn splat_f32(v: f32) -> Self::F {
-        // SAFETY: the processor has AVX2
-        [unsafe { _mm256_set1_ps(v) }; 2]
-    }
-
-    #[inline(always)]
-    unsafe fn and(a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|a, b| _mm256_and_si256(a, b)) }
-    }
-
-    #[inline(always)]
-    unsafe fn or(a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|a, b| _mm256_or_si256(a, b)) }
-    }
-
-    #[inline(always)]
-    unsafe fn shl(v: Self::I, bits: u32) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|v| _mm256_sll_epi32(v, _mm_cvtsi32_si128(bits as i32))) }
-    }
-
-    #[inline(always)]
-    unsafe fn shr(v: Self::I, bits: u32) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|v| _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits as i32))) }
-    }
-
-    #[inline(always)]
-    unsafe fn upper_i8(v: Self::I) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|v| _mm256_srai_epi32::<24>(v)) }
-    }
-
-    #[inline(always)]
-    unsafe fn lower_f16(v: Self::I) -> Self::F {
-        // SAFETY: the processor has AVX2 and F16C
-        unsafe {
+        };
+        splat(v: i32) -> Self::I = [_mm256_set1_epi32(v); 2];
+        splat_f32(v: f32) -> Self::F = [_mm256_set1_ps(v); 2];
+        and(a: Self::I, b: Self::I) -> Self::I = both!(|a, b| _mm256_and_si256(a, b));
+        or(a: Self::I, b: Self::I) -> Self::I = both!(|a, b| _mm256_or_si256(a, b));
+        shl(v: Self::I, bits: u32) -> Self::I = both!(|v| _mm256_sll_epi32(v, _mm_cvtsi32_si128(bits as i32)));
+        shr(v: Self::I, bits: u32) -> Self::I = both!(|v| _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits as i32)));
+        upper_i8(v: Self::I) -> Self::I = both!(|v| _mm256_srai_epi32::<24>(v));
+        lower_f16(v: Self::I) -> Self::F = {
             both!(|v| {
                 let halves = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
                 let (a, b) = (_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
                 _mm256_cvtph_ps(_mm_packus_epi32(a, b))
             })
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn to_f32(v: Self::I) -> Self::F {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|v| _mm256_cvtepi32_ps(v)) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|a, b| _mm256_add_ps(a, b)) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: the processor has AVX2
-        unsafe { both!(|a, b| _mm256_mul_ps(a, b)) }
-    }
-
-    #[inline(always)]
-    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        // SAFETY: the processor has FMA
-        unsafe { both!(|a, b, c| _mm256_fmadd_ps(a, b, c)) }
-    }
-
-    #[inline(always)]
-    unsafe fn dot8(acc: Self::I, w: Self::I, x: i32, wide: bool) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe {
+        };
+        to_f32(v: Self::I) -> Self::F = both!(|v| _mm256_cvtepi32_ps(v));
+        add(a: Self::F, b: Self::F) -> Self::F = both!(|a, b| _mm256_add_ps(a, b));
+        mul(a: Self::F, b: Self::F) -> Self::F = both!(|a, b| _mm256_mul_ps(a, b));
+        fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F = both!(|a, b, c| _mm256_fmadd_ps(a, b, c));
+        dot8(acc: Self::I, w: Self::I, x: i32, wide: bool) -> Self::I = {
             let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
             if !wide {
                 return both!(|acc, w| {
@@ -267,78 +106,19 @@ impl Lanes for Avx2 {
                 let pairs = _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
                 _mm256_add_epi32(acc, pairs)
             })
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn dot16(acc: Self::I, w: Self::I, x: i32) -> Self::I {
-        // SAFETY: the processor has AVX2
-        unsafe {
+        };
+        dot16(acc: Self::I, w: Self::I, x: i32) -> Self::I = {
             let x = _mm256_set1_epi32(x);
             both!(|acc, w| _mm256_add_epi32(acc, _mm256_madd_epi16(w, x)))
-        }
+        };
     }
 }
 
-/// The generic functions, compiled for one variant.
-macro_rules! compile {
-    ($lanes:ty, $features:literal, $blocks:ident, $floats:ident, $encode:ident, $swiglu:ident, $dot:ident) => {
-        /// # Safety
-        /// The processor must have the features; see [`blocks`].
-        #[target_feature(enable = $features)]
-        pub(super) unsafe fn $blocks<B: Blocks, const T: usize>(
-            group: Group,
-            panel: Panel,
-            sums: &mut [[f32; LANES]; T],
-        ) {
-            // SAFETY: passed on
-            unsafe { blocks::<$lanes, B, T>(group, panel, sums) }
-        }
-
-        /// # Safety
-        /// The processor must have the features; see [`floats`].
-        #[target_feature(enable = $features)]
-        pub(super) unsafe fn $floats<const T: usize>(
-            group: Group,
-            panel: Panel,
-            sums: &mut [[f32; LANES]; T],
-        ) {
-            // SAFETY: passed on
-            unsafe { floats::<$lanes, T>(group, panel, sums) }
-        }
-
-        /// # Safety
-        /// The processor must have the features; see [`input::encode`].
-        #[target_feature(enable = $features)]
-        pub(super) unsafe fn $encode(encoding: Encoding, x: &[f32], out: &Encoded) {
-            // SAFETY: passed on
-            unsafe { input::encode(encoding, x, out) }
-        }
-
-        /// # Safety
-        /// The processor must have the features.
-        #[target_feature(enable = $features)]
-        pub(super) unsafe fn $swiglu(gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
-            swiglu(gate, up);
-        }
-
-        /// # Safety
-        /// The processor must have the features.
-        #[target_feature(enable = $features)]
-        pub(super) unsafe fn $dot(a: &[f32], b: &[f32]) -> f32 {
-            // SAFETY: passed on
-            unsafe { dot::<$lanes>(a, b) }
-        }
-    };
-}
-
-compile!(Avx2, "avx2,fma,f16c", blocks_avx2, floats_avx2, encode_avx2, swiglu_avx2, dot_avx2);
 compile!(
-    Avx512,
-    "avx512f,avx512bw,avx512vnni,avx2,fma,f16c",
-    blocks_avx512,
-    floats_avx512,
-    encode_avx512,
-    swiglu_avx512,
-    dot_avx512
+    /// For AVX2.
+    avx2, super::Avx2, target_feature(enable = "avx2,fma,f16c")
+);
+compile!(
+    /// For AVX-512 with VNNI.
+    avx512, super::Avx512, target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")
 );
