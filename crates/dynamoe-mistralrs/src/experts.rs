@@ -7,10 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
 use candle_nn::Activation;
-use dynamoe::{
-    NestedExperts, PrefixExperts, Shell, ShellExperts,
-    cpu::{PackedExperts, PackedMatrix},
-};
+use dynamoe::{NestedExperts, PackedExperts, PrefixExperts, Shell, ShellExperts, cpu::PackedMatrix};
 
 use crate::cpu::{Slot, Taken, take, unquantized};
 use crate::weights::{Projection, fused_glu};

@@ -4,21 +4,24 @@ use candle_core::{DType, Result, Tensor, bail};
 use dynamoe_kernels::cuda::{self, Thresholds};
 
 use crate::experts::NestedExperts;
-use crate::ffn::DynaMoeFfn;
 use crate::router::{Router, logit};
 
 /// `x (T, D)` → `(T, D)` and the expert of each token, `(T)` in u32 on the device. None where there is nothing to
 /// decide on the device or nothing that the kernels know how to run; the caller then takes candle's operations.
+///
+/// `compensation (E-1, D)`; `sensitivities` holds one value for all tokens or one for each.
 pub(crate) fn forward<X: NestedExperts>(
-    ffn: &DynaMoeFfn<X>,
+    experts: &X,
+    router: &Router,
+    compensation: Option<&Tensor>,
     x: &Tensor,
     sensitivities: &[f64],
 ) -> Result<Option<(Tensor, Tensor)>> {
-    let Router::Mlp { fc1, fc2 } = ffn.router() else { return Ok(None) };
+    let Router::Mlp { fc1, fc2 } = router else { return Ok(None) };
     let (Some(fc1_bias), Some(fc2_bias)) = (fc1.bias(), fc2.bias()) else { return Ok(None) };
-    let (tokens, widths) = (x.dim(0)?, ffn.experts().widths());
+    let (tokens, widths) = (x.dim(0)?, experts.widths());
     // the kernels know one set of neurons, not narrow experts' own
-    if ffn.experts().own_shells() > 0
+    if experts.own_shells() > 0
         || !x.device().is_cuda()
         || tokens == 0
         || widths.len() < 2
@@ -26,7 +29,7 @@ pub(crate) fn forward<X: NestedExperts>(
     {
         return Ok(None);
     }
-    let Some(segments) = ffn.experts().cuda_segments() else { return Ok(None) };
+    let Some(segments) = experts.cuda_segments() else { return Ok(None) };
     if cuda::unsupported(x.dtype(), &segments).is_some() {
         return Ok(None);
     }
@@ -39,7 +42,7 @@ pub(crate) fn forward<X: NestedExperts>(
         }
         other => bail!("router: expected 1 or {tokens} sensitivities, found {}", other.len()),
     };
-    let compensation = ffn.compensation().map(|c| c.to_dtype(DType::F32)?.contiguous()).transpose()?;
+    let compensation = compensation.map(|c| c.to_dtype(DType::F32)?.contiguous()).transpose()?;
     let y = cuda::forward(x, &segments, compensation.as_ref(), &routed)?;
     Ok(Some((y, routed.experts)))
 }

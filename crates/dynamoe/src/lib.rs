@@ -15,7 +15,11 @@ pub mod math;
 pub mod names;
 pub mod reference;
 pub mod router;
+pub mod routes;
 pub mod swiglu;
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod testing;
 pub mod train;
 
 #[cfg(feature = "cuda")]
@@ -23,7 +27,8 @@ pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
 
 pub use config::{Budget, DynaMoeConfig, RouterConfig, RouterKind, Sensitivity};
 pub use error::{Error, Result};
-pub use experts::{NestedExperts, PrefixExperts, Shell, ShellExperts};
-pub use ffn::{DynaMoeFfn, PendingRoutes, Routes};
+pub use experts::{NestedExperts, PackedExperts, PrefixExperts, Shell, ShellExperts};
+pub use ffn::DynaMoeFfn;
 pub use router::Router;
+pub use routes::{PendingRoutes, Routes};
 pub use train::TrainableFfn;

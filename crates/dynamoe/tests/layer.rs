@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, Linear, Module};
-use dynamoe::cpu::{PackedExperts, PackedMatrix};
+use dynamoe::cpu::PackedMatrix;
 use dynamoe::reference::{ReferenceFfn, ReferenceLinear};
-use dynamoe::{DynaMoeFfn, NestedExperts, PrefixExperts, Router, Routes, Shell, ShellExperts, TrainableFfn};
+use dynamoe::{
+    DynaMoeFfn, NestedExperts, PackedExperts, PrefixExperts, Router, Routes, Shell, ShellExperts,
+    TrainableFfn,
+};
 use proptest::prelude::*;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Activation, Linear};
-use dynamoe::cpu::{PackedExperts, PackedMatrix};
-use dynamoe::{DynaMoeFfn, Router, Shell};
+use dynamoe::cpu::PackedMatrix;
+use dynamoe::{DynaMoeFfn, PackedExperts, Router, Shell};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -1,7 +1,7 @@
 //! Sixteen lanes, one for each row of a group: what the kernels ask of a processor, and a portable answer.
 
 /// Rows of a group: lanes of a vector.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Vectors of 16 lanes of 32 bits.
 ///

@@ -1,4 +1,4 @@
-//! Matrix products on a CPU: packed weights, and the FFN as one parallel region.
+//! Matrix products on a CPU, over packed weights.
 //!
 //! ```text
 //! y = x · Wᵀ        x (T, K) f32, W (N, K) packed, y (T, N) f32
@@ -8,7 +8,7 @@
 //! holds the same four weights of 16 rows: a product then needs no sum across lanes, and the same layout serves
 //! one token (the weights stream through once) and many (weights are unpacked once for a tile of tokens).
 //! Inputs are rounded to 8 bits in the blocks that ggml uses, so results are those of candle's `QMatMul` up to
-//! the order of a sum of floats. [`PackedExperts`] runs a whole FFN over such matrices: one rounding of its
+//! the order of a sum of floats. [`crate::PackedExperts`] runs a whole FFN over such matrices: one rounding of its
 //! input, one wake-up of the threads.
 //!
 //! Results do not depend on the number of threads.
@@ -25,7 +25,6 @@
 //! ```
 
 mod encode;
-mod experts;
 mod format;
 mod host;
 mod input;
@@ -40,16 +39,27 @@ mod parallel;
 mod pool;
 mod router;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 mod writer;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use experts::PackedExperts;
+pub(crate) use format::Encoding;
+pub(crate) use host::Host;
+pub(crate) use input::{Input, TILE};
+pub(crate) use isa::Isa;
+pub(crate) use lanes::LANES;
+pub(crate) use loops::Sums;
 pub use matrix::PackedMatrix;
+pub(crate) use matrix::groups_each;
+pub(crate) use output::{Output, unset};
+pub(crate) use parallel::{Phase, run};
 pub(crate) use router::logits as router_logits;
+pub(crate) use writer::Writer;
 
 /// The name of the kernels that this processor runs, for logs: `avx512-vnni`, `avx2` or `portable`.
 pub fn variant() -> &'static str {
-    isa::Isa::best().name()
+    Isa::best().name()
 }

@@ -11,7 +11,7 @@ use super::pool;
 const WORTH_A_THREAD: usize = 1 << 16;
 
 /// Items that may run at the same time.
-pub(super) struct Phase<'a> {
+pub(crate) struct Phase<'a> {
     pub items: usize,
     /// What all items cost together: bytes of weights times tokens, roughly.
     pub cost: usize,
@@ -33,7 +33,7 @@ impl Drop for Done<'_> {
 }
 
 /// Runs all phases.
-pub(super) fn run(phases: &[Phase]) {
+pub(crate) fn run(phases: &[Phase]) {
     let cost: usize = phases.iter().map(|p| p.cost).sum();
     let items = phases.iter().map(|p| p.items).max().unwrap_or(0);
     let threads = rayon::current_num_threads().min(cost / WORTH_A_THREAD).min(items);
