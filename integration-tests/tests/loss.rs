@@ -14,9 +14,8 @@ use dynamoe_model::{Checkpoint, RoutedModel};
 use engine::{build, plain};
 use http::{Server, chat, with};
 use moefy_train::{
-    data::{PaddedBatch, load_tokenizer},
+    data::{PaddedBatch, Scope, TextOptions, Texts, load_tokenizer},
     evaluate::{Setting, point},
-    texts::{Scope, TextArgs, Texts},
 };
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
@@ -99,12 +98,8 @@ async fn the_loss_of_a_real_checkpoint_is_the_trainers() {
     let (folder, text) = (variable("DYNAMOE_CHECKPOINT"), variable("DYNAMOE_TEXT"));
     let folder = Path::new(&folder);
     let cache = tempfile::tempdir().unwrap();
-    let arguments = TextArgs {
-        marker: "<|endoftext|>".into(),
-        field: "text".into(),
-        cache_dir: Some(cache.path().to_owned()),
-    };
-    let texts = Texts::open(folder, Checkpoint::open(folder).unwrap().config(), &arguments).unwrap();
+    let options = TextOptions { cache_dir: Some(cache.path().to_owned()), ..TextOptions::default() };
+    let texts = Texts::open(folder, Checkpoint::open(folder).unwrap().config(), &options).unwrap();
     let batches = texts.scored(&[text.parse().unwrap()], Scope::Packed(256)).unwrap();
     let batches = &batches[..batches.len().min(4)];
     losses_agree(folder, batches, [0.5, 0.8, 1.0]).await;

@@ -137,6 +137,12 @@ impl ModelConfig {
         self.dynamoe.as_ref().map_or_else(|| vec![self.intermediate_size], |d| d.expert_widths.clone())
     }
 
+    /// `H_e / I` of each expert, ascending to 1.
+    pub fn width_shares(&self) -> Vec<f64> {
+        let full = self.intermediate_size as f64;
+        self.expert_widths().into_iter().map(|width| width as f64 / full).collect()
+    }
+
     /// Reads `dir/config.json`.
     ///
     /// # Errors

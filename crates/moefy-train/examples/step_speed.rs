@@ -111,7 +111,7 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
         let scale = gradients.norm(&params)?.recip().min(1.0);
         let update = Update {
             ffn_lr: 1e-3,
-            own_lr: 1e-3,
+            separate_lr: 1e-3,
             backbone_lr: 1e-3,
             router_lr: 1.0,
             weight_decay: 0.1,

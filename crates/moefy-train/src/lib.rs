@@ -1,25 +1,20 @@
 //! From a pre-trained dense checkpoint to a DynaMoE checkpoint.
 //!
-//! Data flows one way: dense checkpoint → [`calibrate`] → [`convert`] → [`train`] → [`evaluate`] → [`export`].
+//! Data flows one way: text and a dense checkpoint → [`prepare`] (calibrate, convert) → [`train`] → [`evaluate`] →
+//! [`report`]. [`methods`] are the ways to train, [`pipeline`] strings the stages together. The model itself is
+//! [`dynamoe_model`]. The command line is the program's alone, so nothing here can lean on it.
 //!
 //! Letters in shape comments: `B` sequences, `T` positions, `N = B·T` tokens, `D` hidden_size,
-//! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary, `H` attention heads, `K` key/value heads,
-//! `d` head_dim.
+//! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary.
 
-pub mod activations;
 pub mod allocator;
-pub mod calibrate;
-pub mod cli;
-pub mod compare;
-pub mod convert;
-pub mod curves;
 pub mod data;
 pub mod demo;
 pub mod evaluate;
-pub mod order;
-pub mod pretrain;
+pub mod methods;
+pub mod pipeline;
+pub mod prepare;
+pub mod progress;
+pub mod random;
 pub mod report;
-pub mod results;
-pub mod run;
-pub mod texts;
 pub mod train;

@@ -1,5 +1,7 @@
 //! `moefy-train`: see `moefy-train --help`.
 
+mod cli;
+
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
@@ -15,10 +17,10 @@ fn main() -> ExitCode {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    match moefy_train::cli::main(std::env::args_os()) {
+    match cli::main(std::env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", moefy_train::cli::message(&error));
+            eprintln!("error: {}", cli::message(&error));
             ExitCode::FAILURE
         }
     }

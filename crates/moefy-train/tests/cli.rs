@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::contents;
 use dynamoe_model::checkpoint::Checkpoint;
-use moefy_train::demo::corpus::{BOUNDARY, documents, train_tokenizer};
+use moefy_train::data::corpus::{BOUNDARY, documents, train_tokenizer};
 use rand::Rng;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -155,7 +155,7 @@ fn log(path: &Path) -> Vec<(u64, f64, f64, f64)> {
 fn the_whole_way() {
     let lab = Lab::new();
     let dense = contents(&lab.path("dense"));
-    let stdout = lab.ok(&run_args("out", "2560", &["--baselines", "static"]));
+    let stdout = lab.ok(&run_args("out", "2560", &["--baselines", "static", "--oracle"]));
     assert!(stdout.contains("out/report.html") && stdout.contains("dynamoe-serve --model out"), "{stdout}");
     assert_eq!(contents(&lab.path("dense")), dense);
 
@@ -232,7 +232,7 @@ fn missing_budgets_are_solved_and_kept() {
 fn a_seed_decides_every_bit() {
     let lab = Lab::new();
     for (out, seed, threads) in [("a", "5", "1"), ("b", "5", "3"), ("c", "6", "3")] {
-        let args = run_args(out, "640", &["--no-baselines", "--seed", seed]);
+        let args = run_args(out, "640", &["--baselines", "none", "--seed", seed]);
         finished(lab.command(&args).env("RAYON_NUM_THREADS", threads).output().unwrap(), &args);
     }
     let model = |out: &str| fs::read(lab.path(out).join("model.safetensors")).unwrap();
@@ -245,12 +245,13 @@ fn a_seed_decides_every_bit() {
 fn a_config_file_stands_for_flags() {
     let lab = Lab::new();
     let text = "model = 'dense'\ndata = ['train.txt']\nvalid = 'valid.txt'\ntokens = 640\nbatch_size = 4\n\
-                sequence-length = 32\nbaselines = ['static', 'dense']\nlr = 2e-3\ncompensation = false\n";
+                sequence-length = 32\nbaselines = 'static,dense'\nlr = 2e-3\nset = ['clip=0.5']\noracle = true\n";
     fs::write(lab.path("run.toml"), text).unwrap();
     lab.ok(&["run", "--config", "run.toml", "--out", "out", "--lr", "0.004"]);
-    let told = lab.json("out/training/job.json");
-    assert_eq!((&told["lr"], &told["tokens"], &told["batch-size"]), (&json!(0.004), &json!(640), &json!(4)));
-    assert_eq!(lab.json("out/config.json")["dynamoe"]["router"]["compensation"], false);
+    let settings = lab.json("out/training/job.json")["recipe"]["train"].clone();
+    let found = ["lr", "tokens", "batch-size"].map(|key| settings[key].clone());
+    assert_eq!(found, [json!(0.004), json!(640), json!(4)]);
+    assert_eq!(settings["tuning"]["clip"], 0.5);
     assert_eq!(lab.json("out/report.json")["curves"].as_array().unwrap().len(), 4);
 
     fs::write(lab.path("run.toml"), format!("{text}lerning-rate = 1\n")).unwrap();
@@ -343,7 +344,7 @@ fn comparisons_that_cannot_be_are_refused() {
     lab.fails(&compare_args("out", &["--at", "0.5,0.25"]), &["ascending"]);
     lab.fails(&compare_args("out", &["--oracle", "static nested"]), &["--oracle", "with a router"]);
     lab.fails(&compare_args("out", &["--seeds", "0"]), &["--seeds"]);
-    lab.fails(&compare_args("out", &["--widths", "8,16"]), &["variant"]);
+    lab.fails(&compare_args("out", &["--experts", "8,16"]), &["variant"]);
     assert!(!lab.path("out").exists());
 }
 
@@ -366,7 +367,7 @@ fn kill_after(lab: &Lab, args: &[&str], wait: Duration) -> bool {
 #[test]
 fn a_killed_run_resumes_to_the_same_bits() {
     let lab = Lab::new();
-    let more = ["--save-every", "3", "--log-every", "2", "--baselines", "static"];
+    let more = ["--save-every", "3", "--set", "log-every=2", "--baselines", "static"];
     let tokens = (30 * STEP).to_string();
     let started = Instant::now();
     lab.ok(&run_args("whole", &tokens, &more));
@@ -406,7 +407,7 @@ fn ctrl_c_saves_and_tells_how_to_continue() {
     let lab = Lab::new();
     lab.convert();
     let tokens = (400 * STEP).to_string();
-    let more = ["--tokens", &tokens, "--save-every", "100000", "--log-every", "1"];
+    let more = ["--tokens", &tokens, "--save-every", "100000", "--set", "log-every=1"];
     let call = |out: &'static str| {
         let base = ["finetune", "--model", "converted", "--data", "train.txt", "--out", out];
         [&base[..], &SHAPE, &more].concat()
@@ -491,12 +492,12 @@ fn what_a_crash_leaves_behind_is_no_obstacle() {
 fn a_loss_that_is_not_finite_stops_the_run() {
     let lab = Lab::new();
     lab.convert();
-    let wild = ["--lr", "1e30", "--clip", "1e30", "--warmup", "0", "--save-every", "1"];
+    let wild = ["--lr", "1e30", "--set", "clip=1e30", "--set", "warmup=0", "--save-every", "1"];
     let words = ["of step 2 is", "train.txt, tokens", "last good checkpoint: that of step 1", "smaller --lr"];
     lab.fails(&finetune_args("out", &wild), &words);
     assert!(!lab.path("out/config.json").exists());
     lab.fails(&["evaluate", "--model", "out", "--data", "valid.txt"], &["config.json"]);
-    let rarely = ["--lr", "1e30", "--clip", "1e30", "--warmup", "0"];
+    let rarely = ["--lr", "1e30", "--set", "clip=1e30", "--set", "warmup=0"];
     lab.fails(&finetune_args("rarely", &rarely), &["of step 2 is", "none was written yet"]);
 }
 
@@ -506,15 +507,15 @@ fn routers_are_trained_alone() {
     lab.convert();
     let before = lab.tensors("converted");
     for method in ["similarity", "priced"] {
-        lab.ok(&finetune_args(method, &["--mode", "router", "--method", method]));
+        lab.ok(&finetune_args(method, &["--train", "routers", "--method", method]));
         let after = lab.tensors(method);
         assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
         let changed: Vec<&String> = before.keys().filter(|name| before[*name] != after[*name]).collect();
         assert!(changed.iter().any(|name| name.contains(".mlp.router.fc1")), "{changed:?}");
         assert!(changed.iter().all(|name| name.contains(".mlp.router.")), "{changed:?}");
     }
-    let words = ["--mode router", "priced or similarity", "Static"];
-    lab.fails(&finetune_args("out", &["--mode", "router", "--method", "static"]), &words);
+    let words = ["--train routers", "priced or similarity", "static"];
+    lab.fails(&finetune_args("out", &["--train", "routers", "--method", "static"]), &words);
     assert!(!lab.path("out").exists());
 }
 
@@ -524,9 +525,12 @@ fn sequences_come_out_as_wide_as_they_are_meant_to_be() {
     lab.convert();
     for focus in ["0.4", "0.8"] {
         // all sequences are meant to be near the focus, whatever width is worth to this model
-        let draws = ["--focus", focus, "--focus-power", "20", "--full-share", "0", "--narrowest-share", "0"];
+        let near =
+            ["focus-power=20", "full-share=0", "narrowest-share=0"].map(|constant| ["--set", constant]);
+        let draws = [&["--focus", focus][..], &near.concat()].concat();
         let args = ["finetune", "--model", "converted", "--data", "train.txt", "--out", focus];
-        let size = ["--tokens", "32000", "--batch-size", "4", "--sequence-length", "16", "--log-every", "1"];
+        let size =
+            ["--tokens", "32000", "--batch-size", "4", "--sequence-length", "16", "--set", "log-every=1"];
         lab.ok(&[&args[..], &size, &draws].concat());
         let log = log(&lab.path(focus).join("training/state/metrics.jsonl"));
         let half = &log[log.len() / 2..];
@@ -539,7 +543,7 @@ fn sequences_come_out_as_wide_as_they_are_meant_to_be() {
 fn every_method_trains() {
     let lab = Lab::new();
     lab.convert();
-    let alone = ["--distill", "0", "--distill-hidden", "0", "--method"];
+    let alone = ["--distill", "0", "--method"];
     for method in ["dense", "static", "random", "similarity", "priced"] {
         let out = format!("{method}-trained");
         lab.ok(&finetune_args(&out, &[&alone[..], &[method]].concat()));
@@ -548,7 +552,7 @@ fn every_method_trains() {
         assert_eq!(routers, ["similarity", "priced"].contains(&method), "{method}");
     }
     // a converted model is its own teacher
-    let distill = ["--distill", "0.5", "--distill-hidden", "2"];
+    let distill = ["--distill", "0.6"];
     lab.ok(&finetune_args("own", &distill));
     lab.ok(&finetune_args("distilled", &[&distill[..], &["--teacher", "dense"]].concat()));
     let (own, distilled) = (lab.loss("own"), lab.loss("distilled"));
@@ -556,7 +560,7 @@ fn every_method_trains() {
     assert!(lab.tensors("distilled") != lab.tensors("priced-trained"));
     lab.ok(&finetune_args("plain", &["--method", "dense", "--distill", "0.5"]));
     assert!(lab.tensors("plain") == lab.tensors("dense-trained"));
-    lab.ok(&run_args("run", "640", &["--no-baselines", "--distill", "0.5"]));
+    lab.ok(&run_args("run", "640", &["--baselines", "none", "--distill", "0.5"]));
 }
 
 #[test]
@@ -566,8 +570,8 @@ fn accumulated_batches_make_the_same_step() {
     let args = ["finetune", "--model", "converted", "--data", "train.txt", "--tokens", "640"];
     let rest = ["--sequence-length", "32", "--method", "dense"];
     for (out, shape) in [
-        ("one", ["--batch-size", "4", "--accumulation", "1"]),
-        ("two", ["--batch-size", "2", "--accumulation", "2"]),
+        ("one", ["--batch-size", "4", "--micro-batch", "4"]),
+        ("two", ["--batch-size", "4", "--micro-batch", "2"]),
     ] {
         lab.ok(&[&args[..], &rest, &shape, &["--out", out]].concat());
     }
@@ -722,15 +726,14 @@ fn wrong_numbers_are_refused() {
     let dense = ["evaluate", "--model", "dense", "--data", "valid.txt", "--documents", "--budget", "0.5"];
     lab.fails(&dense, &["dense model", "one width"]);
     for (flag, value, words) in [
-        ("--widths", "8,8,32", &["increasing"][..]),
-        ("--widths", "8,16", &["32"]),
-        ("--widths", "8,64", &["64", "32"]),
-        ("--widths", "0,32", &["0"]),
+        ("--experts", "8,8,32", &["increasing"][..]),
+        ("--experts", "8,16", &["32"]),
+        ("--experts", "8,64", &["64", "32"]),
+        ("--experts", "0,32", &["0"]),
+        ("--experts", "four", &["a count, or widths"]),
+        ("--separate-shells", "4", &["--separate-shells"]),
         ("--experts", "0", &["experts"]),
         ("--experts", "1", &["two experts"]),
-        ("--widths", "32", &["two experts"]),
-        ("--router-hidden-size", "0", &["--router-hidden-size"]),
-        ("--default-sensitivity", "2", &["sensitivity", "2"]),
     ] {
         let args = ["convert", "--model", "dense", "--out", "out", flag, value];
         lab.fails(&args, words);
@@ -740,12 +743,15 @@ fn wrong_numbers_are_refused() {
     for (flag, value) in [
         ("--lr", "0"),
         ("--lr", "nan"),
-        ("--accumulation", "0"),
-        ("--accumulation", "18446744073709551615"),
+        ("--micro-batch", "0"),
+        ("--micro-batch", "3"),
+        ("--batch-size", "18446744073709551615"),
         ("--distill", "2"),
         ("--focus", "1.5"),
-        ("--full-share", "1"),
-        ("--log-every", "0"),
+        ("--set", "full-share=1"),
+        ("--set", "log-every=0"),
+        ("--set", "clop=1"),
+        ("--baselines", "dense,wide"),
     ] {
         lab.fails(&run_args("out", "640", &[flag, value]), &[flag]);
         assert!(!lab.path("out").exists(), "{flag} {value} left an output folder");
@@ -757,7 +763,7 @@ fn output_folders_are_guarded() {
     let lab = Lab::new();
     lab.convert();
     let commands: [Vec<&str>; 4] = [
-        run_args("taken", "640", &["--no-baselines"]),
+        run_args("taken", "640", &["--baselines", "none"]),
         finetune_args("taken", &[]),
         vec!["convert", "--model", "dense", "--out", "taken"],
         vec!["export", "--model", "converted", "--dense", "--out", "taken"],
@@ -828,7 +834,7 @@ fn a_full_disk_stops_the_run_and_the_run_resumes() {
         eprintln!("SKIPPED a_full_disk_stops_the_run_and_the_run_resumes: mounting a tmpfs needs root");
         return;
     };
-    let args = run_args("disk/out", "640", &["--no-baselines", "--save-every", "2"]);
+    let args = run_args("disk/out", "640", &["--baselines", "none", "--save-every", "2"]);
     lab.fails(&args, &["No space left on device", "training checkpoint"]);
     assert!(!disk.0.join("out/config.json").exists());
     let state = contents(&disk.0.join("out/training/state"));
@@ -836,11 +842,14 @@ fn a_full_disk_stops_the_run_and_the_run_resumes() {
     let larger = Command::new("mount").args(["-o", "remount,size=4m"]).arg(&disk.0).status().unwrap();
     assert!(larger.success());
     lab.ok(&[&args[..], &["--resume"]].concat());
-    lab.ok(&run_args("out", "640", &["--no-baselines", "--save-every", "2"]));
+    lab.ok(&run_args("out", "640", &["--baselines", "none", "--save-every", "2"]));
     assert!(lab.tensors("out") == lab.tensors("disk/out"));
 
     let full = SmallDisk::mount(lab.path("full"), "8k").unwrap();
-    lab.fails(&run_args("full/out", "640", &["--no-baselines"]), &["full/out", "No space left on device"]);
+    lab.fails(
+        &run_args("full/out", "640", &["--baselines", "none"]),
+        &["full/out", "No space left on device"],
+    );
     assert!(contents(&full.0).is_empty(), "{:?}", contents(&full.0).keys());
 }
 

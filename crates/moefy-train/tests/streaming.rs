@@ -11,7 +11,7 @@ use dynamoe::config::{RouterConfig, RouterKind, even_widths};
 use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards};
 use dynamoe_model::config::ModelConfig;
 use dynamoe_model::tensors::expected_tensors;
-use moefy_train::convert::{ConvertOptions, convert};
+use moefy_train::prepare::{ConvertOptions, convert};
 use safetensors::Dtype;
 use serde_json::json;
 

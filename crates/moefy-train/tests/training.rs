@@ -6,7 +6,8 @@ use candle_core::{Device, Tensor, Var};
 use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind};
 use dynamoe_model::config::{Architecture, ModelConfig};
 use dynamoe_model::ops::{self, Gradient, Gradients};
-use moefy_train::train::{Method, TrainConfig, TrainModel, objective::objective};
+use moefy_train::methods::{Method, Objective};
+use moefy_train::train::{StepBatch, StepContext, TrainConfig, TrainModel};
 
 /// A model that uses what the architectures differ in.
 fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
@@ -50,7 +51,6 @@ fn a_step_without_fused_operations_is_the_same_step() {
         for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity] {
             let train = TrainConfig { method, ..TrainConfig::default() };
             let config = config(vocab_size, extras, own_shells);
-            // a step may move more than gradients (the price of width), so each has its own model of the same weights
             let mut made = BTreeMap::new();
             let mut random = |name: &str, shape: &[usize]| {
                 let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
@@ -61,21 +61,19 @@ fn a_step_without_fused_operations_is_the_same_step() {
                 let tokens: Vec<u32> = (0..66u32).map(|n| (n + shift) * 7919 % vocab_size as u32).collect();
                 Tensor::from_vec(tokens, (3, 22), &Device::Cpu).unwrap()
             };
-            let objective = objective(&train, &[0.2, 0.6, 1.0]);
+            let objective: Box<dyn Objective> = method.objective(&train.routing(vec![0.2, 0.6, 1.0]));
             let step = |model: &TrainModel, gradients: &mut Gradients| {
-                let inputs = (&batch(0), &batch(1));
-                let loss = model.loss(inputs, objective.as_ref(), None, &train, (3, 0)).unwrap();
+                let batch = StepBatch { tokens: batch(0), targets: batch(1) };
+                let objective = objective.as_ref();
+                let context = StepContext { objective, teacher: None, config: &train, step: 3, micro: 0 };
+                let loss = model.loss(&batch, &context).unwrap();
                 gradients.add(&loss.objective, model.params()).unwrap();
-                model.adapt_prices(&loss).unwrap();
                 loss.objective.to_scalar::<f32>().unwrap()
             };
             let (mut fused, mut composed) = (Gradients::new(), Gradients::new());
             let (a, b) = (step(&one, &mut fused), ops::composed(|| step(&other, &mut composed)));
             assert!((a - b).abs() < 1e-5 * b.abs(), "{method:?}: loss {a}, {b}");
             for ((name, var), (_, twin)) in one.params().iter().zip(other.params().iter()) {
-                if name == "prices" {
-                    continue; // moved, not trained
-                }
                 let values = |gradients: &Gradients, var: &Var| match gradients.get(var) {
                     Some(Gradient::Host(values)) => values.clone(),
                     found => panic!("{method:?}, {name}: {found:?}"),

@@ -6,7 +6,7 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use dynamoe::TrainableFfn;
 use dynamoe::swiglu::{backward_rows, forward_rows};
 use faer::Accum;
@@ -18,6 +18,15 @@ use super::cpu::{
 };
 use super::gradients::add_gradient;
 use super::linear;
+
+/// The `reach (N, E)` of experts chosen on the host: row `n` holds `experts[n] + 1` ones.
+///
+/// # Errors
+/// The device's.
+pub fn reach_of(chosen: &[usize], experts: usize, device: &Device) -> Result<Tensor> {
+    let reach: Vec<f32> = chosen.iter().flat_map(|&e| (0..experts).map(move |s| f32::from(s <= e))).collect();
+    Tensor::from_vec(reach, (chosen.len(), experts), device)
+}
 
 /// `Σ_e p_e O_e(x)` for `x (N, D)` and `reach (N, E)`, as [`TrainableFfn::forward`].
 ///

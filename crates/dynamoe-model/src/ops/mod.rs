@@ -27,7 +27,7 @@ pub use cpu::composed;
 pub use attention::{AttentionShape, attention, attention_composed};
 pub use cross_entropy::{cross_entropy, cross_entropy_composed};
 pub use embedding::embedding;
-pub use ffn::ffn;
+pub use ffn::{ffn, reach_of};
 pub use gradients::{Gradient, Gradients};
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;

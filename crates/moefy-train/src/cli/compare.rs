@@ -1,29 +1,47 @@
-//! `compare`: methods and settings × seeds.
+//! `compare`: recipes × seeds.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use super::args::{ExpertArgs, InputArgs, TrainingArgs};
+use super::options::{ExpertArgs, InputArgs, Methods, TrainingArgs, heading};
 use super::print;
-use crate::compare::{Comparison, Variant, compare as run_comparison, variants};
-use crate::train::{Method, TrainConfig};
+use moefy_train::methods::Method;
+use moefy_train::pipeline::compare::{Comparison, Variant, compare as run_comparison, variants};
+use moefy_train::pipeline::{Lab, Recipe};
+use moefy_train::train::Stop;
 
 #[derive(Debug, Args)]
 pub struct CompareArgs {
     #[command(flatten)]
     inputs: InputArgs,
+    #[command(flatten)]
+    experts: ExpertArgs,
+    #[command(flatten)]
+    training: TrainingArgs,
+    #[command(flatten)]
+    comparison: ComparisonArgs,
     /// Folder of the table and of finished cells; a comparison that was stopped goes on
-    #[arg(long)]
+    #[arg(long, help_heading = heading::OUTPUT)]
     out: PathBuf,
-    /// TOML file with a [[variant]] for each setting: a name, and flags that differ from those given here
+    /// Keep the trained checkpoints, under OUT/checkpoints
+    #[arg(long, help_heading = heading::OUTPUT)]
+    keep: bool,
+    /// TOML file whose keys are these flags
+    #[arg(long, value_name = "FILE", help_heading = heading::OUTPUT)]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Comparison")]
+struct ComparisonArgs {
+    /// TOML file with a [[variant]] for each recipe: a name, and flags that differ from those given here
     #[arg(long, value_name = "FILE")]
     variants: Option<PathBuf>,
-    /// Methods compared with --method, where there is no --variants
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["dense", "static", "random", "similarity"])]
-    baselines: Vec<Method>,
+    /// Methods compared with --method where there is no --variants, separated by commas, or none
+    #[arg(long, value_name = "METHODS", default_value = "dense,static,random,similarity")]
+    baselines: Methods,
     /// Seeds: this many from --seed up
     #[arg(long, default_value_t = 3)]
     seeds: u64,
@@ -36,55 +54,44 @@ pub struct CompareArgs {
     /// The variant (or method's label) whose oracle is searched, with the first seed
     #[arg(long, value_name = "NAME")]
     oracle: Option<String>,
-    /// Keep the trained checkpoints, under OUT/checkpoints
-    #[arg(long)]
-    keep: bool,
-    #[command(flatten)]
-    experts: ExpertArgs,
-    #[command(flatten)]
-    training: TrainingArgs,
-    /// TOML file whose keys are these flags
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
 }
 
 impl CompareArgs {
     fn variants(&self) -> Result<Vec<Variant>> {
-        if let Some(path) = &self.variants {
+        let common = Recipe { experts: self.experts.config(), train: self.training.config()? };
+        if let Some(path) = &self.comparison.variants {
             let text =
                 std::fs::read_to_string(path).with_context(|| format!("--variants {}", path.display()))?;
-            let found = variants(&text, &self.experts, &self.training.train);
-            return found.with_context(|| format!("--variants {}", path.display()));
+            return variants(&text, &common).with_context(|| format!("--variants {}", path.display()));
         }
-        let mut methods = self.baselines.clone();
-        methods.retain(|method| *method != self.training.train.method);
-        methods.push(self.training.train.method);
-        let variant = |method: Method| Variant {
-            name: method.label().to_owned(),
-            experts: self.experts.clone(),
-            train: TrainConfig { method, ..self.training.train.clone() },
+        let mut methods = self.comparison.baselines.0.clone();
+        methods.retain(|method| *method != common.train.method);
+        methods.push(common.train.method);
+        let variant = |method: Method| {
+            let mut recipe = common.clone();
+            recipe.train.method = method;
+            Variant { name: method.label().to_owned(), recipe }
         };
         Ok(methods.into_iter().map(variant).collect())
     }
 }
 
-pub fn compare(args: &CompareArgs, stop: &AtomicBool) -> Result<()> {
-    args.at.iter().try_for_each(|&width| dynamoe::config::check_dial("--at", width))?;
-    ensure!(args.at.is_sorted(), "--at: expected widths in ascending order, found {:?}", args.at);
-    ensure!(args.seeds > 0, "--seeds must be 1 or more, found 0");
+pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
+    let asked = &args.comparison;
+    asked.at.iter().try_for_each(|&width| dynamoe::config::check_dial("--at", width))?;
+    ensure!(asked.at.is_sorted(), "--at: expected widths in ascending order, found {:?}", asked.at);
+    ensure!(asked.seeds > 0, "--seeds must be 1 or more, found 0");
     let comparison = Comparison {
-        model: args.inputs.model.clone(),
-        data: args.inputs.data.clone(),
-        valid: args.inputs.valid.clone(),
         variants: args.variants()?,
-        seeds: (args.training.train.seed..).take(args.seeds as usize).collect(),
-        widths: args.at.clone(),
-        eval_tokens: args.eval_tokens,
-        oracle: args.oracle.clone(),
+        seeds: (args.training.steps.seed..).take(asked.seeds as usize).collect(),
+        widths: asked.at.clone(),
+        eval_tokens: asked.eval_tokens,
+        oracle: asked.oracle.clone(),
         keep: args.keep,
-        text: args.training.text.clone(),
     };
-    match run_comparison(&comparison, &args.out, &args.training.device.open()?, stop)? {
+    let device = args.training.steps.device.open()?;
+    let lab = Lab::open(args.inputs.inputs(), &device, stop)?;
+    match run_comparison(&lab, &comparison, &args.out)? {
         Some(table) => {
             print(&format_args!("{}", table.markdown()))?;
             print(&format_args!("{}", args.out.join("report.html").display()))

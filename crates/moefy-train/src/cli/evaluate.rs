@@ -6,15 +6,13 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use dynamoe::config::check_dial;
 
-use super::args::{DeviceArg, open_model};
+use super::options::{DeviceArg, TextArgs, open_model};
 use super::print;
-use crate::curves::spread;
-use crate::data::{DataSource, PaddedBatch};
-use crate::evaluate::{Dial, Setting, budget, pairs_point, point, shuffled_point};
-use crate::results::{Evaluation, PairsPoint, Point};
-use crate::texts::{Scope, TextArgs, Texts};
+use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::{Checkpoint, store_section};
-use dynamoe_model::model::RoutedModel;
+use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
+use moefy_train::evaluate::{Dial, Setting, budget, pairs_point, point, shuffled_point};
+use moefy_train::report::results::{Evaluation, PairsPoint, Point};
 
 /// Tokens on which a missing budget is solved.
 const SOLVE_TOKENS: usize = 32_768;
@@ -42,7 +40,7 @@ pub struct EvaluateArgs {
     /// Mean widths, 0 to 1
     #[arg(long, value_delimiter = ',')]
     budget: Vec<f64>,
-    /// Exchange the widths of each layer among tokens at random: what it costs to not know which tokens need them
+    /// Baseline: shuffle each layer's widths among the tokens, to see what the router's choice is worth
     #[arg(long)]
     shuffled: bool,
     /// Text on which to solve --budget anew and store it in the checkpoint's table
@@ -68,7 +66,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
     let device = args.device.open()?;
     let mut checkpoint = open_model(&args.model)?;
-    let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text)?;
+    let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text.options())?;
     let mut model = RoutedModel::load(&checkpoint, &device)?;
     let scope = if args.documents {
         Scope::Documents(args.max_tokens.unwrap_or(checkpoint.config().max_position_embeddings))
@@ -134,7 +132,7 @@ fn store_budgets(
         );
     }
     let mut section = model.config().dynamoe.clone().context("only a DynaMoE checkpoint has budgets")?;
-    let found = budget::table(model, &spread(text, SOLVE_TOKENS), &args.budget)?;
+    let found = budget::table(model, &subsample(text, SOLVE_TOKENS), &args.budget)?;
     section.budgets.retain(|row| found.iter().all(|new| (new.width - row.width).abs() > 1e-6));
     section.budgets.extend(found);
     section.budgets.sort_by(|a, b| a.width.total_cmp(&b.width));

@@ -1,22 +1,30 @@
-//! The command line: raw arguments, checked, to the library's calls.
+//! The command line: raw arguments, checked, to the library's calls. One file is one command.
+//!
+//! Only this module knows clap. It belongs to the program, not to the library, so nothing can import it.
 
-mod args;
+mod calibrate;
 mod compare;
+mod convert;
+mod demo;
 mod evaluate;
-mod steps;
-mod whole;
+mod export;
+mod finetune;
+mod inspect;
+mod options;
+mod pretrain;
+mod report;
+mod run;
+mod toml;
 
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 
-pub use args::{ExpertArgs, from_toml};
-pub use steps::measure;
+use moefy_train::train::Stop;
 
 /// Turns a pre-trained dense LLM into a DynaMoE checkpoint: nested experts, a router, a dial.
 #[derive(Debug, Parser)]
@@ -29,27 +37,27 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Convert, fine-tune, evaluate and report the embedded demo model
-    Demo(whole::DemoArgs),
+    Demo(demo::DemoArgs),
     /// All steps for a model of yours: calibrate, convert, fine-tune, evaluate, report
-    Run(whole::RunArgs),
+    Run(run::RunArgs),
     /// Train methods and settings alike with several seeds; one table, one picture
     Compare(compare::CompareArgs),
     /// Measure a dense model's neurons on text
-    Calibrate(steps::CalibrateArgs),
+    Calibrate(calibrate::CalibrateArgs),
     /// Reorder a dense model's neurons and add routers
-    Convert(steps::ConvertCommand),
+    Convert(convert::ConvertArgs),
     /// Train a converted model
-    Finetune(steps::FinetuneArgs),
+    Finetune(finetune::FinetuneArgs),
     /// Loss, widths and cost along the dial, of a dense or a DynaMoE model
     Evaluate(evaluate::EvaluateArgs),
     /// Rewrite a checkpoint: as a dense model, in another type, in other shards
-    Export(steps::ExportArgs),
+    Export(export::ExportArgs),
     /// Write report.html from a run's report.json again
-    Report(steps::ReportArgs),
+    Report(report::ReportArgs),
     /// Say what a checkpoint is
-    Inspect(steps::InspectArgs),
+    Inspect(inspect::InspectArgs),
     /// Train a small dense model from scratch: how the demo's base was made
-    Pretrain(whole::PretrainArgs),
+    Pretrain(pretrain::PretrainArgs),
 }
 
 /// Runs the command line.
@@ -57,19 +65,19 @@ enum Command {
 /// # Errors
 /// One error that says what was expected, what was found and what to do.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let cli = Cli::parse_from(from_toml(args.into_iter().collect(), &Cli::command())?);
+    let cli = Cli::parse_from(toml::from_toml(args.into_iter().collect(), &Cli::command())?);
     match cli.command {
-        Command::Demo(args) => whole::demo(&args, &*stop_on_signal()?),
-        Command::Run(args) => whole::run(&args, &*stop_on_signal()?),
+        Command::Demo(args) => demo::demo(&args, &*stop_on_signal()?),
+        Command::Run(args) => run::run(&args, &*stop_on_signal()?),
         Command::Compare(args) => compare::compare(&args, &*stop_on_signal()?),
-        Command::Calibrate(args) => steps::calibrate(&args),
-        Command::Convert(args) => steps::convert(&args),
-        Command::Finetune(args) => steps::finetune(&args, &*stop_on_signal()?),
+        Command::Calibrate(args) => calibrate::calibrate(&args),
+        Command::Convert(args) => convert::convert(&args),
+        Command::Finetune(args) => finetune::finetune(&args, &*stop_on_signal()?),
         Command::Evaluate(args) => evaluate::evaluate(&args),
-        Command::Export(args) => steps::export(&args),
-        Command::Report(args) => steps::report(&args),
-        Command::Inspect(args) => steps::inspect(&args),
-        Command::Pretrain(args) => whole::pretrain(&args, &*stop_on_signal()?),
+        Command::Export(args) => export::export(&args),
+        Command::Report(args) => report::report(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Pretrain(args) => pretrain::pretrain(&args, &*stop_on_signal()?),
     }
 }
 
@@ -92,13 +100,18 @@ fn print(line: &dyn Display) -> Result<()> {
     }
 }
 
+/// Says that a training was stopped after `step` and how it goes on.
+fn stopped(step: u64) -> Result<()> {
+    print(&format_args!("stopped after step {step}; the same command with --resume continues"))
+}
+
 /// The first Ctrl-C (or SIGTERM) asks training to save and stop; a second one stops at once. Where nothing is
 /// trained, there is nothing to save, and the first one stops at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
+fn stop_on_signal() -> Result<Arc<Stop>> {
+    let stop = Arc::new(Stop::default());
+    let asked = Arc::clone(&stop);
     ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) || !crate::train::is_running() {
+        if asked.ask() || !asked.is_training() {
             eprintln!("stopped; what is finished is kept, and --resume continues");
             std::process::exit(130);
         }

@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
-use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::cache::TokenCache;
+use crate::random;
 
 /// Which part of every source is used.
 ///
@@ -230,24 +230,16 @@ impl Batches {
                 let pass = (draw / source.chunks as u128) as u64;
                 let skip = (draw % source.chunks as u128) as usize;
                 let take = left.min(source.chunks - skip);
-                let chunks = permutation(source.chunks, self.rng(1 + index as u64, pass));
+                let chunks =
+                    permutation(source.chunks, random::data_order(self.config.seed, 1 + index as u64, pass));
                 let origins = chunks[skip..skip + take].iter().map(|&chunk| Origin { source: index, chunk });
                 order.extend(origins);
                 left -= take;
                 draw += take as u128;
             }
         }
-        order.shuffle(&mut self.rng(0, epoch));
+        order.shuffle(&mut random::data_order(self.config.seed, 0, epoch));
         order
-    }
-
-    /// A generator of its own for every (purpose, round).
-    fn rng(&self, purpose: u64, round: u64) -> ChaCha8Rng {
-        let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&self.config.seed.to_le_bytes());
-        seed[8..16].copy_from_slice(&purpose.to_le_bytes());
-        seed[16..24].copy_from_slice(&round.to_le_bytes());
-        ChaCha8Rng::from_seed(seed)
     }
 }
 

@@ -1,18 +1,22 @@
 //! Text to batches: [`source`] reads documents, [`tokenizer`] frames them, [`cache`] keeps their tokens on disk,
-//! [`batches`] packs them for training, [`documents`] and [`pairs`] pad them for evaluation ([`padded`]).
+//! [`batches`] packs them for training, [`documents`] and [`pairs`] pad them for evaluation ([`padded`]). [`texts`] does
+//! all of that for one model. [`corpus`] is text that this program generates.
 
 pub mod batches;
 pub mod cache;
+pub mod corpus;
 pub mod documents;
 pub mod padded;
 pub mod pairs;
 pub mod source;
+pub mod texts;
 pub mod tokenizer;
 
 pub use batches::{Batch, Batches, BatchesConfig, Origin, Split, WeightedCache};
 pub use cache::{TokenCache, default_cache_dir};
 pub use documents::{DocumentBatches, DocumentLimits};
-pub use padded::PaddedBatch;
+pub use padded::{BATCH_TOKENS, PaddedBatch, subsample};
 pub use pairs::{PairScores, Pairs};
-pub use source::{DataSource, TextFormat};
+pub use source::{DOCUMENT_MARKER, DataSource, TEXT_FIELD, TextFormat};
+pub use texts::{CALIBRATION_TOKENS, SampleShape, Scope, TextOptions, Texts, calibration_batches};
 pub use tokenizer::{Framing, load_tokenizer};

@@ -3,6 +3,11 @@
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
+use super::batches::Batch;
+
+/// Positions of one batch while measuring.
+pub const BATCH_TOKENS: usize = 4096;
+
 /// `B` sequences, padded to the longest, `T` positions.
 ///
 /// Padding stands at the end, so under causal attention it changes no real position; its weight is 0.
@@ -46,6 +51,22 @@ impl PaddedBatch {
         batch
     }
 
+    /// A training batch as one to be scored, each sequence an item; the first has number `first_item`.
+    pub fn packed(batch: &Batch, first_item: usize) -> Self {
+        let row = batch.sequence_length + 1;
+        let part = |range: std::ops::Range<usize>| -> Vec<u32> {
+            batch.tokens.chunks_exact(row).flat_map(|tokens| tokens[range.clone()].to_vec()).collect()
+        };
+        Self {
+            batch_size: batch.batch_size,
+            length: batch.sequence_length,
+            tokens: part(0..row - 1),
+            targets: part(1..row),
+            weights: vec![1.0; batch.targets()],
+            items: (first_item..first_item + batch.batch_size).collect(),
+        }
+    }
+
     /// Inputs (B, T) u32, targets (B, T) u32 and weights (B, T) f32.
     ///
     /// # Errors
@@ -58,6 +79,14 @@ impl PaddedBatch {
             Tensor::from_slice(&self.weights, shape, device)?,
         ))
     }
+}
+
+/// Every `n`-th batch, so that about `tokens` tokens are taken: batches are sorted by length, so the first ones
+/// would not be like the rest.
+pub fn subsample(batches: &[PaddedBatch], tokens: usize) -> Vec<PaddedBatch> {
+    let all: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
+    let step = (all / tokens.max(1)).max(1);
+    batches.iter().skip(step / 2).step_by(step).cloned().collect()
 }
 
 /// Groups items of similar length: `(item, inputs)` to lists of items whose padded batch holds at most

@@ -40,6 +40,11 @@ impl FromStr for DataSource {
     }
 }
 
+/// What stands between two documents of a .txt file unless another is named.
+pub const DOCUMENT_MARKER: &str = "<|endoftext|>";
+/// The field of a .jsonl file's lines that holds the text unless another is named.
+pub const TEXT_FIELD: &str = "text";
+
 /// How documents are found inside a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TextFormat {
@@ -51,7 +56,7 @@ pub struct TextFormat {
 
 impl Default for TextFormat {
     fn default() -> Self {
-        Self { marker: "<|endoftext|>".into(), field: "text".into() }
+        Self { marker: DOCUMENT_MARKER.into(), field: TEXT_FIELD.into() }
     }
 }
 

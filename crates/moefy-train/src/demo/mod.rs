@@ -3,20 +3,20 @@
 //! The base was made by
 //!
 //! ```text
-//! moefy-train pretrain --out DIR --tokens 4000000 --lr 4e-3 --backbone-lr 1 --batch-size 16 --bf16
+//! moefy-train pretrain --out DIR --tokens 4000000 --lr 4e-3 --batch-size 16 --bf16
 //! ```
-
-pub mod corpus;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use self::corpus::BOUNDARY;
-use crate::data::DataSource;
-use crate::run::{Job, RunFolder};
-use crate::train::{Method, TrainConfig};
+use crate::data::corpus::{self, BOUNDARY};
+use crate::data::{DataSource, TextOptions};
+use crate::methods::Method;
+use crate::pipeline::run::{EVAL_TOKENS, ReportOptions};
+use crate::pipeline::{HeldOut, Inputs, Recipe, RunFolder};
+use crate::train::TrainConfig;
 
 /// The base's files.
 const BASE: [(&str, &[u8]); 4] = [
@@ -48,14 +48,23 @@ pub fn write_base(folder: &RunFolder) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// What the demo runs: everything at its default, on the base's own kind of text.
-pub fn job(base: &Path, tokens: u64, seed: u64) -> Job {
+/// What the demo reads.
+pub fn inputs(base: &Path) -> Inputs {
     let source = |name: &str| vec![DataSource { path: base.join(name), weight: 1.0 }];
-    let mut job = Job::new(base.display().to_string(), source("train.txt"));
-    job.valid = source("valid.txt");
-    job.train = TrainConfig { tokens, seed, ..TrainConfig::default() };
-    job.baselines = vec![Method::Static];
-    job.oracle = false; // it takes as long as all the rest
-    job.text.cache_dir = Some(base.join("cache"));
-    job
+    Inputs {
+        model: base.display().to_string(),
+        data: source("train.txt"),
+        held_out: HeldOut::Files(source("valid.txt")),
+        text: TextOptions { cache_dir: Some(base.join("cache")), ..TextOptions::default() },
+    }
+}
+
+/// How the demo trains: everything at its default.
+pub fn recipe(tokens: u64, seed: u64) -> Recipe {
+    Recipe { train: TrainConfig { tokens, seed, ..TrainConfig::default() }, ..Recipe::default() }
+}
+
+/// What the demo reports: static nesting beside the result, no oracle, since it takes as long as all the rest.
+pub fn report_options() -> ReportOptions {
+    ReportOptions { baselines: vec![Method::Static], oracle: false, eval_tokens: EVAL_TOKENS, pairs: None }
 }

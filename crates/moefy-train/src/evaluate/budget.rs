@@ -5,7 +5,7 @@ use dynamoe::{Budget, Sensitivity};
 
 use super::score::mean_width;
 use crate::data::PaddedBatch;
-use dynamoe_model::model::RoutedModel;
+use dynamoe_model::RoutedModel;
 
 /// Widths of the table that a finished run stores.
 pub const TABLE: [f64; 14] = [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95];

@@ -2,7 +2,7 @@
 
 use dynamoe::RouterKind;
 
-use dynamoe_model::config::ModelConfig;
+use dynamoe_model::ModelConfig;
 
 /// Parameters of the parts of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]

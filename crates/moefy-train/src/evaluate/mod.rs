@@ -1,11 +1,14 @@
 //! Loss, widths and cost of a model along its dial.
 //!
 //! [`mod@score`] measures one routing policy on padded batches; [`budget`] solves the dial for a mean width;
-//! [`oracle`] routes with hindsight; [`cost`] counts parameters and operations.
+//! [`oracle`] routes with hindsight; [`cost`] counts parameters and operations; [`curve`] and [`samples`] are what a report
+//! shows.
 
 pub mod budget;
 pub mod cost;
+pub mod curve;
 pub mod oracle;
+pub mod samples;
 pub mod score;
 
 use anyhow::{Result, ensure};
@@ -13,9 +16,9 @@ use rayon::prelude::*;
 
 pub use score::{Policy, Score, score};
 
-use crate::data::{PaddedBatch, Pairs};
-use crate::results::{PairsPoint, Point};
-use dynamoe_model::model::RoutedModel;
+use crate::data::{BATCH_TOKENS, PaddedBatch, Pairs};
+use crate::report::results::{PairsPoint, Point};
+use dynamoe_model::RoutedModel;
 
 /// A dial's value as a user asks for it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -110,7 +113,7 @@ pub fn as_point(model: &RoutedModel, score: &Score) -> Point {
 /// # Errors
 /// candle's; no pairs.
 pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
-    let batches: Vec<PaddedBatch> = pairs.batches(score::BATCH_TOKENS).collect();
+    let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
     let parts: Vec<Score> = batches
         .par_iter()
         .map(|batch| score(model, std::slice::from_ref(batch), &Policy::Dial(&setting.sensitivity)))

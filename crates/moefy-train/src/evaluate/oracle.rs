@@ -20,10 +20,9 @@ use rayon::prelude::*;
 
 use super::score::{BatchScore, Score, batch_score, combine, token_losses};
 use crate::data::PaddedBatch;
-use crate::train::objective::reach_of;
-use crate::train::step::rng;
-use dynamoe_model::model::RoutedModel;
-use dynamoe_model::ops::ffn;
+use crate::random::in_step;
+use dynamoe_model::RoutedModel;
+use dynamoe_model::ops::{ffn, reach_of};
 
 /// An oracle over a model.
 pub struct Oracle<'a> {
@@ -106,7 +105,7 @@ impl Oracle<'_> {
         let price = price / routes.len() as f64;
         let shells: Vec<f64> =
             shell_ranges(&self.model.widths()).map(|shell| price * shell.len() as f64 / full).collect();
-        let mut rng = rng(index, round, u64::MAX);
+        let mut rng = in_step(index, round, u64::MAX);
         for (routes, gradients) in routes.iter_mut().zip(gradients) {
             for (route, gradient) in routes.0.iter_mut().zip(gradients) {
                 if rng.random::<bool>() {

@@ -7,13 +7,9 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
-use crate::data::{Batch, PaddedBatch};
-use crate::train::objective::{draw, widths_with_mean};
-use crate::train::step::rng;
-use dynamoe_model::model::RoutedModel;
-
-/// Positions of one batch while measuring.
-pub const BATCH_TOKENS: usize = 4096;
+use crate::data::PaddedBatch;
+use crate::random::{draw, in_step, widths_with_mean};
+use dynamoe_model::RoutedModel;
 
 /// How tokens are routed while measuring.
 #[derive(Debug, Clone, Copy)]
@@ -135,7 +131,7 @@ fn score_batch(
         Policy::Shuffled(sensitivity) => {
             let (_, mut routes) = model.forward(&tokens, sensitivity)?;
             for (layer, routes) in routes.iter_mut().enumerate() {
-                shuffle_scored(&mut routes.0, &batch.weights, &mut rng(0, index, layer as u64));
+                shuffle_scored(&mut routes.0, &batch.weights, &mut in_step(0, index, layer as u64));
             }
             (model.forward_with(&tokens, &routes)?, routes)
         }
@@ -197,26 +193,10 @@ fn random_routes(model: &RoutedModel, tokens: usize, mean: f64, (seed, index): (
     let table = widths_with_mean(&shares, mean);
     (0..model.config().num_hidden_layers as u64)
         .map(|layer| {
-            let mut rng = rng(seed, index, layer);
+            let mut rng = in_step(seed, index, layer);
             Routes((0..tokens).map(|_| draw(&table, &mut rng)).collect())
         })
         .collect()
-}
-
-/// A training batch as one to be scored, each sequence an item.
-pub fn packed(batch: &Batch, first_item: usize) -> PaddedBatch {
-    let row = batch.sequence_length + 1;
-    let part = |range: std::ops::Range<usize>| -> Vec<u32> {
-        batch.tokens.chunks_exact(row).flat_map(|tokens| tokens[range.clone()].to_vec()).collect()
-    };
-    PaddedBatch {
-        batch_size: batch.batch_size,
-        length: batch.sequence_length,
-        tokens: part(0..row - 1),
-        targets: part(1..row),
-        weights: vec![1.0; batch.targets()],
-        items: (first_item..first_item + batch.batch_size).collect(),
-    }
 }
 
 #[cfg(test)]
@@ -227,7 +207,7 @@ mod tests {
     fn shuffling_keeps_the_scored_widths_and_leaves_padding_alone() {
         let mut routes: Vec<usize> = (0..100).collect();
         let weights: Vec<f32> = (0..100).map(|n| f32::from(u8::from(n % 3 > 0))).collect();
-        shuffle_scored(&mut routes, &weights, &mut rng(1, 2, 3));
+        shuffle_scored(&mut routes, &weights, &mut in_step(1, 2, 3));
         assert!((0..100).step_by(3).all(|n| routes[n] == n));
         assert!((0..100).any(|n| routes[n] != n));
         routes.sort();

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::chart::{Figure, Mark, Reference, Series, Size, Spec};
 use super::format::{dial, nats, number, percent, plus_minus, short_count};
-use crate::results::{Point, Report, TrainMetrics};
+use super::results::{Point, Report, TrainMetrics};
 
 const MAIN: (Size, Size) = (
     Size { width: 1040.0, height: 460.0, end_labels: true },

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::format::{nats, number, percent};
-use crate::results::{Point, Report};
+use super::results::{Point, Report, at_width};
 
 /// From this mean width on a point counts as full width.
 const FULL: f64 = 0.95;
@@ -21,23 +21,6 @@ pub(super) struct Headline {
     pub(super) sentence: String,
     /// Sentences that follow it.
     pub(super) details: Vec<String>,
-}
-
-/// A quantity of a curve at a width, linear between its two nearest measured points; none outside them.
-pub(super) fn at_width(points: &[Point], width: f64, value: impl Fn(&Point) -> f64) -> Option<f64> {
-    let mut known: Vec<(f64, f64)> = points.iter().map(|p| (p.mean_width, value(p))).collect();
-    known.retain(|(w, v)| w.is_finite() && v.is_finite());
-    known.sort_by(|a, b| a.0.total_cmp(&b.0));
-    // A point this near counts as measured there: a budget is met only to within a token or two.
-    let near = |w: f64| (w - width).abs() < 5e-3;
-    let nearest = known.iter().min_by(|a, b| (a.0 - width).abs().total_cmp(&(b.0 - width).abs()))?;
-    if near(nearest.0) {
-        return Some(nearest.1);
-    }
-    let after = known.iter().position(|(w, _)| *w > width)?;
-    let (w1, v1) = known[after];
-    let (w0, v0) = *known.get(after.checked_sub(1)?)?;
-    Some(v0 + (v1 - v0) * (width - w0) / (w1 - w0))
 }
 
 /// The sentence and its details.

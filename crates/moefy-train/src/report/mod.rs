@@ -8,22 +8,22 @@ mod chart;
 mod charts;
 mod format;
 mod headline;
+pub mod results;
 mod samples;
 mod tables;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
-#[cfg(unix)]
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
 use serde_json::json;
 
-use crate::results::Report;
+use dynamoe_model::checkpoint::write_atomic;
+
+use self::results::Report;
 
 const TEMPLATE: &str = include_str!("report.html");
 const STYLE: &str = include_str!("report.css");
@@ -84,28 +84,10 @@ pub fn write(report: &Report, dir: &Path) -> Result<PathBuf> {
     let html = render(report)?;
     let json = serde_json::to_vec_pretty(report).context("serializing the report")?;
     std::fs::create_dir_all(dir).with_context(|| format!("making the folder {}", dir.display()))?;
-    write_atomically(&dir.join("report.json"), &json)?;
+    write_atomic(&dir.join("report.json"), &json)?;
     let page = dir.join("report.html");
-    write_atomically(&page, html.as_bytes())?;
+    write_atomic(&page, html.as_bytes())?;
     Ok(page)
-}
-
-fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        let mut builder = tempfile::Builder::new();
-        // A temporary file is private by default; a report is an ordinary file, so let the umask decide.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.prefix(".report-").tempfile_in(dir)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|e| e.error)?;
-        #[cfg(unix)]
-        File::open(dir)?.sync_all()?;
-        Ok(())
-    };
-    write().with_context(|| format!("writing {}", path.display()))
 }
 
 /// JSON that can stand inside a `<script>` element: nothing in it can close the element or open a comment.

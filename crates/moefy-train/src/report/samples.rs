@@ -4,8 +4,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::format::{dial, nats, percent};
+use super::results::{Sample, SampleToken};
 use super::tables::WidthScale;
-use crate::results::{Sample, SampleToken};
 
 /// From this many tokens on a text scrolls in a box of its own.
 const LONG: usize = 500;

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::charts::Styles;
 use super::format::{count, dial, nats, number, percent, plus_minus};
-use crate::results::{PairsPoint, Point, Report};
+use super::results::{PairsPoint, Point, Report};
 
 /// Steps of the colour scale; the style sheet has one class for each.
 const LEVELS: usize = 9;

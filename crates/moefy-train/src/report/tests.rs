@@ -1,9 +1,10 @@
 use super::chart::{Axis, spread};
-use super::headline::{at_width, headline};
+use super::headline::headline;
+use super::results::at_width;
+use super::results::{Curve, PairsPoint, Point, Sample, SampleToken, TrainMetrics};
 use super::samples::show;
 use super::tables::WidthScale;
 use super::*;
-use crate::results::{Curve, PairsPoint, Point, Sample, SampleToken, TrainMetrics};
 
 const STORY: &str = "Once upon a time, there was a little fox named Pip. Pip lived under a crooked tree at the \
 edge of the forest with her mother and a very old, very sleepy badger.\nOne morning the snow was so deep that \

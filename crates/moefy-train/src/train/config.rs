@@ -1,155 +1,103 @@
-//! What a training run is told.
+//! The settings of a training.
 
-use anyhow::{Result, ensure};
-use clap::{Args, ValueEnum};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-/// How tokens are routed while training, and so what the model is trained for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    /// Every token at full width: plain fine-tuning of the dense model. The baseline for quality.
-    Dense,
-    /// One width for all tokens and layers of a sequence, drawn at random (MatFormer). The baseline for any
-    /// router.
-    Static,
-    /// Every token of every layer draws its width: what routing is worth that looks at nothing.
-    Random,
-    /// The paper's: the router predicts how similar each expert's output is to the whole FFN's; tokens take
-    /// the smallest expert whose predicted similarity reaches a random threshold.
-    Similarity,
-    /// The router is trained through the language-model loss, with a price on width.
-    Priced,
-}
-
-impl Method {
-    /// Whether the method trains a router.
-    pub fn has_router(self) -> bool {
-        matches!(self, Self::Similarity | Self::Priced)
-    }
-
-    /// The name used in tables and legends.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Dense => "dense fine-tuned",
-            Self::Static => "static nested",
-            Self::Random => "random routing",
-            Self::Similarity => "similarity router",
-            Self::Priced => "DynaMoE",
-        }
-    }
-}
+use super::tuning::Tuning;
+use crate::methods::{Method, Routing};
 
 /// Which weights are trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Mode {
+pub enum Trained {
+    /// Everything.
+    All,
     /// Routers only. The similarity objective then needs no backward pass through the model; the priced one
     /// needs that of activations, not of weights.
-    Router,
-    /// Everything.
-    Full,
+    Routers,
 }
 
-/// Options of a training run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
+/// The settings of a training: all that decides its result besides the model and the text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct TrainConfig {
-    /// How tokens are routed while training
-    #[arg(long, value_enum, default_value = "priced")]
+    /// How tokens are routed while training.
     pub method: Method,
-    /// Which weights are trained
-    #[arg(long, value_enum, default_value = "full")]
-    pub mode: Mode,
-    /// Training tokens; steps follow from this and the batch
-    #[arg(long, default_value_t = 1_000_000)]
+    /// Which weights are trained.
+    pub train: Trained,
+    /// Training tokens; steps follow from this and the batch.
     pub tokens: u64,
-    /// Sequences in a batch
-    #[arg(long, default_value_t = 8)]
+    /// Sequences in an optimizer step.
     pub batch_size: usize,
-    /// Tokens in a sequence
-    #[arg(long, default_value_t = 256)]
+    /// Sequences computed at a time, for memory; none for the whole batch.
+    pub micro_batch: Option<usize>,
+    /// Tokens in a sequence.
     pub sequence_length: usize,
-    /// Batches whose gradients make one step
-    #[arg(long, default_value_t = 1)]
-    pub accumulation: usize,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 2e-3)]
+    /// Peak learning rate.
     pub lr: f64,
-    /// Learning rate of the routers, as a multiple of --lr
-    #[arg(long, default_value_t = 10.0)]
-    pub router_lr: f64,
-    /// Learning rate of what narrow experts have of their own, as a multiple of --lr
-    #[arg(long, default_value_t = 2.0)]
-    pub own_lr: f64,
-    /// Learning rate of the dense FFN's neurons where narrow experts have their own, as a multiple of --lr
-    #[arg(long, default_value_t = 0.3)]
-    pub shared_lr: f64,
-    /// Learning rate of all but FFNs and routers, as a multiple of --lr
-    #[arg(long, default_value_t = 0.15)]
-    pub backbone_lr: f64,
-    /// Share of the steps over which the learning rate rises from 0
-    #[arg(long, default_value_t = 0.05)]
-    pub warmup: f64,
-    /// Where the cosine ends, as a share of the peak
-    #[arg(long, default_value_t = 0.05)]
-    pub final_lr: f64,
-    /// Decay of matrices per step and unit of learning rate
-    #[arg(long, default_value_t = 0.01)]
-    pub weight_decay: f64,
-    /// Largest norm of the gradient; larger ones are scaled down
-    #[arg(long, default_value_t = 1.0)]
-    pub clip: f64,
-    /// Weight of the distillation from the dense model, 0 to 1; the rest is the language-model loss
-    #[arg(long, default_value_t = 0.8)]
+    /// Strength of the distillation from the dense model, 0 to 1.
     pub distill: f64,
-    /// Weight of the difference to the dense model's hidden states, relative to their size
-    #[arg(long, default_value_t = 3.0)]
-    pub distill_hidden: f64,
-    /// Softness of the router's decisions to its gradient, in logits (priced)
-    #[arg(long, default_value_t = 1.0)]
-    pub temperature: f64,
-    /// Spread of the noise on router logits (priced)
-    #[arg(long, default_value_t = 0.1)]
-    pub noise: f64,
-    /// Mean width that most sequences are trained near (priced)
-    #[arg(long, default_value_t = 0.45)]
+    /// Mean width that most sequences are trained near (priced).
     pub focus: f64,
-    /// How near: 1 trains all mean widths alike, 2 and more crowd around --focus (priced)
-    #[arg(long, default_value_t = 2.0)]
-    pub focus_power: f64,
-    /// Share of sequences trained at full width
-    #[arg(long, default_value_t = 0.12)]
-    pub full_share: f64,
-    /// Share of sequences trained at the narrowest width
-    #[arg(long, default_value_t = 0.06)]
-    pub narrowest_share: f64,
-    /// Seed of the data order, the dials and the noise
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the data order, the dials and the noise.
     pub seed: u64,
-    /// Steps between checkpoints
-    #[arg(long, default_value_t = 200)]
+    /// Steps between checkpoints.
     pub save_every: u64,
-    /// Steps between lines of metrics
-    #[arg(long, default_value_t = 10)]
-    pub log_every: u64,
+    /// Constants.
+    pub tuning: Tuning,
+}
+
+impl TrainConfig {
+    /// Training tokens where none are given.
+    pub const TOKENS: u64 = 1_000_000;
+    /// Sequences in a step where none are given.
+    pub const BATCH_SIZE: usize = 8;
+    /// Tokens in a sequence where none are given.
+    pub const SEQUENCE_LENGTH: usize = 256;
+    /// Peak learning rate where none is given: found on models of 0.26 to 2.2 million parameters.
+    pub const LR: f64 = 2e-3;
+    /// Strength of the distillation where none is given.
+    pub const DISTILL: f64 = 1.0;
+    /// Mean width that most sequences are trained near where none is given: a little below the widths that are served
+    /// most, since what a narrow expert learns serves wider ones too.
+    pub const FOCUS: f64 = 0.45;
+    /// Steps between checkpoints where none are given.
+    pub const SAVE_EVERY: u64 = 200;
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        #[derive(clap::Parser)]
-        struct Defaults {
-            #[command(flatten)]
-            config: TrainConfig,
+        Self {
+            method: Method::Priced,
+            train: Trained::All,
+            tokens: Self::TOKENS,
+            batch_size: Self::BATCH_SIZE,
+            micro_batch: None,
+            sequence_length: Self::SEQUENCE_LENGTH,
+            lr: Self::LR,
+            distill: Self::DISTILL,
+            focus: Self::FOCUS,
+            seed: 0,
+            save_every: Self::SAVE_EVERY,
+            tuning: Tuning::default(),
         }
-        <Defaults as clap::Parser>::parse_from(["defaults"]).config
     }
 }
 
 impl TrainConfig {
+    /// Sequences computed at a time.
+    pub fn micro_batch(&self) -> usize {
+        self.micro_batch.unwrap_or(self.batch_size)
+    }
+
+    /// Batches whose gradients make one step.
+    pub fn accumulation(&self) -> usize {
+        self.batch_size / self.micro_batch().max(1)
+    }
+
     /// Tokens that one optimizer step sees.
     pub fn tokens_per_step(&self) -> u64 {
-        (self.batch_size * self.sequence_length * self.accumulation) as u64
+        (self.batch_size * self.sequence_length) as u64
     }
 
     /// Optimizer steps of the run, at least 1.
@@ -160,17 +108,42 @@ impl TrainConfig {
     /// The learning rate of step `step` (from 0) as a share of the peak: linear warmup, then a cosine.
     pub fn lr_share(&self, step: u64) -> f64 {
         let (steps, step) = (self.steps() as f64, step as f64);
-        let warmup = (self.warmup * steps).max(1.0);
+        let warmup = (self.tuning.warmup * steps).max(1.0);
         if step < warmup {
             return (step + 1.0) / warmup;
         }
         let progress = (step - warmup) / (steps - warmup).max(1.0);
-        self.final_lr + (1.0 - self.final_lr) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+        let end = self.tuning.final_lr;
+        end + (1.0 - end) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+    }
+
+    /// Share of the dense model's predictions in the target.
+    pub fn distill_predictions(&self) -> f64 {
+        self.distill * self.tuning.distill_predictions
+    }
+
+    /// Weight of the difference from the dense model's hidden states.
+    pub fn distill_hidden(&self) -> f64 {
+        self.distill * self.tuning.distill_hidden
     }
 
     /// Whether training needs the dense model's predictions; plain fine-tuning never does.
     pub fn has_teacher(&self) -> bool {
-        self.method != Method::Dense && (self.distill > 0.0 || self.distill_hidden > 0.0)
+        self.method != Method::Dense && (self.distill_predictions() > 0.0 || self.distill_hidden() > 0.0)
+    }
+
+    /// What the method's objective needs to know, for experts of these shares of the width.
+    pub fn routing(&self, width_shares: Vec<f64>) -> Routing {
+        Routing {
+            width_shares,
+            sequences: self.steps() * self.batch_size as u64,
+            focus: self.focus,
+            focus_power: self.tuning.focus_power,
+            full_share: self.tuning.full_share,
+            narrowest_share: self.tuning.narrowest_share,
+            temperature: self.tuning.temperature,
+            noise: self.tuning.noise,
+        }
     }
 
     /// Checks what the types cannot say.
@@ -178,52 +151,34 @@ impl TrainConfig {
     /// # Errors
     /// The first rule that is broken.
     pub fn validate(&self) -> Result<()> {
-        let positive = [
-            ("--lr", self.lr),
-            ("--router-lr", self.router_lr),
-            ("--backbone-lr", self.backbone_lr),
-            ("--own-lr", self.own_lr),
-            ("--shared-lr", self.shared_lr),
-            ("--clip", self.clip),
-            ("--temperature", self.temperature),
-            ("--focus-power", self.focus_power),
-        ];
-        for (name, value) in positive {
-            ensure!(value.is_finite() && value > 0.0, "{name} must be a number above 0, found {value}");
-        }
-        let shares = [
-            ("--warmup", self.warmup, 1.0),
-            ("--final-lr", self.final_lr, 1.0),
-            ("--distill", self.distill, 1.0),
-            ("--focus", self.focus, 1.0),
-            ("--full-share", self.full_share, 0.5),
-            ("--narrowest-share", self.narrowest_share, 0.5),
-            ("--noise", self.noise, 100.0),
-            ("--distill-hidden", self.distill_hidden, 1000.0),
-            ("--weight-decay", self.weight_decay, 1.0),
-        ];
-        for (name, value, top) in shares {
-            ensure!((0.0..=top).contains(&value), "{name} must be from 0 to {top}, found {value}");
+        ensure!(self.lr.is_finite() && self.lr > 0.0, "--lr must be a number above 0, found {}", self.lr);
+        for (name, value) in [("--distill", self.distill), ("--focus", self.focus)] {
+            ensure!((0.0..=1.0).contains(&value), "{name} must be from 0 to 1, found {value}");
         }
         let counts = [
             ("--batch-size", self.batch_size as u64),
+            ("--micro-batch", self.micro_batch() as u64),
             ("--sequence-length", self.sequence_length as u64),
-            ("--accumulation", self.accumulation as u64),
             ("--tokens", self.tokens),
             ("--save-every", self.save_every),
-            ("--log-every", self.log_every),
         ];
         for (name, value) in counts {
             ensure!(value > 0, "{name} must be 1 or more, found 0");
         }
-        let step = self.batch_size.checked_mul(self.sequence_length);
         ensure!(
-            step.and_then(|tokens| tokens.checked_mul(self.accumulation)).is_some(),
-            "--batch-size × --sequence-length × --accumulation is too large"
+            self.batch_size.is_multiple_of(self.micro_batch()),
+            "--micro-batch must divide --batch-size {}, found {}",
+            self.batch_size,
+            self.micro_batch()
         );
         ensure!(
-            self.mode == Mode::Full || self.method.has_router(),
-            "--mode router needs a --method with a router: priced or similarity, found {:?}",
+            self.batch_size.checked_mul(self.sequence_length).is_some(),
+            "--batch-size × --sequence-length is too large"
+        );
+        self.tuning.validate().context("--set")?;
+        ensure!(
+            self.train == Trained::All || self.method.has_router(),
+            "--train routers needs a --method with a router: priced or similarity, found {}",
             self.method
         );
         Ok(())
@@ -241,7 +196,7 @@ mod tests {
         let top = shares.iter().position(|&s| s == 1.0).unwrap();
         assert_eq!((shares.len(), top), (400, 19));
         assert!(shares[..=top].is_sorted() && shares[top..].is_sorted_by(|a, b| a >= b));
-        assert!((shares[399] - config.final_lr).abs() < 1e-3);
+        assert!((shares[399] - config.tuning.final_lr).abs() < 1e-3);
     }
 
     #[test]
@@ -249,10 +204,11 @@ mod tests {
         for wrong in [
             TrainConfig { lr: f64::NAN, ..TrainConfig::default() },
             TrainConfig { batch_size: 0, ..TrainConfig::default() },
-            TrainConfig { full_share: 0.6, ..TrainConfig::default() },
+            TrainConfig { tuning: Tuning { full_share: 0.6, ..Tuning::default() }, ..TrainConfig::default() },
+            TrainConfig { batch_size: 6, micro_batch: Some(4), ..TrainConfig::default() },
             TrainConfig { focus: 1.5, ..TrainConfig::default() },
             TrainConfig { batch_size: usize::MAX, ..TrainConfig::default() },
-            TrainConfig { mode: Mode::Router, method: Method::Static, ..TrainConfig::default() },
+            TrainConfig { train: Trained::Routers, method: Method::Static, ..TrainConfig::default() },
         ] {
             assert!(wrong.validate().is_err(), "{wrong:?}");
         }

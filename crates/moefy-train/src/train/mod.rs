@@ -1,17 +1,22 @@
-//! Fine-tuning: the weights and the routers of a DynaMoE model, under a routing objective.
+//! Fine-tuning: the weights and the routers of a DynaMoE model, under a method's objective.
 //!
-//! [`Trainer`] runs the loop; [`objective`] holds the ways to route during training; everything random in a
-//! step is a function of (seed, step), so a resumed run needs no generator's state.
+//! [`Trainer`] runs the loop over [`TrainModel::loss`]; [`optimizer`] changes the weights; [`state`] keeps checkpoints of
+//! the training. Everything random in a step is a function of (seed, step), so a resumed run needs no generator's state.
 
-pub mod config;
-pub mod dial;
-pub mod objective;
+mod config;
+mod metrics_log;
+mod model;
 pub mod optimizer;
-pub mod progress;
 pub mod state;
-pub mod step;
+mod step;
+mod stop;
+mod teacher;
 mod trainer;
+mod tuning;
 
-pub use config::{Method, Mode, TrainConfig};
-pub use step::TrainModel;
-pub use trainer::{Outcome, Trainer, is_running};
+pub use config::{TrainConfig, Trained};
+pub use model::TrainModel;
+pub use step::{StepBatch, StepContext, StepLoss};
+pub use stop::Stop;
+pub use trainer::{Outcome, Trainer};
+pub use tuning::Tuning;

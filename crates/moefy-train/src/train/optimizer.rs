@@ -33,8 +33,8 @@ pub struct AdamW {
 pub struct Update {
     /// Learning rate of the dense FFNs.
     pub ffn_lr: f64,
-    /// Learning rate of narrow experts' own neurons.
-    pub own_lr: f64,
+    /// Learning rate of the smaller experts' separate weights.
+    pub separate_lr: f64,
     /// Learning rate of all but FFNs and routers.
     pub backbone_lr: f64,
     /// Learning rate of router tensors.
@@ -97,7 +97,7 @@ impl AdamW {
             let moments = moments.with_context(|| format!("no optimizer state for {name}"))?;
             let lr = match name {
                 _ if names::is_of_router(name) => update.router_lr,
-                _ if names::is_own(name) => update.own_lr,
+                _ if names::is_own(name) => update.separate_lr,
                 _ if name.contains(".mlp.") => update.ffn_lr,
                 _ => update.backbone_lr,
             };
@@ -217,7 +217,7 @@ mod tests {
             }
             let update = Update {
                 ffn_lr: 1.0,
-                own_lr: 1.0,
+                separate_lr: 1.0,
                 backbone_lr: 0.01,
                 router_lr: 1.0,
                 weight_decay: 0.1,

@@ -1,4 +1,4 @@
-//! Checkpoints of a run in progress: f32 weights, moments, step. Written whole or not at all.
+//! Checkpoints of a run in progress: f32 weights, moments, the objective's state, the step. Written whole or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -11,6 +11,8 @@ use serde_json::Value;
 
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
+use super::tuning::Tuning;
+use crate::methods::Objective;
 use dynamoe_model::Params;
 
 const PARAMS: &str = "params.safetensors";
@@ -24,19 +26,27 @@ struct State {
     config: TrainConfig,
     /// Of the model that training started from.
     fingerprint: String,
+    /// What the objective has learnt.
+    #[serde(default)]
+    objective: Vec<f32>,
+}
+
+/// What a checkpoint holds, besides the settings.
+pub struct Saved<'a> {
+    /// The weights that are trained.
+    pub params: &'a Params,
+    /// Their moments.
+    pub optimizer: &'a mut AdamW,
+    /// How tokens are routed, with what it has learnt.
+    pub objective: &'a mut dyn Objective,
 }
 
 /// Saves step `optimizer.step` under `dir` and removes all but the newest two checkpoints. Returns its folder.
 ///
 /// # Errors
 /// The file system's; nothing half-written is left in place of a checkpoint.
-pub fn save(
-    dir: &Path,
-    config: &TrainConfig,
-    fingerprint: &str,
-    params: &Params,
-    optimizer: &AdamW,
-) -> Result<PathBuf> {
+pub fn save(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: &Saved<'_>) -> Result<PathBuf> {
+    let Saved { params, optimizer, objective } = saved;
     let step = optimizer.step;
     let target = dir.join(format!("{PREFIX}{step:08}"));
     let partial = dir.join(format!(".{PREFIX}{step:08}.partial"));
@@ -49,7 +59,12 @@ pub fn save(
         candle_core::safetensors::save(&weights, partial.join(PARAMS))?;
         let moments: HashMap<_, _> = optimizer.state().into_iter().collect();
         candle_core::safetensors::save(&moments, partial.join(MOMENTS))?;
-        let state = State { step, config: config.clone(), fingerprint: fingerprint.to_owned() };
+        let state = State {
+            step,
+            config: config.clone(),
+            fingerprint: fingerprint.to_owned(),
+            objective: objective.state(),
+        };
         fs::write(partial.join(STATE), serde_json::to_vec_pretty(&state)?)?;
         for name in [PARAMS, MOMENTS, STATE] {
             File::open(partial.join(name))?.sync_all()?;
@@ -75,13 +90,8 @@ pub fn save(
 ///
 /// # Errors
 /// A checkpoint of another model or of other options; a broken file.
-pub fn restore(
-    dir: &Path,
-    config: &TrainConfig,
-    fingerprint: &str,
-    params: &Params,
-    optimizer: &mut AdamW,
-) -> Result<Option<u64>> {
+pub fn restore(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: Saved<'_>) -> Result<Option<u64>> {
+    let Saved { params, optimizer, objective } = saved;
     let Some((step, folder)) = list(dir)?.pop() else { return Ok(None) };
     let mut read = || -> Result<()> {
         let state = fs::read(folder.join(STATE)).context(STATE)?;
@@ -89,7 +99,8 @@ pub fn restore(
         ensure!(state.step == step, "its state is of step {}, its folder of step {step}", state.step);
         ensure!(state.fingerprint == fingerprint, "it was started from another model");
         // how often to save and log may change between runs, all else decides the result
-        let same = TrainConfig { save_every: config.save_every, log_every: config.log_every, ..state.config };
+        let tuning = Tuning { log_every: config.tuning.log_every, ..state.config.tuning };
+        let same = TrainConfig { save_every: config.save_every, tuning, ..state.config };
         let other = differences(&serde_json::to_value(same)?, &serde_json::to_value(config)?);
         ensure!(other.is_empty(), "it was started with other options: {}", other.join(", "));
         let weights = candle_core::safetensors::load(folder.join(PARAMS), &Device::Cpu).context(PARAMS)?;
@@ -99,7 +110,8 @@ pub fn restore(
         }
         let device = params.iter().next().map_or(Device::Cpu, |(_, var)| var.device().clone());
         let moments = candle_core::safetensors::load(folder.join(MOMENTS), &device).context(MOMENTS)?;
-        optimizer.restore(step, BTreeMap::from_iter(moments))
+        optimizer.restore(step, BTreeMap::from_iter(moments))?;
+        objective.restore(&state.objective)
     };
     read().with_context(|| {
         format!(
@@ -111,17 +123,18 @@ pub fn restore(
     Ok(Some(step))
 }
 
-/// The keys of two JSON objects whose values differ, as `key: was 1, now 2`.
+/// Where two JSON objects differ, as `key.key: was 1, now 2`.
 pub fn differences(was: &Value, now: &Value) -> Vec<String> {
-    let keys = |object: &Value| -> BTreeSet<String> {
-        object.as_object().map(|map| map.keys().cloned().collect()).unwrap_or_default()
+    let (Some(old), Some(new)) = (was.as_object(), now.as_object()) else {
+        return if was == now { Vec::new() } else { vec![format!(": was {was}, now {now}")] };
     };
-    let differ = |key: &String| was.get(key) != now.get(key);
-    let told = |key: String| {
-        let (was, now) = (was.get(&key).unwrap_or(&Value::Null), now.get(&key).unwrap_or(&Value::Null));
-        format!("{key}: was {was}, now {now}")
+    let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    let below = |key: &String| {
+        let found = differences(old.get(key).unwrap_or(&Value::Null), new.get(key).unwrap_or(&Value::Null));
+        let dot = |rest: &String| if rest.starts_with(':') { "" } else { "." };
+        found.into_iter().map(|rest| format!("{key}{}{rest}", dot(&rest))).collect::<Vec<_>>()
     };
-    keys(was).union(&keys(now)).filter(|key| differ(key)).cloned().map(told).collect()
+    keys.into_iter().flat_map(below).collect()
 }
 
 /// Checkpoints under `dir`, oldest first.
@@ -143,5 +156,24 @@ fn remove(folder: &Path) -> std::io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn differences_name_the_keys_that_lead_to_them() {
+        let was = json!({"lr": 1, "same": [1], "deep": {"a": 1, "b": {"c": "x"}}, "gone": true});
+        let now = json!({"lr": 2, "same": [1], "deep": {"a": 1, "b": {"c": "y"}}, "new": {"d": 1}});
+        let expected = [
+            "deep.b.c: was \"x\", now \"y\"",
+            "gone: was true, now null",
+            "lr: was 1, now 2",
+            "new: was null, now {\"d\":1}",
+        ];
+        assert_eq!(differences(&was, &now), expected);
     }
 }

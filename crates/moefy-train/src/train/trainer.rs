@@ -1,48 +1,23 @@
 //! The training loop.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Error, Result, anyhow};
-
-use super::config::{Method, TrainConfig};
-use super::objective::{Objective, objective};
-use super::optimizer::{AdamW, Update};
-use super::progress::Progress;
-use super::state;
-use super::step::TrainModel;
-use crate::data::{Batches, Origin};
-use crate::results::TrainMetrics;
+use anyhow::{Error, Result, anyhow};
 use dynamoe_model::RoutedModel;
-use dynamoe_model::checkpoint::write_atomic;
 use dynamoe_model::ops::Gradients;
 
-/// Trainings that this process runs now.
-static RUNNING: AtomicUsize = AtomicUsize::new(0);
-
-/// Whether a training runs in this process, so that there is something to save before it may end.
-pub fn is_running() -> bool {
-    RUNNING.load(Ordering::Relaxed) > 0
-}
-
-/// Counts a training as long as it lives.
-struct Counted;
-
-impl Counted {
-    fn new() -> Self {
-        RUNNING.fetch_add(1, Ordering::Relaxed);
-        Self
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        RUNNING.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+use super::config::TrainConfig;
+use super::metrics_log::MetricsLog;
+use super::model::TrainModel;
+use super::optimizer::{AdamW, Update};
+use super::state::{self, Saved};
+use super::step::{StepBatch, StepContext, StepLoss};
+use super::stop::Stop;
+use crate::data::{Batches, Origin};
+use crate::methods::{Method, Objective};
+use crate::progress::Progress;
+use crate::report::results::TrainMetrics;
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +30,7 @@ pub enum Outcome {
 
 /// A training run.
 pub struct Trainer<'a> {
-    /// Options.
+    /// Settings.
     pub config: &'a TrainConfig,
     /// The weights.
     pub model: &'a TrainModel,
@@ -67,13 +42,23 @@ pub struct Trainer<'a> {
     pub state_dir: Option<&'a Path>,
     /// Of the model that training starts from.
     pub fingerprint: &'a str,
-    /// Set to stop after the step at hand.
-    pub stop: &'a AtomicBool,
+    /// Asked to stop, training ends after the step at hand.
+    pub stop: &'a Stop,
     /// Shown in front of the progress.
     pub label: &'a str,
 }
 
-/// What one optimizer step reports.
+/// What changes while a training runs, besides the weights.
+struct Running {
+    optimizer: AdamW,
+    gradients: Gradients,
+    objective: Box<dyn Objective>,
+    /// Steps of the newest checkpoint.
+    saved: Option<u64>,
+}
+
+/// What one optimizer step reports: means over its batches.
+#[derive(Default)]
 struct StepReport {
     loss: f64,
     objective: f64,
@@ -89,51 +74,35 @@ impl Trainer<'_> {
     /// system.
     pub fn run(&self) -> Result<(Outcome, Vec<TrainMetrics>)> {
         self.config.validate()?;
-        let _counted = Counted::new();
-        let mut optimizer = AdamW::new(self.model.params())?;
-        let mut saved = None;
+        let _training = self.stop.training();
+        let mut running = Running {
+            optimizer: AdamW::new(self.model.params())?,
+            gradients: Gradients::new(),
+            objective: self.config.method.objective(&self.config.routing(self.model.config().width_shares())),
+            saved: None,
+        };
         if let Some(dir) = self.state_dir {
-            let params = self.model.params();
-            saved = state::restore(dir, self.config, self.fingerprint, params, &mut optimizer)?;
+            running.saved = state::restore(dir, self.config, self.fingerprint, self.saved(&mut running))?;
         }
-        let start = saved.unwrap_or(0);
+        let (start, steps) = (running.saved.unwrap_or(0), self.config.steps());
         let mut log = MetricsLog::open(self.state_dir, start)?;
-        let widths = self.model.config().expert_widths();
-        let full = self.model.config().intermediate_size as f64;
-        let shares: Vec<f64> = widths.iter().map(|&w| w as f64 / full).collect();
-        let objective = objective(self.config, &shares);
-        let steps = self.config.steps();
         let mut progress = Progress::new(self.label, steps, start);
-        let (mut since, mut since_step) = (Instant::now(), start);
-        let mut grads = Gradients::new();
+        let mut rate = Rate::new(start);
         for step in start..steps {
-            let report = self.step(step, objective.as_ref(), (&mut optimizer, &mut grads), saved)?;
+            let report = self.step(step, &mut running)?;
             let done = step + 1;
-            if done % self.config.log_every == 0 || done == steps {
-                let tokens = (done - since_step) * self.config.tokens_per_step();
-                let metrics = TrainMetrics {
-                    step: done,
-                    tokens: done * self.config.tokens_per_step(),
-                    loss: report.loss,
-                    objective: report.objective,
-                    mean_width: report.mean_width,
-                    grad_norm: report.grad_norm,
-                    lr: self.config.lr * self.config.lr_share(step),
-                    tokens_per_second: tokens as f64 / since.elapsed().as_secs_f64().max(1e-9),
-                };
+            if done % self.config.tuning.log_every == 0 || done == steps {
+                let metrics = self.metrics(&report, done, rate.steps_per_second(done));
+                let TrainMetrics { loss, mean_width, tokens_per_second, .. } = metrics;
                 progress.update(
                     done,
-                    &format!(
-                        "loss {:.3} width {:.2} {:.0} tok/s",
-                        metrics.loss, metrics.mean_width, metrics.tokens_per_second
-                    ),
+                    &format!("loss {loss:.3} width {mean_width:.2} {tokens_per_second:.0} tok/s"),
                 );
                 log.push(metrics)?;
-                (since, since_step) = (Instant::now(), done);
             }
-            let stop = self.stop.load(Ordering::Relaxed);
+            let stop = self.stop.is_asked();
             if done % self.config.save_every == 0 || done == steps || stop {
-                saved = self.save(&mut log, &optimizer)?.or(saved);
+                self.save(&mut log, &mut running)?;
             }
             if stop && done < steps {
                 progress.finish();
@@ -144,74 +113,100 @@ impl Trainer<'_> {
         Ok((Outcome::Finished, log.metrics))
     }
 
-    fn save(&self, log: &mut MetricsLog, optimizer: &AdamW) -> Result<Option<u64>> {
-        let Some(dir) = self.state_dir else { return Ok(None) };
-        log.sync()?;
-        state::save(dir, self.config, self.fingerprint, self.model.params(), optimizer)?;
-        Ok(Some(optimizer.step))
+    fn metrics(&self, report: &StepReport, done: u64, steps_per_second: f64) -> TrainMetrics {
+        let tokens_per_step = self.config.tokens_per_step();
+        TrainMetrics {
+            step: done,
+            tokens: done * tokens_per_step,
+            loss: report.loss,
+            objective: report.objective,
+            mean_width: report.mean_width,
+            grad_norm: report.grad_norm,
+            lr: self.config.lr * self.config.lr_share(done - 1),
+            tokens_per_second: steps_per_second * tokens_per_step as f64,
+        }
     }
 
-    fn step(
-        &self,
-        step: u64,
-        objective: &dyn Objective,
-        (optimizer, grads): (&mut AdamW, &mut Gradients),
-        saved: Option<u64>,
-    ) -> Result<StepReport> {
+    /// All that a checkpoint of the training holds.
+    fn saved<'a>(&'a self, running: &'a mut Running) -> Saved<'a> {
+        Saved {
+            params: self.model.params(),
+            optimizer: &mut running.optimizer,
+            objective: running.objective.as_mut(),
+        }
+    }
+
+    fn save(&self, log: &mut MetricsLog, running: &mut Running) -> Result<()> {
+        let Some(dir) = self.state_dir else { return Ok(()) };
+        log.sync()?;
+        state::save(dir, self.config, self.fingerprint, &self.saved(running))?;
+        running.saved = Some(running.optimizer.step);
+        Ok(())
+    }
+
+    /// One optimizer step: the gradients of its batches, then the update.
+    fn step(&self, step: u64, running: &mut Running) -> Result<StepReport> {
         let params = self.model.params();
-        let share = 1.0 / self.config.accumulation as f64;
-        let mut report = StepReport { loss: 0.0, objective: 0.0, mean_width: 0.0, grad_norm: 0.0 };
-        grads.clear();
+        let batches = self.config.accumulation() as u64;
+        let share = 1.0 / batches as f64;
+        let mut report = StepReport::default();
+        running.gradients.clear();
         let mut origins = Vec::new();
-        for micro in 0..self.config.accumulation as u64 {
-            let batch = self.batches.batch(step * self.config.accumulation as u64 + micro);
+        for micro in 0..batches {
+            let batch = self.batches.batch(step * batches + micro);
             let (tokens, targets) = batch.tensors(self.model.device())?;
-            let inputs = (&tokens, &targets);
-            let loss = self.model.loss(inputs, objective, self.teacher, self.config, (step, micro))?;
-            let scalar = |t: &candle_core::Tensor| -> Result<f64> { Ok(f64::from(t.to_scalar::<f32>()?)) };
-            let total = scalar(&loss.objective)?;
+            let objective = running.objective.as_ref();
+            let context = StepContext { objective, teacher: self.teacher, config: self.config, step, micro };
+            let loss = self.model.loss(&StepBatch { tokens, targets }, &context)?;
             origins.extend(batch.origins);
+            let total = self.account(&loss, share, &mut report)?;
             if !total.is_finite() {
-                return Err(self.diverged("loss", total, (step, saved), &origins));
+                return Err(self.diverged("loss", total, step, running.saved, &origins));
             }
-            report.objective += share * total;
-            report.loss += share * scalar(&loss.language_model)?;
-            report.mean_width +=
-                share * loss.widths.iter().map(|&w| f64::from(w)).sum::<f64>() / loss.widths.len() as f64;
-            grads.add(&loss.objective, params)?;
-            self.model.adapt_prices(&loss)?;
+            running.gradients.add(&loss.objective, params)?;
+            running.objective.observe(&loss.dials, &loss.widths);
         }
-        report.grad_norm = share * grads.norm(params)?;
+        report.grad_norm = share * running.gradients.norm(params)?;
         if !report.grad_norm.is_finite() {
-            return Err(self.diverged("gradient's norm", report.grad_norm, (step, saved), &origins));
+            return Err(self.diverged("gradient's norm", report.grad_norm, step, running.saved, &origins));
         }
-        let lr = self.config.lr * self.config.lr_share(step);
-        let update = Update {
-            ffn_lr: if self.has_own() { lr * self.config.shared_lr } else { lr },
-            own_lr: lr * self.config.own_lr,
-            backbone_lr: lr * self.config.backbone_lr,
-            router_lr: lr * self.config.router_lr,
-            weight_decay: self.config.weight_decay,
-            scale: share * (self.config.clip / report.grad_norm.max(1e-12)).min(1.0),
-        };
-        optimizer.update(params, grads, update)?;
+        running.optimizer.update(params, &running.gradients, self.update(step, share, report.grad_norm))?;
         Ok(report)
     }
 
-    /// Whether the dense FFN's neurons are shared with narrow experts that have others of their own.
-    fn has_own(&self) -> bool {
+    /// Adds a batch's losses to the report, each times `share`. Returns all that was minimised.
+    fn account(&self, loss: &StepLoss, share: f64, report: &mut StepReport) -> Result<f64> {
+        let scalar = |t: &candle_core::Tensor| -> Result<f64> { Ok(f64::from(t.to_scalar::<f32>()?)) };
+        let total = scalar(&loss.objective)?;
+        report.objective += share * total;
+        report.loss += share * scalar(&loss.language_model)?;
+        report.mean_width +=
+            share * loss.widths.iter().map(|&w| f64::from(w)).sum::<f64>() / loss.widths.len() as f64;
+        Ok(total)
+    }
+
+    /// The optimizer's numbers for a step whose gradients have this norm.
+    fn update(&self, step: u64, share: f64, grad_norm: f64) -> Update {
+        let tuning = &self.config.tuning;
+        let lr = self.config.lr * self.config.lr_share(step);
+        Update {
+            ffn_lr: if self.has_separate_weights() { lr * tuning.shared_lr } else { lr },
+            separate_lr: lr * tuning.separate_lr,
+            backbone_lr: lr * tuning.backbone_lr,
+            router_lr: lr * tuning.router_lr,
+            weight_decay: tuning.weight_decay,
+            scale: share * (tuning.clip / grad_norm.max(1e-12)).min(1.0),
+        }
+    }
+
+    /// Whether the smaller experts have separate weights, which spare the dense FFN's.
+    fn has_separate_weights(&self) -> bool {
         let own_shells = self.model.config().dynamoe.as_ref().map_or(0, |section| section.own_shells);
         own_shells > 0 && self.config.method != Method::Dense
     }
 
     /// What to say of a step whose `what` is not finite.
-    fn diverged(
-        &self,
-        what: &str,
-        value: f64,
-        (step, saved): (u64, Option<u64>),
-        origins: &[Origin],
-    ) -> Error {
+    fn diverged(&self, what: &str, value: f64, step: u64, saved: Option<u64>, origins: &[Origin]) -> Error {
         let from: Vec<String> = origins.iter().map(|o| self.batches.describe(*o)).collect();
         let good = match (saved, self.state_dir) {
             (Some(step), Some(dir)) => format!("that of step {step} in {}", dir.display()),
@@ -225,48 +220,20 @@ impl Trainer<'_> {
     }
 }
 
-/// metrics.jsonl: one [`TrainMetrics`] a line.
-struct MetricsLog {
-    file: Option<(File, PathBuf)>,
-    metrics: Vec<TrainMetrics>,
+/// Steps in a second since the last time that it was asked.
+struct Rate {
+    since: Instant,
+    steps: u64,
 }
 
-impl MetricsLog {
-    /// Opens the log, dropping lines after step `start`: a resumed run writes them again.
-    fn open(dir: Option<&Path>, start: u64) -> Result<Self> {
-        let Some(dir) = dir else { return Ok(Self { file: None, metrics: Vec::new() }) };
-        fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-        let path = dir.join("metrics.jsonl");
-        let (mut metrics, mut text): (Vec<TrainMetrics>, _) = (Vec::new(), String::new());
-        if let Ok(file) = File::open(&path) {
-            let lines = BufReader::new(file).lines().map_while(|line| line.ok());
-            // a line cut short by a crash is one that the resumed run writes again
-            metrics.extend(lines.map_while(|line| serde_json::from_str::<TrainMetrics>(&line).ok()));
-            metrics.retain(|m| m.step <= start);
-        }
-        for line in &metrics {
-            text.push_str(&serde_json::to_string(line)?);
-            text.push('\n');
-        }
-        write_atomic(&path, text.as_bytes())?; // a kill here must not lose the lines that are kept
-        let file = OpenOptions::new().append(true).open(&path);
-        let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
-        Ok(Self { file: Some((file, path)), metrics })
+impl Rate {
+    fn new(steps: u64) -> Self {
+        Self { since: Instant::now(), steps }
     }
 
-    fn push(&mut self, metrics: TrainMetrics) -> Result<()> {
-        if let Some((file, path)) = &mut self.file {
-            writeln!(file, "{}", serde_json::to_string(&metrics)?)
-                .with_context(|| format!("writing {}", path.display()))?;
-        }
-        self.metrics.push(metrics);
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<()> {
-        if let Some((file, path)) = &self.file {
-            file.sync_all().with_context(|| format!("writing {}", path.display()))?;
-        }
-        Ok(())
+    fn steps_per_second(&mut self, done: u64) -> f64 {
+        let rate = (done - self.steps) as f64 / self.since.elapsed().as_secs_f64().max(1e-9);
+        *self = Self::new(done);
+        rate
     }
 }

@@ -5,27 +5,24 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
 use serde_json::Value;
 
 use crate::train::state::differences;
+use dynamoe_model::ModelConfig;
 use dynamoe_model::checkpoint::{refuse_overlap, write_atomic};
-use dynamoe_model::config::ModelConfig;
 
 /// Folder of intermediate results within the output.
 pub const TRAINING: &str = "training";
 
-/// What the run was told, within [`TRAINING`]: a run is resumed only as it was started.
+/// The settings of the run, within [`TRAINING`]: a run is resumed only as it was started.
 const JOB: &str = "job.json";
 
 /// What becomes of an output folder that is not empty; by default it is refused.
-#[derive(Debug, Clone, Copy, Default, Args)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Existing {
-    /// Replace an existing output folder
-    #[arg(long, conflicts_with = "resume")]
+    /// Replace it.
     pub force: bool,
-    /// Continue an interrupted run in the output folder
-    #[arg(long)]
+    /// Continue the interrupted run in it.
     pub resume: bool,
 }
 
@@ -74,11 +71,11 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Prepares `out` for `job`. `resume` takes up an interrupted run; `force` removes an earlier one.
+    /// Prepares `out` for a run with these `settings`. `resume` takes up an interrupted run; `force` removes an earlier one.
     ///
     /// # Errors
-    /// Those of [`RunFolder::check`]; a resumed run that was told something else; a place that cannot be written.
-    pub fn prepare(out: &Path, existing: Existing, inputs: &[&Path], job: &Value) -> Result<Self> {
+    /// Those of [`RunFolder::check`]; a resumed run with other settings; a place that cannot be written.
+    pub fn prepare(out: &Path, existing: Existing, inputs: &[&Path], settings: &Value) -> Result<Self> {
         Self::check(out, existing, inputs)?;
         let Existing { force, resume } = existing;
         let path = out.join(TRAINING).join(JOB);
@@ -86,7 +83,7 @@ impl RunFolder {
             let was = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
             let was: Value =
                 serde_json::from_slice(&was).with_context(|| format!("{}: not JSON", path.display()))?;
-            let other = differences(&was, job);
+            let other = differences(&was, settings);
             ensure!(
                 other.is_empty(),
                 "{}: cannot resume a run that was started differently: {}; give the same options, or another --out",
@@ -101,7 +98,7 @@ impl RunFolder {
         fs::create_dir_all(out.join(TRAINING))
             .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
         if !path.is_file() {
-            write_atomic(&path, &serde_json::to_vec_pretty(job)?)?;
+            write_atomic(&path, &serde_json::to_vec_pretty(settings)?)?;
         }
         Ok(folder)
     }

@@ -6,15 +6,35 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::Cell;
+use crate::methods::Method;
 use crate::report;
-use crate::results::{Curve, Point, Report};
-use crate::train::Method;
+use crate::report::results::{Curve, Point, Report};
 use dynamoe_model::checkpoint::write_atomic;
 
-/// A width this little outside a curve's ends is taken for the end.
-const NEAR: f64 = 0.01;
+/// One variant trained with one seed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Cell {
+    /// The variant's name.
+    pub variant: String,
+    /// The method that trained it.
+    pub method: Method,
+    /// The seed.
+    pub seed: u64,
+    /// Training tokens.
+    pub tokens: u64,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Time of training on the clock; of the last part only, where it was resumed.
+    pub seconds: f64,
+    /// Loss along the dial.
+    pub curve: Curve,
+    /// The oracle's, if it was searched.
+    pub oracle: Option<Curve>,
+    /// All that decides the result.
+    pub settings: Value,
+}
 
 /// A mean over seeds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -74,34 +94,10 @@ pub struct Table {
     curves: Vec<Curve>,
 }
 
-/// A curve's loss at a mean width, linear between its points.
-pub fn loss_at(curve: &Curve, width: f64) -> Option<f64> {
-    let points = &curve.points;
-    let (first, last) = (points.first()?, points.last()?);
-    if width < first.mean_width || width > last.mean_width {
-        let end = if width < first.mean_width { first } else { last };
-        return ((end.mean_width - width).abs() <= NEAR).then_some(end.loss);
-    }
-    let above = points.iter().position(|p| p.mean_width >= width)?;
-    let (a, b) = (&points[above.saturating_sub(1)], &points[above]);
-    let share = if b.mean_width > a.mean_width {
-        (width - a.mean_width) / (b.mean_width - a.mean_width)
-    } else {
-        1.0
-    };
-    Some(a.loss + share * (b.loss - a.loss))
-}
-
-/// The method that a cell was trained with.
-fn method(cell: &Cell) -> Option<Method> {
-    serde_json::from_value(cell.told.get("method")?.clone()).ok()
-}
-
 impl Table {
     /// Puts cells together.
     pub fn new(cells: &[Cell], widths: &[f64]) -> Self {
-        let first =
-            |wanted: Method| cells.iter().find(|c| method(c) == Some(wanted)).map(|c| c.variant.clone());
+        let first = |wanted: Method| cells.iter().find(|c| c.method == wanted).map(|c| c.variant.clone());
         let (mut names, mut seeds) = (Vec::new(), Vec::new());
         for cell in cells {
             if !names.contains(&cell.variant) {
@@ -132,10 +128,10 @@ impl Table {
     }
 
     fn push(&mut self, name: &str, of: &[&Cell], all: &[Cell], curve: impl Fn(&Cell) -> Option<&Curve>) {
-        let loss = |cell: &Cell, width: f64| loss_at(curve(cell)?, width);
+        let loss = |cell: &Cell, width: f64| curve(cell)?.at(width, |point| point.loss);
         let other = |name: &Option<String>, seed: u64, width: f64| {
             let cell = all.iter().find(|c| Some(&c.variant) == name.as_ref() && c.seed == seed)?;
-            loss_at(&cell.curve, width)
+            cell.curve.at(width, |point| point.loss)
         };
         let regret = |loss: f64, seed: u64| Some(loss - other(&self.dense, seed, 1.0)?);
         let ratio = |cell: &Cell, width: f64| {
@@ -209,18 +205,16 @@ impl Table {
         let _ = writeln!(text);
     }
 
-    /// Writes comparison.md, comparison.json and the report's page into `out`.
+    /// Writes comparison.md, comparison.json and the report's page into `out`; `model` is the base's name.
     ///
     /// # Errors
     /// The file system's.
-    pub fn write(&self, out: &Path, title: &str) -> Result<()> {
-        let name =
-            Path::new(title).file_name().map_or_else(|| title.to_owned(), |n| n.to_string_lossy().into());
+    pub fn write(&self, out: &Path, model: &str) -> Result<()> {
         let dense = self.rows.iter().find(|row| Some(&row.name) == self.dense.as_ref());
         let dense_loss = dense.and_then(|row| row.loss.iter().flatten().next_back()).map(|mean| mean.mean);
         let not_dense = |curve: &&Curve| Some(&curve.name) != self.dense.as_ref();
         let page = Report {
-            title: format!("Comparison on {name}"),
+            title: format!("Comparison on {model}"),
             facts: vec![(
                 "Seeds".into(),
                 self.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),
@@ -238,51 +232,35 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn curve(points: &[(f64, f64)]) -> Curve {
         let point = |&(mean_width, loss): &(f64, f64)| Point { mean_width, loss, ..Point::default() };
         Curve { points: points.iter().map(point).collect(), ..Curve::default() }
     }
 
-    fn cell(name: &str, method: &str, seed: u64, points: &[(f64, f64)]) -> Cell {
+    fn cell(name: &str, method: Method, seed: u64, points: &[(f64, f64)]) -> Cell {
         Cell {
             variant: name.into(),
+            method,
             seed,
             tokens: 10,
             steps: 1,
             seconds: 1.0,
             curve: curve(points),
             oracle: None,
-            told: json!({ "method": method }),
+            settings: Value::Null,
         }
-    }
-
-    #[test]
-    fn losses_are_linear_between_points_and_absent_outside() {
-        let curve = curve(&[(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)]);
-        for (width, expected) in [
-            (0.25, Some(3.0)),
-            (0.375, Some(2.5)),
-            (0.75, Some(1.5)),
-            (1.0, Some(1.0)),
-            (0.245, Some(3.0)),
-            (0.2, None),
-        ] {
-            assert_eq!(loss_at(&curve, width), expected, "{width}");
-        }
-        assert_eq!(loss_at(&Curve::default(), 0.5), None);
     }
 
     #[test]
     fn regret_and_ratio_compare_within_a_seed() {
         let cells = [
-            cell("d", "dense", 0, &[(1.0, 1.0)]),
-            cell("s", "static", 0, &[(0.5, 2.0), (1.0, 1.2)]),
-            cell("p", "priced", 0, &[(0.5, 1.5), (1.0, 1.1)]),
-            cell("d", "dense", 1, &[(1.0, 1.1)]),
-            cell("s", "static", 1, &[(0.5, 2.1), (1.0, 1.3)]),
-            cell("p", "priced", 1, &[(0.5, 1.4), (1.0, 1.2)]),
+            cell("d", Method::Dense, 0, &[(1.0, 1.0)]),
+            cell("s", Method::Static, 0, &[(0.5, 2.0), (1.0, 1.2)]),
+            cell("p", Method::Priced, 0, &[(0.5, 1.5), (1.0, 1.1)]),
+            cell("d", Method::Dense, 1, &[(1.0, 1.1)]),
+            cell("s", Method::Static, 1, &[(0.5, 2.1), (1.0, 1.3)]),
+            cell("p", Method::Priced, 1, &[(0.5, 1.4), (1.0, 1.2)]),
         ];
         let table = Table::new(&cells, &[0.5, 1.0]);
         assert_eq!((table.dense.as_deref(), table.reference.as_deref()), (Some("d"), Some("s")));
@@ -305,7 +283,7 @@ mod tests {
 
     #[test]
     fn one_seed_has_no_error_and_no_dense_variant_no_regret() {
-        let table = Table::new(&[cell("s", "static", 0, &[(0.5, 2.0), (1.0, 1.5)])], &[0.5]);
+        let table = Table::new(&[cell("s", Method::Static, 0, &[(0.5, 2.0), (1.0, 1.5)])], &[0.5]);
         assert_eq!(table.rows[0].loss[0], Some(Mean { mean: 2.0, stderr: None, seeds: 1 }));
         assert_eq!(table.rows[0].regret[0], None);
         assert!(!table.markdown().contains("Regret"));

@@ -1,20 +1,17 @@
-//! Text as a model reads it: its tokenizer, its framing, and the token caches of files.
+//! Text as one model reads it: its tokenizer, its framing, the token caches of files, and the batches made of them.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use clap::Args;
 use tokenizers::Tokenizer;
 
-use crate::data::documents::DocumentLimits;
-use crate::data::{
-    Batches, BatchesConfig, DataSource, DocumentBatches, Framing, PaddedBatch, Pairs, Split, TextFormat,
-    TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
+use super::{
+    BATCH_TOKENS, Batches, BatchesConfig, DataSource, DocumentBatches, DocumentLimits, Framing, PaddedBatch,
+    Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
 };
-use crate::evaluate::score::{BATCH_TOKENS, packed};
-use crate::results::{Sample, SampleToken};
-use dynamoe_model::config::ModelConfig;
+use dynamoe_model::ModelConfig;
 
 /// Tokens that calibration reads unless told otherwise.
 pub const CALIBRATION_TOKENS: usize = 32_768;
@@ -23,17 +20,21 @@ pub const CALIBRATION_TOKENS: usize = 32_768;
 const SCORED_TOKENS: usize = 512;
 
 /// How text files are read.
-#[derive(Debug, Clone, Args)]
-pub struct TextArgs {
-    /// What stands between two documents of a .txt file
-    #[arg(long, default_value = "<|endoftext|>")]
-    pub marker: String,
-    /// The field of a .jsonl file's lines that holds the text
-    #[arg(long, default_value = "text")]
-    pub field: String,
-    /// Folder of tokenized text [default: $XDG_CACHE_HOME/dynamoe or ~/.cache/dynamoe]
-    #[arg(long)]
+#[derive(Debug, Clone, Default)]
+pub struct TextOptions {
+    /// Where documents end, and which field holds them.
+    pub format: TextFormat,
+    /// Folder of tokenized text; none for $XDG_CACHE_HOME/dynamoe or ~/.cache/dynamoe.
     pub cache_dir: Option<PathBuf>,
+}
+
+/// The shape of training batches.
+#[derive(Debug, Clone, Copy)]
+pub struct SampleShape {
+    /// Sequences in a batch.
+    pub batch_size: usize,
+    /// Tokens in a sequence.
+    pub sequence_length: usize,
 }
 
 /// Reads text for one model.
@@ -60,12 +61,12 @@ impl Texts {
     ///
     /// # Errors
     /// A tokenizer that is missing or does not fit; no folder for caches.
-    pub fn open(dir: &Path, config: &ModelConfig, args: &TextArgs) -> Result<Self> {
+    pub fn open(dir: &Path, config: &ModelConfig, options: &TextOptions) -> Result<Self> {
         Ok(Self {
             tokenizer: load_tokenizer(dir, config.vocab_size)?,
             framing: Framing::new(config.bos_token_id, &config.eos_token_ids, config.vocab_size)?,
-            format: TextFormat { marker: args.marker.clone(), field: args.field.clone() },
-            cache_dir: args.cache_dir.clone().map_or_else(default_cache_dir, Ok)?,
+            format: options.format.clone(),
+            cache_dir: options.cache_dir.clone().map_or_else(default_cache_dir, Ok)?,
             positions: config.max_position_embeddings,
         })
     }
@@ -75,13 +76,12 @@ impl Texts {
     /// # Errors
     /// Those of [`TokenCache::open_or_build`].
     pub fn tokens(&self, source: &DataSource) -> Result<Arc<TokenCache>> {
-        let mut told = 0;
-        let told = std::cell::RefCell::new(&mut told);
+        let logged = Cell::new(0);
         let progress = |done: u64, all: u64| {
             let percent = done * 100 / all.max(1);
-            if percent >= **told.borrow() + 10 {
+            if percent >= logged.get() + 10 {
                 tracing::info!("tokenizing {}: {percent} %", source.path.display());
-                **told.borrow_mut() = percent;
+                logged.set(percent);
             }
         };
         let cache = TokenCache::open_or_build(
@@ -103,7 +103,7 @@ impl Texts {
         &self,
         sources: &[DataSource],
         split: Split,
-        (batch_size, sequence_length): (usize, usize),
+        SampleShape { batch_size, sequence_length }: SampleShape,
         seed: u64,
     ) -> Result<Batches> {
         ensure!(
@@ -142,8 +142,7 @@ impl Texts {
                 Ok(all)
             }
             Scope::Packed(length) => {
-                let size = (BATCH_TOKENS / length.max(1)).max(1);
-                let batches = self.training(sources, Split::All, (size, length), 0)?;
+                let batches = self.training(sources, Split::All, scored_shape(length), 0)?;
                 Ok(in_order(&batches))
             }
         }
@@ -160,8 +159,7 @@ impl Texts {
         sequence_length: usize,
     ) -> Result<Vec<PaddedBatch>> {
         if valid.is_empty() {
-            let size = (BATCH_TOKENS / sequence_length.max(1)).max(1);
-            return Ok(in_order(&self.training(data, Split::HeldOut, (size, sequence_length), 0)?));
+            return Ok(in_order(&self.training(data, Split::HeldOut, scored_shape(sequence_length), 0)?));
         }
         self.scored(valid, Scope::Documents(SCORED_TOKENS))
     }
@@ -174,22 +172,8 @@ impl Texts {
         Pairs::read(path, &self.tokenizer, self.framing, self.positions)
     }
 
-    /// A sample text from the tokens of a batch's first row and what the model made of it.
-    pub fn sample(&self, ids: &[u32], sensitivity: f64, source: &str, measured: &TokenUse<'_>) -> Sample {
-        let layers = measured.width_per_layer.len().max(1) as f64;
-        let texts = self.pieces(ids);
-        let tokens = texts.into_iter().enumerate().map(|(at, text)| {
-            let width_per_layer: Vec<f64> = measured.width_per_layer.iter().map(|w| w[at]).collect();
-            let width = width_per_layer.iter().sum::<f64>() / layers;
-            // a token's loss was measured where the one before it was read
-            let loss = at.checked_sub(1).map(|before| f64::from(measured.losses[before]));
-            SampleToken { text, width, width_per_layer, loss }
-        });
-        Sample { sensitivity, source: source.to_owned(), tokens: tokens.collect() }
-    }
-
     /// The text that each token adds.
-    fn pieces(&self, ids: &[u32]) -> Vec<String> {
+    pub fn pieces(&self, ids: &[u32]) -> Vec<String> {
         let mut before = String::new();
         let mut pieces = Vec::with_capacity(ids.len());
         for end in 1..=ids.len() {
@@ -205,34 +189,31 @@ impl Texts {
     }
 }
 
-/// What a model used and lost on each token of a text.
-pub struct TokenUse<'a> {
-    /// For each layer, each token's width as a share of the dense width.
-    pub width_per_layer: &'a [Vec<f64>],
-    /// The loss of predicting the token after each.
-    pub losses: &'a [f32],
+/// Batches of packed sequences as large as measuring takes them.
+fn scored_shape(sequence_length: usize) -> SampleShape {
+    SampleShape { batch_size: (BATCH_TOKENS / sequence_length.max(1)).max(1), sequence_length }
 }
 
 /// All chunks of `batches`, to be scored.
-pub fn in_order(batches: &Batches) -> Vec<PaddedBatch> {
+fn in_order(batches: &Batches) -> Vec<PaddedBatch> {
     let mut first = 0;
     batches
         .in_order()
         .map(|batch| {
             first += batch.batch_size;
-            packed(&batch, first - batch.batch_size)
+            PaddedBatch::packed(&batch, first - batch.batch_size)
         })
         .collect()
 }
 
 /// The first batches of training that hold at least `tokens` tokens, to calibrate on.
-pub fn calibration(batches: &Batches, tokens: usize) -> Vec<PaddedBatch> {
+pub fn calibration_batches(batches: &Batches, tokens: usize) -> Vec<PaddedBatch> {
     let mut taken = Vec::new();
     let (mut count, mut items) = (0, 0);
     for step in 0.. {
         let batch = batches.batch(step);
         count += batch.targets();
-        taken.push(packed(&batch, items));
+        taken.push(PaddedBatch::packed(&batch, items));
         items += batch.batch_size;
         if count >= tokens || items >= batches.chunks() {
             break;

@@ -3,121 +3,117 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Error, Result, ensure};
-use candle_core::{DType, Device, Tensor};
-use clap::Args;
+use candle_core::{Device, Tensor};
+use dynamoe_model::ModelConfig;
+use dynamoe_model::checkpoint::{DEFAULT_SHARD_BYTES, save_tensors};
+use dynamoe_model::tensors::expected_tensors;
 use rand::Rng;
 use rand_distr::StandardNormal;
 use serde::Serialize;
 use serde_json::json;
 use tokenizers::Tokenizer;
 
+use super::folder::RunFolder;
+use super::lab::{HeldOut, Inputs, Lab};
+use super::recipe::{Recipe, TrainJob, Training, write_model};
+use crate::data::corpus::{self, BOUNDARY};
 use crate::data::source::Documents;
-use crate::data::{DataSource, Split, TextFormat};
-use crate::demo::corpus::{self, BOUNDARY};
-use crate::run::RunFolder;
-use crate::texts::{TextArgs, Texts};
-use crate::train::step::rng;
-use crate::train::{Outcome, TrainConfig, TrainModel, Trainer};
-use dynamoe_model::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, save_model, save_tensors};
-use dynamoe_model::config::ModelConfig;
-use dynamoe_model::tensors::expected_tensors;
+use crate::data::{DataSource, TextFormat, TextOptions};
+use crate::random::in_step;
+use crate::train::{Outcome, Stop, TrainConfig};
 
 /// Documents of generated text that a base is trained on.
 pub const DOCUMENTS: usize = 12_000;
 
 /// The shape of a model.
-#[derive(Debug, Clone, Args, Serialize)]
-pub struct Pretrain {
+#[derive(Debug, Clone, Serialize)]
+pub struct Shape {
     /// D
-    #[arg(long, default_value_t = 64)]
     pub hidden_size: usize,
     /// I
-    #[arg(long, default_value_t = 192)]
     pub intermediate_size: usize,
     /// L
-    #[arg(long, default_value_t = 4)]
     pub layers: usize,
     /// H
-    #[arg(long, default_value_t = 4)]
     pub heads: usize,
     /// K
-    #[arg(long, default_value_t = 2)]
     pub kv_heads: usize,
-    /// V: tokens of the byte-level BPE that is trained on the text
-    #[arg(long, default_value_t = 768)]
+    /// V: tokens of the byte-level BPE that is trained on the text.
     pub vocab_size: usize,
-    /// Positions
-    #[arg(long, default_value_t = 512)]
+    /// Positions.
     pub positions: usize,
-    /// Store the weights as bf16
-    #[arg(long)]
+    /// Whether the weights are stored as bf16.
     pub bf16: bool,
 }
 
-/// Makes a tokenizer and a random model, trains it and publishes it in `folder`.
-///
-/// # Errors
-/// A shape that contradicts itself; those of the data, of training and of the file system.
-pub fn pretrain(
-    shape: &Pretrain,
-    train: &TrainConfig,
-    data: &[DataSource],
-    text: &TextArgs,
-    folder: &RunFolder,
-    device: &Device,
-    stop: &AtomicBool,
-) -> Result<Outcome> {
-    let init = folder.training("init");
-    let generated = folder.training("generated.txt");
-    let sources = match data {
-        [] => vec![DataSource { path: generated.clone(), weight: 1.0 }],
-        given => given.to_vec(),
-    };
-    if !init.join("config.json").exists() {
-        let format = TextFormat { marker: text.marker.clone(), field: text.field.clone() };
-        let documents = if data.is_empty() {
-            let documents = corpus::documents(train.seed, DOCUMENTS);
-            fs::write(&generated, documents.join(&format!("\n{BOUNDARY}\n")))
+/// A model to be made.
+pub struct Pretrain {
+    /// Its shape.
+    pub shape: Shape,
+    /// How it is trained; the method is [`crate::methods::Method::Dense`].
+    pub train: TrainConfig,
+    /// Text to train on; without any, this program generates it.
+    pub data: Vec<DataSource>,
+    /// How text is read.
+    pub text: TextOptions,
+}
+
+impl Pretrain {
+    /// Makes a tokenizer and a random model, trains it and publishes it in `folder`.
+    ///
+    /// # Errors
+    /// A shape that contradicts itself; those of the data, of training and of the file system.
+    pub fn run(&self, folder: &RunFolder, device: &Device, stop: &Stop) -> Result<Outcome> {
+        let init = folder.training("init");
+        let generated = folder.training("generated.txt");
+        let data = match &self.data[..] {
+            [] => vec![DataSource { path: generated.clone(), weight: 1.0 }],
+            given => given.to_vec(),
+        };
+        if !init.join("config.json").exists() {
+            self.prepare(&data, &generated, &init)?;
+        }
+        let inputs = Inputs {
+            model: init.display().to_string(),
+            data,
+            held_out: HeldOut::Nothing,
+            text: self.text.clone(),
+        };
+        let lab = Lab::open(inputs, device, stop)?;
+        let recipe = Recipe { train: self.train.clone(), ..Recipe::default() };
+        let job = TrainJob {
+            source: &lab.model,
+            teacher: None,
+            batches: &lab.batches(&recipe.train)?,
+            state_dir: &folder.training("state"),
+            label: "pretraining",
+        };
+        match recipe.train(&lab, &job)? {
+            Training::Stopped(step) => Ok(Outcome::Stopped(step)),
+            Training::Finished(model, _) => {
+                let path = folder.training("final");
+                write_model(&lab.model, &model, lab.model.config(), &path)?;
+                folder.publish(&path)?;
+                Ok(Outcome::Finished)
+            }
+        }
+    }
+
+    /// Writes a tokenizer of the text and a random model into `init`.
+    fn prepare(&self, data: &[DataSource], generated: &Path, init: &Path) -> Result<()> {
+        let documents = if self.data.is_empty() {
+            let documents = corpus::documents(self.train.seed, DOCUMENTS);
+            fs::write(generated, documents.join(&format!("\n{BOUNDARY}\n")))
                 .with_context(|| format!("writing {}", generated.display()))?;
             documents
         } else {
-            read_documents(&sources, &format)?
+            read_documents(data, &self.text.format)?
         };
-        let tokenizer = corpus::train_tokenizer(&documents, shape.vocab_size)?;
-        write_random(shape, &tokenizer, train.seed, &init)?;
+        let tokenizer = corpus::train_tokenizer(&documents, self.shape.vocab_size)?;
+        write_random(&self.shape, &tokenizer, self.train.seed, init).map(drop)
     }
-    let source = Checkpoint::open(&init)?;
-    let texts = Texts::open(&init, source.config(), text)?;
-    let batch = (train.batch_size, train.sequence_length);
-    let batches = texts.training(&sources, Split::All, batch, train.seed)?;
-    let model = TrainModel::new(source.config(), train, &mut |name, shape| {
-        source.tensor(name, shape, DType::F32, device)
-    })?;
-    let (outcome, _) = Trainer {
-        config: train,
-        model: &model,
-        batches: &batches,
-        teacher: None,
-        state_dir: Some(&folder.training("state")),
-        fingerprint: &source.fingerprint()?,
-        stop,
-        label: "pretraining",
-    }
-    .run()?;
-    if outcome == Outcome::Finished {
-        let weights = model
-            .params()
-            .iter()
-            .map(|(name, var)| Ok((name.to_owned(), var.as_detached_tensor().to_device(&Device::Cpu)?)))
-            .collect::<Result<BTreeMap<_, _>>>()?;
-        let path = folder.training("final");
-        save_model(&source, &weights, None, &path, path.exists())?;
-        folder.publish(&path)?;
-    }
-    Ok(outcome)
 }
 
 fn read_documents(sources: &[DataSource], format: &TextFormat) -> Result<Vec<String>> {
@@ -132,7 +128,7 @@ fn read_documents(sources: &[DataSource], format: &TextFormat) -> Result<Vec<Str
 
 /// A Llama with random weights: matrices `N(0, 0.02²)`, those that write to the residual stream smaller by
 /// `√(2L)`, norms 1.
-fn write_random(shape: &Pretrain, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> Result<PathBuf> {
+fn write_random(shape: &Shape, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> Result<PathBuf> {
     ensure!(
         shape.heads > 0 && shape.hidden_size.is_multiple_of(shape.heads),
         "--hidden-size {} must be a multiple of --heads {}",
@@ -166,7 +162,7 @@ fn write_random(shape: &Pretrain, tokenizer: &Tokenizer, seed: u64, dir: &Path) 
     });
     let parsed = ModelConfig::from_json(&config)?;
     let mut tensors = BTreeMap::new();
-    let mut rng = rng(seed, 0, u64::MAX);
+    let mut rng = in_step(seed, 0, u64::MAX);
     for (name, dims) in expected_tensors(&parsed) {
         let values: Vec<f32> = if dims.len() == 1 {
             vec![1.0; dims[0]]

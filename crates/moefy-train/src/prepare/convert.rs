@@ -14,13 +14,12 @@ use anyhow::{Context, Result, ensure};
 use dynamoe::config::{DynaMoeConfig, RouterConfig, RouterKind, version_for};
 use dynamoe::names;
 use dynamoe::router::logit;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::calibrate::{Calibration, LayerStatistics};
+use super::calibrate::{Calibration, LayerStatistics};
+use crate::random;
 use dynamoe_model::checkpoint::copy::{CHUNK_BYTES, copy_tensor, write_folder};
 use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section};
 use dynamoe_model::config::{ModelConfig, read_json};
@@ -292,8 +291,7 @@ fn write_router(
     };
     if dynamoe.router.kind == RouterKind::Mlp {
         let (d, r) = (config.hidden_size, dynamoe.router.hidden_size);
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(layer as u64); // a layer's weights do not depend on how many came before
+        let mut rng = random::router(seed, layer);
         let normal = Normal::new(0.0f32, (d as f32).sqrt().recip())?;
         let fc1: Vec<f32> = (0..r * d).map(|_| normal.sample(&mut rng)).collect();
         let shares = dynamoe.width_shares();

@@ -1,4 +1,4 @@
-//! The order in which neurons are left out.
+//! The importance of neurons: the order in which they are removed.
 //!
 //! An expert leaves out all neurons from its width on, together, and adds the mean of what they would have added.
 //! Its mean squared error on a sample of tokens is a sum over pairs of the neurons left out,
@@ -12,12 +12,9 @@
 
 use candle_core::{Result, Tensor};
 
-/// How late each neuron is left out, from 1 for the first to `I` for the last: `(I)`. `sample (S, I)` are the neurons'
-/// activations for some tokens, `down_proj (D, I)` their directions.
-///
-/// # Errors
-/// candle's.
-pub fn left_out_late(sample: &Tensor, down_proj: &Tensor) -> Result<Vec<f32>> {
+/// The rank of each neuron, from 1 for the one removed first to `I` for the one removed last: `(I)`. `sample (S, I)` are
+/// the neurons' activations for some tokens, `down_proj (D, I)` their directions.
+pub fn importance(sample: &Tensor, down_proj: &Tensor) -> Result<Vec<f32>> {
     let (tokens, width) = sample.dims2()?;
     let products = |x: &Tensor| x.t()?.contiguous()?.matmul(x);
     let covariance = (products(&sample.broadcast_sub(&sample.mean_keepdim(0)?)?)? / tokens as f64)?;
@@ -25,16 +22,16 @@ pub fn left_out_late(sample: &Tensor, down_proj: &Tensor) -> Result<Vec<f32>> {
     // what each neuron would add to the error
     let mut costs: Vec<f64> = (0..width).map(|j| f64::from(errors[j * width + j])).collect();
     let mut kept: Vec<usize> = (0..width).collect();
-    let mut late = vec![0.0; width];
+    let mut ranks = vec![0.0; width];
     for step in 1..=width {
         let least = (0..kept.len()).min_by(|&a, &b| costs[kept[a]].total_cmp(&costs[kept[b]]));
         let Some(least) = least else { break };
         let out = kept.remove(least);
-        late[out] = step as f32;
+        ranks[out] = step as f32;
         let with_out = &errors[out * width..][..width];
         kept.iter().for_each(|&j| costs[j] += 2.0 * f64::from(with_out[j]));
     }
-    Ok(late)
+    Ok(ranks)
 }
 
 #[cfg(test)]
@@ -57,7 +54,7 @@ mod tests {
         for (tokens, width, d) in [(40, 7, 3), (3, 9, 5), (200, 12, 1)] {
             let random = |rows, columns| Tensor::randn(0.5f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
             let (sample, down_proj) = (random(tokens, width), random(d, width));
-            let late = left_out_late(&sample, &down_proj).unwrap();
+            let late = importance(&sample, &down_proj).unwrap();
             let mut order: Vec<u32> = (0..width as u32).collect();
             order.sort_by(|&a, &b| late[a as usize].total_cmp(&late[b as usize]));
             assert_eq!(late[order[0] as usize], 1.0);
@@ -76,7 +73,7 @@ mod tests {
         // the first two always add opposite things
         let sample = h.index_select(&Tensor::new(&[0u32, 0, 1], &Device::Cpu).unwrap(), 1).unwrap();
         let down_proj = Tensor::new(&[[2f32, -2.0, 3.0]], &Device::Cpu).unwrap();
-        let late = left_out_late(&sample, &down_proj).unwrap();
+        let late = importance(&sample, &down_proj).unwrap();
         assert_eq!(late[2], 3.0, "{late:?}");
     }
 }

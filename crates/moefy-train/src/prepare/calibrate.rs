@@ -1,7 +1,7 @@
 //! Statistics of a dense model's FFN neurons on calibration text.
 //!
-//! `h = silu(W_gate x) ∘ (W_up x)` is what the neurons put out. [`crate::convert`] orders neurons by their importance
-//! ([`crate::order`]) and estimates from `mean h_j` what left-out neurons would add.
+//! `h = silu(W_gate x) ∘ (W_up x)` is what the neurons put out. [`super::convert()`] orders neurons by their importance
+//! and estimates from `mean h_j` what left-out neurons would add.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -12,16 +12,17 @@ use dynamoe::names;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::activations::{Activations, DenseFfn, measure};
+use super::activations::{Activations, DenseFfn, measure};
+use super::importance::importance;
 use crate::data::PaddedBatch;
-use crate::order::left_out_late;
+use crate::progress::Progress;
 use dynamoe_model::checkpoint::{Checkpoint, write_atomic};
 use dynamoe_model::model::Backbone;
 
 /// Statistics of one layer's neurons.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LayerStatistics {
-    /// How late each neuron is left out: `(I)`.
+    /// The rank of each neuron, 1 for the least important: `(I)`.
     pub importance: Vec<f32>,
     /// `mean h_j` for each neuron: `(I)`.
     pub mean_activation: Vec<f32>,
@@ -137,15 +138,11 @@ impl Calibration {
     }
 }
 
-/// Measures a dense model on text. `progress` hears how many of the batches are done.
+/// Measures a dense model on text, with a progress bar.
 ///
 /// # Errors
-/// A model that is not dense; no tokens; candle's.
-pub fn calibrate(
-    source: &Checkpoint,
-    batches: &[PaddedBatch],
-    progress: &mut dyn FnMut(usize),
-) -> Result<Calibration> {
+/// A model that is not dense; no tokens.
+pub fn calibrate(source: &Checkpoint, batches: &[PaddedBatch]) -> Result<Calibration> {
     let config = source.config();
     ensure!(
         config.dynamoe.is_none(),
@@ -165,9 +162,16 @@ pub fn calibrate(
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    let (activations, tokens) = measure(&backbone, &ffns, batches, progress)?;
-    let layers = activations.into_iter().zip(&ffns).map(|(Activations { mean, sample }, ffn)| {
-        Ok(LayerStatistics { importance: left_out_late(&sample, &ffn.down_proj)?, mean_activation: mean })
-    });
-    Ok(Calibration { layers: layers.collect::<Result<_>>()?, tokens, fingerprint: source.fingerprint()? })
+    let (activations, tokens) = measure(&backbone, &ffns, batches)?;
+    let mut progress = Progress::new("ordering neurons", ffns.len() as u64, 0);
+    let mut layers = Vec::with_capacity(ffns.len());
+    for (Activations { mean, sample }, ffn) in activations.into_iter().zip(&ffns) {
+        layers.push(LayerStatistics {
+            importance: importance(&sample, &ffn.down_proj)?,
+            mean_activation: mean,
+        });
+        progress.update(layers.len() as u64, "");
+    }
+    progress.finish();
+    Ok(Calibration { layers, tokens, fingerprint: source.fingerprint()? })
 }

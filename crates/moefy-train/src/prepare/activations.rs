@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
 use crate::data::PaddedBatch;
+use crate::progress::Progress;
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::linear;
 
@@ -33,15 +34,13 @@ pub struct Activations {
 }
 
 /// Measures every layer of a dense model; returns the statistics and the number of tokens they are from.
-/// `progress` hears how many batches are done.
 ///
 /// # Errors
-/// No tokens; candle's.
+/// No tokens.
 pub fn measure(
     backbone: &Backbone,
     ffns: &[DenseFfn],
     batches: &[PaddedBatch],
-    progress: &mut dyn FnMut(usize),
 ) -> Result<(Vec<Activations>, usize)> {
     let device = backbone.output_matrix().device();
     let count = batches.iter().flat_map(|batch| &batch.weights).filter(|&&w| w > 0.0).count();
@@ -51,6 +50,7 @@ pub fn measure(
     let mut every = (0..count).map(|token| token % count.div_ceil(room) == 0);
     let mut sums: Vec<Option<Tensor>> = vec![None; ffns.len()];
     let mut samples: Vec<Vec<Tensor>> = vec![Vec::new(); ffns.len()];
+    let mut progress = Progress::new("calibrating", batches.len() as u64, 0);
     for (index, batch) in batches.iter().enumerate() {
         let (tokens, _, weights) = batch.tensors(device)?;
         let weights = weights.flatten_all()?.unsqueeze(0)?; // (1, N)
@@ -70,8 +70,9 @@ pub fn measure(
             }
             linear(&h, down_proj)
         })?;
-        progress(index + 1);
+        progress.update(index as u64 + 1, "");
     }
+    progress.finish();
     let layers = sums.into_iter().flatten().zip(samples).map(|(sum, sample)| {
         let mean = (sum.flatten_all()? / count as f64)?.to_vec1()?;
         Ok(Activations { mean, sample: Tensor::cat(&sample, 0)? })

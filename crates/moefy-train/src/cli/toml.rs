@@ -1,126 +1,37 @@
-//! Arguments that commands share, and TOML files as arguments.
+//! TOML files as arguments: `--config FILE.toml`.
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use candle_core::Device;
-use clap::{Args, Command, ValueEnum};
-use dynamoe::{RouterConfig, RouterKind, config};
-use serde::{Deserialize, Serialize};
+use clap::Command;
 
-use crate::convert::ConvertOptions;
-use crate::data::DataSource;
-use crate::texts::TextArgs;
-use crate::train::TrainConfig;
-use dynamoe_model::checkpoint::Checkpoint;
-use dynamoe_model::config::ModelConfig;
-
-/// Where to compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DeviceArg {
-    /// The processor
-    Cpu,
-    /// The first NVIDIA GPU; needs a build with `--features cuda`
-    Cuda,
-}
-
-impl DeviceArg {
-    /// Opens the device.
-    pub fn open(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda => Device::new_cuda(0).context(
-                "--device cuda: no GPU can be used; this needs an NVIDIA GPU and a build with `--features cuda`",
-            ),
+/// What became of options that older files may name.
+fn removed(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "router-lr" | "shared-lr" | "backbone-lr" | "warmup" | "final-lr" | "weight-decay" | "clip"
+        | "temperature" | "noise" | "focus-power" | "full-share" | "narrowest-share" | "log-every" => {
+            "it is a constant now; for research, set = [\"KEY=VALUE\"] changes it"
         }
-    }
-}
-
-/// The dense model and the texts of commands that train and measure.
-#[derive(Debug, Args)]
-pub struct InputArgs {
-    /// Dense model: a folder or a hub id
-    #[arg(long)]
-    pub model: String,
-    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
-    #[arg(long, required = true)]
-    pub data: Vec<DataSource>,
-    /// Text to evaluate on [default: a held-out part of --data]
-    #[arg(long)]
-    pub valid: Vec<DataSource>,
-}
-
-/// How and where a command trains.
-#[derive(Debug, Args)]
-pub struct TrainingArgs {
-    #[command(flatten)]
-    pub train: TrainConfig,
-    #[command(flatten)]
-    pub text: TextArgs,
-    /// Where to compute
-    #[arg(long, value_enum, default_value = "cpu")]
-    pub device: DeviceArg,
-}
-
-/// How a dense model is cut into experts.
-#[derive(Debug, Clone, Args, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct ExpertArgs {
-    /// Nested experts: widths are e/N of the FFN's, in blocks that quantization likes
-    #[arg(long, default_value_t = 4)]
-    pub experts: usize,
-    /// Widths of the experts instead, ascending, ending at the FFN's width
-    #[arg(long, value_delimiter = ',')]
-    pub widths: Vec<usize>,
-    /// How many of the first shells narrow experts have of their own, trained apart from full width; each costs its
-    /// share of the FFN in memory, and no time [default: half of the shells]
-    #[arg(long)]
-    pub own_shells: Option<usize>,
-    /// Width of a router's hidden layer [default: half the hidden size, 16 to 64]
-    #[arg(long)]
-    pub router_hidden_size: Option<usize>,
-    /// Whether narrow experts add the mean of what they leave out
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    pub compensation: bool,
-    /// The dial's default in the checkpoint
-    #[arg(long, default_value_t = 0.5)]
-    pub default_sensitivity: f64,
-}
-
-impl ExpertArgs {
-    /// The options for a model.
-    pub fn options(&self, config: &ModelConfig, seed: u64, force: bool) -> Result<ConvertOptions> {
-        let expert_widths = match self.widths.as_slice() {
-            [] => config::even_widths(config.intermediate_size, self.experts)?,
-            widths => widths.to_vec(),
-        };
-        config::check_widths(&expert_widths, config.intermediate_size)?;
-        ensure!(
-            expert_widths.len() > 1,
-            "--experts or --widths must make two experts or more, found one: that is the dense model"
-        );
-        let own_shells = self.own_shells.unwrap_or(expert_widths.len() / 2);
-        config::check_own_shells(own_shells, expert_widths.len()).context("--own-shells")?;
-        config::check_dial("sensitivity", self.default_sensitivity)?;
-        let hidden_size = self.router_hidden_size.unwrap_or((config.hidden_size / 2).clamp(16, 64));
-        ensure!(hidden_size > 0, "--router-hidden-size must be 1 or more, found 0");
-        Ok(ConvertOptions {
-            expert_widths,
-            own_shells,
-            router: RouterConfig { kind: RouterKind::Mlp, hidden_size, compensation: self.compensation },
-            seed,
-            sensitivity: self.default_sensitivity,
-            force,
-            max_shard_bytes: None,
-        })
-    }
-}
-
-/// Opens a model by folder or hub id.
-pub fn open_model(model: &str) -> Result<Checkpoint> {
-    Checkpoint::open(&dynamoe_model::hub::resolve(model)?)
+        "own-lr" => "it is a constant now; for research, set = [\"separate-lr=VALUE\"] changes it",
+        "distill-hidden" => {
+            "distill is the strength of the whole distillation now; for research, set = [\"distill-hidden=VALUE\"] \
+             changes this part"
+        }
+        "mode" => "it is train = \"all\" or train = \"routers\" now",
+        "accumulation" => {
+            "batch-size is that of a whole step now, and micro-batch what is computed at a time"
+        }
+        "widths" => "experts takes a list of widths now, such as experts = \"2048,4096,11008\"",
+        "own-shells" => "it is separate-shells now",
+        "router-hidden-size" | "compensation" | "default-sensitivity" => {
+            "it is a constant now; what is served is set with the server's --sensitivity"
+        }
+        "no-baselines" => "it is baselines = \"none\" now",
+        "no-oracle" => "the oracle is searched only with oracle = true now",
+        _ => return None,
+    })
 }
 
 /// Puts the keys of `--config FILE.toml` in front of the arguments, as flags of the same names; a flag given
@@ -149,6 +60,9 @@ pub fn from_toml(mut args: Vec<OsString>, cli: &Command) -> Result<Vec<OsString>
     let mut flags = Vec::new();
     for (key, value) in table {
         let name = key.replace('_', "-");
+        if let Some(now) = removed(&name) {
+            bail!("--config {}: key {key:?} is no option any more: {now}", path.display());
+        }
         ensure!(
             name != "config" && command.get_arguments().any(|arg| arg.get_long() == Some(name.as_str())),
             "--config {}: unknown key {key:?}; keys are the flags of `moefy-train {} --help`",
@@ -174,13 +88,12 @@ pub fn from_toml(mut args: Vec<OsString>, cli: &Command) -> Result<Vec<OsString>
     Ok(args)
 }
 
-/// One key's value as arguments; a true boolean is the bare flag, except where the flag takes a value.
+/// One key's value as arguments; a true boolean is the bare flag.
 fn flag_of(flag: &str, value: &toml::Value) -> Result<Option<OsString>> {
     Ok(match value {
         toml::Value::String(text) => Some(format!("{flag}={text}").into()),
         toml::Value::Integer(number) => Some(format!("{flag}={number}").into()),
         toml::Value::Float(number) => Some(format!("{flag}={number}").into()),
-        toml::Value::Boolean(value) if flag == "--compensation" => Some(format!("{flag}={value}").into()),
         toml::Value::Boolean(true) => Some(flag.into()),
         toml::Value::Boolean(false) => None,
         other => bail!("{flag}: expected a string, a number, a boolean or a list of them, found {other}"),
@@ -218,6 +131,16 @@ mod tests {
             let args = args.iter().map(OsString::from).collect();
             format!("{:#}", from_toml(args, &Cli::command()).unwrap_err())
         };
+        for (line, now) in [
+            ("warmup = 0.1", "set ="),
+            ("own_shells = 2", "separate-shells"),
+            ("compensation = false", "constant"),
+            ("no-baselines = true", "baselines = \"none\""),
+        ] {
+            fs::write(file.path(), line).unwrap();
+            let told = error(&["moefy-train", "run", "--config", path]);
+            assert!(told.contains("no option any more") && told.contains(now), "{line}: {told}");
+        }
         fs::write(file.path(), "[lr]\na = 1\n").unwrap();
         assert!(error(&["moefy-train", "run", "--config", path]).contains("--lr: expected a string"));
         fs::write(file.path(), "lerning-rate = 1\n").unwrap();

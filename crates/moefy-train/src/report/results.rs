@@ -93,6 +93,38 @@ pub struct Curve {
     pub points: Vec<Point>,
 }
 
+/// A width this little outside a curve's ends is taken for the end: a width is met only to within a token or two.
+const NEAR_AN_END: f64 = 0.01;
+
+impl Curve {
+    /// A curve of `points` in any order.
+    pub fn sorted(name: &str, description: &str, mut points: Vec<Point>) -> Self {
+        points.sort_by(|a, b| a.mean_width.total_cmp(&b.mean_width));
+        Self { name: name.to_owned(), description: description.to_owned(), points }
+    }
+
+    /// A quantity at a mean width, linear between the two measured points around it; none where the curve does not
+    /// reach.
+    pub fn at(&self, width: f64, value: impl Fn(&Point) -> f64) -> Option<f64> {
+        at_width(&self.points, width, value)
+    }
+}
+
+/// A quantity of a curve's points at a mean width: see [`Curve::at`].
+pub fn at_width(points: &[Point], width: f64, value: impl Fn(&Point) -> f64) -> Option<f64> {
+    let mut known: Vec<(f64, f64)> = points.iter().map(|point| (point.mean_width, value(point))).collect();
+    known.retain(|(width, value)| width.is_finite() && value.is_finite());
+    known.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (first, last) = (known.first()?, known.last()?);
+    if width <= first.0 || width >= last.0 {
+        let end = if width <= first.0 { first } else { last };
+        return ((end.0 - width).abs() <= NEAR_AN_END).then_some(end.1);
+    }
+    let above = known.partition_point(|(known, _)| *known < width);
+    let ((w0, v0), (w1, v1)) = (known[above - 1], known[above]);
+    Some(v0 + (v1 - v0) * (width - w0) / (w1 - w0))
+}
+
 /// A line of the training log (metrics.jsonl).
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainMetrics {
@@ -167,4 +199,27 @@ pub struct Report {
     pub pairs: Vec<PairsPoint>,
     /// Coloured sample texts.
     pub samples: Vec<Sample>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn losses_are_linear_between_points_and_absent_outside() {
+        let points = [(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)];
+        let point = |(mean_width, loss)| Point { mean_width, loss, ..Point::default() };
+        let curve = Curve { points: points.map(point).to_vec(), ..Curve::default() };
+        for (width, expected) in [
+            (0.25, Some(3.0)),
+            (0.375, Some(2.5)),
+            (0.75, Some(1.5)),
+            (1.0, Some(1.0)),
+            (0.245, Some(3.0)),
+            (0.2, None),
+        ] {
+            assert_eq!(curve.at(width, |point| point.loss), expected, "{width}");
+        }
+        assert_eq!(Curve::default().at(0.5, |point| point.loss), None);
+    }
 }

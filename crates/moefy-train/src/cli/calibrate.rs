@@ -1,0 +1,48 @@
+//! `calibrate`: measures a dense model's neurons on text.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::options::{TextArgs, open_model};
+use super::print;
+use moefy_train::data::{CALIBRATION_TOKENS, DataSource, SampleShape, Split, Texts, calibration_batches};
+use moefy_train::prepare;
+use moefy_train::train::TrainConfig;
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true)]
+    data: Vec<DataSource>,
+    /// Tokens to read
+    #[arg(long, default_value_t = CALIBRATION_TOKENS)]
+    tokens: usize,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = TrainConfig::SEQUENCE_LENGTH)]
+    sequence_length: usize,
+    /// File to write
+    #[arg(long, default_value = "calibration.safetensors")]
+    out: PathBuf,
+    #[command(flatten)]
+    text: TextArgs,
+}
+
+pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
+    let source = open_model(&args.model)?;
+    let texts = Texts::open(source.dir(), source.config(), &args.text.options())?;
+    let shape = SampleShape { batch_size: TrainConfig::BATCH_SIZE, sequence_length: args.sequence_length };
+    let batches = texts.training(&args.data, Split::All, shape, 0)?;
+    let measured = prepare::calibrate(&source, &calibration_batches(&batches, args.tokens))?;
+    measured.save(&args.out)?;
+    print(&format_args!(
+        "{}: {} tokens, {} layers",
+        args.out.display(),
+        measured.tokens,
+        measured.layers.len()
+    ))
+}

@@ -1,0 +1,79 @@
+//! `finetune`: trains a converted model.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::Args;
+use dynamoe_model::RoutedModel;
+use dynamoe_model::checkpoint::refuse_overlap;
+
+use super::options::{ExistingArgs, TextArgs, TrainingArgs, heading, open_model};
+use super::{print, stopped};
+use moefy_train::data::DataSource;
+use moefy_train::pipeline::{HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, TrainJob, Training};
+use moefy_train::train::Stop;
+
+#[derive(Debug, Args)]
+pub struct FinetuneArgs {
+    /// Converted model
+    #[arg(long, help_heading = heading::INPUT)]
+    model: String,
+    /// Dense model to distill from: a folder or a hub id [default: the model itself, at full width, as it is now]
+    #[arg(long, help_heading = heading::INPUT)]
+    teacher: Option<String>,
+    /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true, value_name = "PATH[:WEIGHT]", help_heading = heading::INPUT)]
+    data: Vec<DataSource>,
+    #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
+    training: TrainingArgs,
+    /// Folder of the trained checkpoint
+    #[arg(long, value_name = "DIR", help_heading = heading::OUTPUT)]
+    out: PathBuf,
+    #[command(flatten)]
+    existing: ExistingArgs,
+}
+
+pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
+    let recipe = Recipe { train: args.training.config()?, ..Recipe::default() };
+    recipe.train.validate()?;
+    let read: Vec<&Path> = args.data.iter().map(|data| data.path.as_path()).collect();
+    let existing = args.existing.existing();
+    RunFolder::check(&args.out, existing, &read)?;
+    let device = args.training.steps.device.open()?;
+    let inputs = Inputs {
+        model: args.model.clone(),
+        data: args.data.clone(),
+        held_out: HeldOut::Nothing,
+        text: args.text.options(),
+    };
+    let lab = Lab::open(inputs, &device, stop)?;
+    let batches = lab.batches(&recipe.train)?;
+    let teacher = match (&args.teacher, recipe.train.has_teacher()) {
+        (Some(teacher), true) => Some(RoutedModel::load(&open_model(teacher)?, &device)?),
+        (None, true) => Some(lab.teacher()?),
+        (_, false) => None,
+    };
+    refuse_overlap(lab.model.dir(), &args.out)?;
+    let mut settings = lab.settings()?;
+    settings["train"] = recipe.settings()?["train"].clone();
+    settings["teacher"] = args.teacher.as_deref().into();
+    let folder = RunFolder::prepare(&args.out, existing, &read, &settings)?;
+    let job = TrainJob {
+        source: &lab.model,
+        teacher: teacher.as_ref(),
+        batches: &batches,
+        state_dir: &folder.training("state"),
+        label: recipe.train.method.label(),
+    };
+    let model = match recipe.train(&lab, &job)? {
+        Training::Stopped(step) => return stopped(step),
+        Training::Finished(model, _) => model,
+    };
+    let calibration = Lab::calibration(&batches);
+    let method = recipe.train.method;
+    Publication { source: &lab.model, model: &model, method, calibration: &calibration }.publish(&folder)?;
+    let tokens = recipe.train.steps() * recipe.train.tokens_per_step();
+    print(&format_args!("{}: trained on {tokens} tokens", args.out.display()))
+}

@@ -1,0 +1,288 @@
+//! Arguments that several commands share, and what they stand for in the library.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use dynamoe_model::Checkpoint;
+
+use moefy_train::data::{DOCUMENT_MARKER, DataSource, TEXT_FIELD, TextFormat, TextOptions};
+use moefy_train::methods::Method;
+use moefy_train::pipeline::{Existing, HeldOut, Inputs};
+use moefy_train::prepare::{ExpertConfig, Experts};
+use moefy_train::train::{TrainConfig, Trained, Tuning};
+
+/// Headings of `--help`, in the order of a command's arguments.
+pub mod heading {
+    pub const INPUT: &str = "Model and text";
+    pub const EXPERTS: &str = "Experts";
+    pub const TRAINING: &str = "Training";
+    pub const REPORT: &str = "Report";
+    pub const OUTPUT: &str = "Output";
+}
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    /// The processor
+    Cpu,
+    /// The first NVIDIA GPU; needs a build with `--features cuda`
+    Cuda,
+}
+
+impl DeviceArg {
+    /// Opens the device.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda => Device::new_cuda(0).context(
+                "--device cuda: no GPU can be used; this needs an NVIDIA GPU and a build with `--features cuda`",
+            ),
+        }
+    }
+}
+
+/// How text files are read.
+#[derive(Debug, Args)]
+#[command(next_help_heading = heading::INPUT)]
+pub struct TextArgs {
+    /// What stands between two documents of a .txt file
+    #[arg(long, value_name = "TEXT", default_value = DOCUMENT_MARKER)]
+    marker: String,
+    /// The field of a .jsonl file's lines that holds the text
+    #[arg(long, value_name = "NAME", default_value = TEXT_FIELD)]
+    field: String,
+    /// Folder of tokenized text [default: $XDG_CACHE_HOME/dynamoe or ~/.cache/dynamoe]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+}
+
+impl TextArgs {
+    /// As the library takes it.
+    pub fn options(&self) -> TextOptions {
+        let format = TextFormat { marker: self.marker.clone(), field: self.field.clone() };
+        TextOptions { format, cache_dir: self.cache_dir.clone() }
+    }
+}
+
+/// The dense model and the texts of commands that train and measure.
+#[derive(Debug, Args)]
+#[command(next_help_heading = heading::INPUT)]
+pub struct InputArgs {
+    /// Dense model: a folder or a hub id
+    #[arg(long)]
+    model: String,
+    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    #[arg(long, required = true, value_name = "PATH[:WEIGHT]")]
+    data: Vec<DataSource>,
+    /// Text to evaluate on [default: a held-out part of --data]
+    #[arg(long, value_name = "PATH")]
+    valid: Vec<DataSource>,
+    #[command(flatten)]
+    text: TextArgs,
+}
+
+impl InputArgs {
+    /// As the library takes it.
+    pub fn inputs(&self) -> Inputs {
+        Inputs {
+            model: self.model.clone(),
+            data: self.data.clone(),
+            held_out: HeldOut::files_or_tail(&self.valid),
+            text: self.text.options(),
+        }
+    }
+}
+
+/// How a dense model is cut into experts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = heading::EXPERTS)]
+pub struct ExpertArgs {
+    /// Nested experts: a count (their widths are then even, in blocks that quantization likes), or their widths,
+    /// ascending, separated by commas
+    #[arg(long, value_name = "COUNT|WIDTHS", default_value_t = ExpertConfig::default().experts)]
+    experts: Experts,
+    /// Number of leading shells with separate weights for the smaller experts: more memory, same speed
+    /// [default: half of the shells]
+    #[arg(long, value_name = "COUNT")]
+    separate_shells: Option<usize>,
+}
+
+impl ExpertArgs {
+    /// As the library takes it.
+    pub fn config(&self) -> ExpertConfig {
+        ExpertConfig { experts: self.experts.clone(), separate_shells: self.separate_shells }
+    }
+}
+
+/// Parses a method by its name; `--help` shows the sentence on each.
+pub fn method_parser() -> impl TypedValueParser<Value = Method> {
+    let value = |method: Method| PossibleValue::new(method.name()).help(method.description());
+    PossibleValuesParser::new(Method::ALL.map(value)).try_map(|name| name.parse::<Method>())
+}
+
+/// Methods separated by commas, or `none`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Methods(pub Vec<Method>);
+
+impl std::str::FromStr for Methods {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "none" {
+            return Ok(Self(Vec::new()));
+        }
+        Ok(Self(text.split(',').map(|name| name.trim().parse()).collect::<Result<_>>()?))
+    }
+}
+
+/// Which weights are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TrainArg {
+    /// Everything
+    All,
+    /// Routers only
+    Routers,
+}
+
+/// How long and how fast a command trains, whatever the method.
+#[derive(Debug, Args)]
+#[command(next_help_heading = heading::TRAINING)]
+pub struct StepArgs {
+    /// Training tokens; steps follow from this and the batch
+    #[arg(long, default_value_t = TrainConfig::TOKENS)]
+    pub tokens: u64,
+    /// Sequences in a step
+    #[arg(long, default_value_t = TrainConfig::BATCH_SIZE)]
+    batch_size: usize,
+    /// Sequences computed at a time: fewer need less memory [default: --batch-size]
+    #[arg(long)]
+    micro_batch: Option<usize>,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = TrainConfig::SEQUENCE_LENGTH)]
+    sequence_length: usize,
+    /// Peak learning rate
+    #[arg(long, default_value_t = TrainConfig::LR)]
+    lr: f64,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Change a constant of training, for research; docs/method.md lists them. May be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Steps between checkpoints of the training
+    #[arg(long, default_value_t = TrainConfig::SAVE_EVERY, help_heading = heading::OUTPUT)]
+    save_every: u64,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu", help_heading = heading::OUTPUT)]
+    pub device: DeviceArg,
+}
+
+impl StepArgs {
+    /// The settings with every other one at its default, and these constants to begin with.
+    pub fn config(&self, mut tuning: Tuning) -> Result<TrainConfig> {
+        for assignment in &self.set {
+            tuning.set(assignment).with_context(|| format!("--set {assignment}"))?;
+        }
+        Ok(TrainConfig {
+            tokens: self.tokens,
+            batch_size: self.batch_size,
+            micro_batch: self.micro_batch,
+            sequence_length: self.sequence_length,
+            lr: self.lr,
+            seed: self.seed,
+            save_every: self.save_every,
+            tuning,
+            ..TrainConfig::default()
+        })
+    }
+}
+
+/// How and where a command trains.
+#[derive(Debug, Args)]
+#[command(next_help_heading = heading::TRAINING)]
+pub struct TrainingArgs {
+    /// How tokens get their widths in training
+    #[arg(long, value_parser = method_parser(), default_value_t = TrainConfig::default().method)]
+    pub method: Method,
+    /// Which weights are trained
+    #[arg(long, value_enum, default_value = "all")]
+    train: TrainArg,
+    /// Strength of the distillation from the dense model, from 0 (none) to 1
+    #[arg(long, default_value_t = TrainConfig::DISTILL)]
+    distill: f64,
+    /// Mean width that most sequences are trained near
+    #[arg(long, value_name = "WIDTH", default_value_t = TrainConfig::FOCUS)]
+    focus: f64,
+    #[command(flatten)]
+    pub steps: StepArgs,
+}
+
+impl TrainingArgs {
+    /// As the library takes it.
+    pub fn config(&self) -> Result<TrainConfig> {
+        Ok(TrainConfig {
+            method: self.method,
+            train: match self.train {
+                TrainArg::All => Trained::All,
+                TrainArg::Routers => Trained::Routers,
+            },
+            distill: self.distill,
+            focus: self.focus,
+            ..self.steps.config(Tuning::default())?
+        })
+    }
+}
+
+/// What becomes of an output folder that is not empty; by default it is refused.
+#[derive(Debug, Args)]
+#[command(next_help_heading = heading::OUTPUT)]
+pub struct ExistingArgs {
+    /// Replace an existing output folder
+    #[arg(long, conflicts_with = "resume")]
+    force: bool,
+    /// Continue an interrupted run in the output folder
+    #[arg(long)]
+    resume: bool,
+}
+
+impl ExistingArgs {
+    /// As the library takes it.
+    pub fn existing(&self) -> Existing {
+        Existing { force: self.force, resume: self.resume }
+    }
+}
+
+/// Opens a model by folder or hub id.
+pub fn open_model(model: &str) -> Result<Checkpoint> {
+    Checkpoint::open(&dynamoe_model::hub::resolve(model)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_are_a_list_or_none() {
+        assert_eq!("none".parse::<Methods>().unwrap().0, []);
+        assert_eq!("dense, static".parse::<Methods>().unwrap().0, [Method::Dense, Method::Static]);
+        assert!("dense,wide".parse::<Methods>().unwrap_err().to_string().contains("\"wide\""));
+    }
+
+    /// What the command line leaves out is what the library leaves out.
+    #[test]
+    fn defaults_are_the_librarys() {
+        #[derive(clap::Parser)]
+        struct Defaults {
+            #[command(flatten)]
+            training: TrainingArgs,
+            #[command(flatten)]
+            experts: ExpertArgs,
+        }
+        let defaults = <Defaults as clap::Parser>::parse_from(["defaults"]);
+        assert_eq!(defaults.training.config().unwrap(), TrainConfig::default());
+        assert_eq!(defaults.experts.config(), ExpertConfig::default());
+    }
+}

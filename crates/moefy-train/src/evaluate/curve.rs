@@ -1,0 +1,95 @@
+//! Loss against width: the curves of a report.
+
+use anyhow::Result;
+use dynamoe::TrainableFfn;
+use dynamoe_model::RoutedModel;
+
+use super::oracle::Oracle;
+use super::score::{Policy, score};
+use super::{Dial, Setting, as_point, point};
+use crate::data::{PaddedBatch, subsample};
+use crate::report::results::{Curve, Point};
+
+/// Mean widths at which curves are measured, besides both ends of the dial.
+pub const WIDTHS: [f64; 9] = [0.3, 0.375, 0.45, 0.5, 0.55, 0.625, 0.75, 0.875, 0.95];
+
+/// Tokens on which the oracle searches: it takes tens of passes.
+const ORACLE_TOKENS: usize = 8_000;
+/// Improvements that the oracle tries for each batch.
+const ORACLE_ROUNDS: usize = 6;
+/// Prices of a token's whole width, nats.
+const ORACLE_PRICES: [f64; 5] = [0.2, 0.5, 1.0, 2.0, 4.0];
+
+/// A trained model and what its curve is measured with.
+pub struct Probe<'a> {
+    /// The model.
+    pub model: &'a RoutedModel,
+    /// Held-out text.
+    pub batches: &'a [PaddedBatch],
+    /// Mean widths to measure at, besides both ends of the dial.
+    pub widths: &'a [f64],
+    /// Seed of random widths.
+    pub seed: u64,
+}
+
+impl Probe<'_> {
+    /// `H_e / I` of each expert.
+    pub fn width_shares(&self) -> Vec<f64> {
+        self.model.config().width_shares()
+    }
+
+    /// Those of [`Probe::widths`] that are between the ends of the dial.
+    pub fn widths_between(&self) -> impl Iterator<Item = f64> {
+        let narrowest = self.width_shares()[0];
+        self.widths.iter().copied().filter(move |&width| width > narrowest && width < 1.0)
+    }
+
+    /// Measures one sensitivity for all layers.
+    ///
+    /// # Errors
+    /// No tokens to score.
+    pub fn at(&self, sensitivity: f64) -> Result<Point> {
+        point(self.model, self.batches, &Setting::uniform(sensitivity, self.model.config().num_hidden_layers))
+    }
+
+    /// Measures a mean width, through the table of budgets in the model's configuration.
+    ///
+    /// # Errors
+    /// No tokens to score; a model without such a table.
+    pub fn at_budget(&self, width: f64) -> Result<Point> {
+        point(self.model, self.batches, &Setting::of(Dial::Budget(width), self.model)?)
+    }
+
+    /// Measures widths drawn at random for each token and layer, with this mean.
+    ///
+    /// # Errors
+    /// No tokens to score.
+    pub fn at_random(&self, mean: f64) -> Result<Point> {
+        let scored = score(self.model, self.batches, &Policy::Random { mean, seed: self.seed })?;
+        Ok(Point { budget: Some(mean), ..as_point(self.model, &scored) })
+    }
+}
+
+/// What hindsight reaches with the same weights: the oracle's curve. `ffns` are the model's, first layer first.
+///
+/// It is searched on the first documents only; its loss there, less the full-width loss there, is added to the
+/// full-width loss on all of `batches`, so that it compares with the other curves.
+///
+/// # Errors
+/// No tokens to score.
+pub fn oracle_curve(model: &RoutedModel, ffns: &[TrainableFfn], batches: &[PaddedBatch]) -> Result<Curve> {
+    let layers = model.config().num_hidden_layers;
+    let some = subsample(batches, ORACLE_TOKENS);
+    let full = Setting::uniform(1.0, layers);
+    let offset = point(model, batches, &full)?.loss - point(model, &some, &full)?.loss;
+    let oracle = Oracle { model, ffns, rounds: ORACLE_ROUNDS };
+    let points = ORACLE_PRICES.iter().map(|&price| {
+        let found = oracle.score(&some, &vec![0.5; layers], price)?;
+        let point = as_point(model, &found);
+        let loss = point.loss + offset;
+        Ok(Point { loss, perplexity: loss.exp(), ..point })
+    });
+    let description = "The same weights routed with knowledge of the next token, by descent: a bound that a router \
+                       could aim for, not one it can reach.";
+    Ok(Curve::sorted("oracle routing", description, points.collect::<Result<_>>()?))
+}

@@ -1,0 +1,145 @@
+//! What the stages of a recipe share: the model that they start from, the text, the device.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use dynamoe_model::{Checkpoint, RoutedModel, hub};
+use serde_json::{Value, json};
+
+use crate::data::{
+    Batches, CALIBRATION_TOKENS, DataSource, PaddedBatch, SampleShape, Split, TextOptions, Texts,
+    calibration_batches, subsample,
+};
+use crate::train::{Stop, TrainConfig};
+
+/// The text on which results are measured.
+#[derive(Debug, Clone)]
+pub enum HeldOut {
+    /// None is needed: all text is trained on.
+    Nothing,
+    /// The end of the training text.
+    Tail,
+    /// Text of its own.
+    Files(Vec<DataSource>),
+}
+
+impl HeldOut {
+    /// `files`, or without any the end of the training text.
+    pub fn files_or_tail(files: &[DataSource]) -> Self {
+        if files.is_empty() { Self::Tail } else { Self::Files(files.to_vec()) }
+    }
+
+    /// The files, if it is any.
+    pub fn files(&self) -> &[DataSource] {
+        match self {
+            Self::Files(files) => files,
+            Self::Nothing | Self::Tail => &[],
+        }
+    }
+}
+
+/// What a command reads, as a user names it.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// The model: a folder or a hub id.
+    pub model: String,
+    /// Text to train on.
+    pub data: Vec<DataSource>,
+    /// Text to measure on.
+    pub held_out: HeldOut,
+    /// How text is read.
+    pub text: TextOptions,
+}
+
+impl Inputs {
+    /// The files that are read.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.data.iter().chain(self.held_out.files()).map(|source| source.path.as_path())
+    }
+}
+
+/// The inputs, opened.
+pub struct Lab<'a> {
+    /// What was opened.
+    pub inputs: Inputs,
+    /// The model that all stages start from.
+    pub model: Checkpoint,
+    /// Reads text for it.
+    pub texts: Texts,
+    /// Where to compute.
+    pub device: &'a Device,
+    /// Asks trainings to stop.
+    pub stop: &'a Stop,
+}
+
+impl<'a> Lab<'a> {
+    /// Opens the model and its tokenizer.
+    ///
+    /// # Errors
+    /// What is missing or broken.
+    pub fn open(inputs: Inputs, device: &'a Device, stop: &'a Stop) -> Result<Self> {
+        let model = Checkpoint::open(&hub::resolve(&inputs.model)?)?;
+        let texts = Texts::open(model.dir(), model.config(), &inputs.text)?;
+        Ok(Self { inputs, model, texts, device, stop })
+    }
+
+    /// The training batches of a recipe.
+    ///
+    /// # Errors
+    /// Text that is unreadable or too short; sequences longer than the model's positions.
+    pub fn batches(&self, train: &TrainConfig) -> Result<Batches> {
+        let split = match self.inputs.held_out {
+            HeldOut::Tail => Split::Train,
+            HeldOut::Nothing | HeldOut::Files(_) => Split::All,
+        };
+        let shape = SampleShape { batch_size: train.micro_batch(), sequence_length: train.sequence_length };
+        self.texts.training(&self.inputs.data, split, shape, train.seed)
+    }
+
+    /// The first training batches, to calibrate on.
+    pub fn calibration(batches: &Batches) -> Vec<PaddedBatch> {
+        calibration_batches(batches, CALIBRATION_TOKENS)
+    }
+
+    /// Text to measure on, about `tokens` of it at most.
+    ///
+    /// # Errors
+    /// Text that is unreadable or too short.
+    pub fn held_out(&self, sequence_length: usize, tokens: usize) -> Result<Vec<PaddedBatch>> {
+        let files = self.inputs.held_out.files();
+        Ok(subsample(&self.texts.held_out(&self.inputs.data, files, sequence_length)?, tokens))
+    }
+
+    /// The model as a teacher.
+    ///
+    /// # Errors
+    /// Tensors that do not fit.
+    pub fn teacher(&self) -> Result<RoutedModel> {
+        RoutedModel::load(&self.model, self.device)
+    }
+
+    /// All of the inputs that decides a result.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn settings(&self) -> Result<Value> {
+        Ok(json!({
+            "model": self.model.fingerprint()?,
+            "data": describe_sources(&self.inputs.data)?,
+            "valid": describe_sources(self.inputs.held_out.files())?,
+            "marker": self.inputs.text.format.marker,
+            "field": self.inputs.text.format.field,
+        }))
+    }
+}
+
+fn describe_sources(sources: &[DataSource]) -> Result<Value> {
+    let describe = |source: &DataSource| -> Result<Value> {
+        let path = source.path.display().to_string();
+        let bytes = fs::metadata(&source.path).with_context(|| path.clone())?.len();
+        Ok(json!({ "path": path, "weight": source.weight, "bytes": bytes }))
+    };
+    sources.iter().map(describe).collect::<Result<Vec<_>>>().map(Value::from)
+}

@@ -1,0 +1,222 @@
+//! How a model is cut and trained, and the stages that do it: convert, train, publish, measure.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device};
+use dynamoe::{RouterConfig, RouterKind};
+use dynamoe_model::checkpoint::save_model;
+use dynamoe_model::tensors::expected_tensors;
+use dynamoe_model::{Checkpoint, ModelConfig, RoutedModel};
+use serde_json::{Value, json};
+
+use super::folder::RunFolder;
+use super::lab::Lab;
+use crate::data::{Batches, PaddedBatch};
+use crate::evaluate::budget;
+use crate::evaluate::curve::Probe;
+use crate::methods::Method;
+use crate::prepare::{self, ExpertConfig};
+use crate::report::results::{Curve, TrainMetrics};
+use crate::train::{Outcome, TrainConfig, TrainModel, Trainer};
+
+/// All that decides a checkpoint besides the model and the text.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Recipe {
+    /// How the model is cut.
+    pub experts: ExpertConfig,
+    /// How it is trained.
+    pub train: TrainConfig,
+}
+
+/// What [`Recipe::train`] works with.
+pub struct TrainJob<'a> {
+    /// The checkpoint to train.
+    pub source: &'a Checkpoint,
+    /// Its dense origin, where distillation asks for it.
+    pub teacher: Option<&'a RoutedModel>,
+    /// Training batches.
+    pub batches: &'a Batches,
+    /// Where checkpoints of the training and metrics go.
+    pub state_dir: &'a Path,
+    /// Shown in front of the progress.
+    pub label: &'a str,
+}
+
+/// How a training ended.
+pub enum Training {
+    /// With a trained model and the log of all steps.
+    Finished(Box<TrainModel>, Vec<TrainMetrics>),
+    /// It was asked to stop; the state after this many steps is saved.
+    Stopped(u64),
+}
+
+impl Recipe {
+    /// Checks the settings, also against the model.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn validate(&self, config: &ModelConfig) -> Result<()> {
+        self.train.validate()?;
+        self.experts.options(config, self.train.seed).map(drop)
+    }
+
+    /// The settings as JSON, without those that do not decide the result.
+    ///
+    /// # Errors
+    /// Never: the settings are plain data.
+    pub fn settings(&self) -> Result<Value> {
+        let mut train = serde_json::to_value(&self.train)?;
+        // how often to save and log does not decide the result
+        for (object, key) in [("", "save-every"), ("/tuning", "log-every")] {
+            if let Some(settings) = train.pointer_mut(object).and_then(Value::as_object_mut) {
+                settings.remove(key);
+            }
+        }
+        Ok(json!({ "train": train, "experts": self.experts }))
+    }
+
+    /// Measures the lab's dense model on `calibration` and converts it into `out`, unless that was done before.
+    ///
+    /// # Errors
+    /// A model that cannot be converted; a place that cannot be written.
+    pub fn convert(&self, lab: &Lab<'_>, calibration: &[PaddedBatch], out: &Path) -> Result<Checkpoint> {
+        if !out.join("config.json").is_file() {
+            let measured = prepare::calibrate(&lab.model, calibration)?;
+            let options = self.experts.options(lab.model.config(), self.train.seed)?;
+            prepare::convert(&lab.model, Some(&measured), &options, out)?;
+        }
+        Checkpoint::open(out)
+    }
+
+    /// Trains a converted checkpoint (or, with [`Method::Dense`], a dense one) to the end or until asked to stop.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::run`]; a model that the method cannot train.
+    pub fn train(&self, lab: &Lab<'_>, job: &TrainJob<'_>) -> Result<Training> {
+        let model = TrainModel::new(&self.trained_config(job.source)?, &self.train, &mut |name, shape| {
+            job.source.tensor(name, shape, DType::F32, lab.device)
+        })?;
+        ensure!(!model.params().is_empty(), "nothing to train with these options");
+        let (outcome, metrics) = Trainer {
+            config: &self.train,
+            model: &model,
+            batches: job.batches,
+            teacher: job.teacher.filter(|_| self.train.has_teacher()),
+            state_dir: Some(job.state_dir),
+            fingerprint: &job.source.fingerprint()?,
+            stop: lab.stop,
+            label: job.label,
+        }
+        .run()?;
+        Ok(match outcome {
+            Outcome::Finished => Training::Finished(Box::new(model), metrics),
+            Outcome::Stopped(step) => Training::Stopped(step),
+        })
+    }
+
+    /// The configuration in which the method trains `source`: with its router, or with static routing.
+    fn trained_config(&self, source: &Checkpoint) -> Result<ModelConfig> {
+        let mut config = source.config().clone();
+        match &mut config.dynamoe {
+            Some(section) => {
+                if !self.train.method.has_router() {
+                    section.router =
+                        RouterConfig { kind: RouterKind::Static, hidden_size: 0, ..section.router.clone() };
+                }
+                section.budgets.clear();
+            }
+            None if self.train.method == Method::Dense => {}
+            None => bail!(
+                "{}: a dense model; run `moefy-train convert` first, or `moefy-train run` for all steps",
+                source.dir().display()
+            ),
+        }
+        Ok(config)
+    }
+
+    /// Loss against width of a trained model, on held-out text.
+    ///
+    /// # Errors
+    /// No text to measure on.
+    pub fn measure(&self, model: &RoutedModel, held_out: &[PaddedBatch], widths: &[f64]) -> Result<Curve> {
+        self.train.method.curve(&Probe { model, batches: held_out, widths, seed: self.train.seed })
+    }
+}
+
+/// A trained model on its way to a checkpoint.
+pub struct Publication<'a> {
+    /// The checkpoint that training started from: its types and shards are kept.
+    pub source: &'a Checkpoint,
+    /// The trained weights.
+    pub model: &'a TrainModel,
+    /// The method that trained them.
+    pub method: Method,
+    /// Text on which the dial is solved.
+    pub calibration: &'a [PaddedBatch],
+}
+
+impl Publication<'_> {
+    /// Scales the dial, solves the table of budgets and puts the checkpoint into `folder`. Returns the model as it was
+    /// written.
+    ///
+    /// Routers trained with a price have their scores rescaled first, so that the dial's range is that of the widths
+    /// (see [`budget::dial_scale`]).
+    ///
+    /// # Errors
+    /// The file system's; weights that are not finite.
+    pub fn publish(&self, folder: &RunFolder) -> Result<RoutedModel> {
+        if self.method.rescales_dial() {
+            match budget::dial_scale(&self.model.routed()?, self.calibration)? {
+                Some((scale, shift)) => self.model.rescale_routers(scale, shift)?,
+                None => {
+                    tracing::warn!(
+                        "the routers know few widths: the dial keeps the scale it was trained with"
+                    )
+                }
+            }
+        }
+        let config = self.with_budgets(&budget::TABLE)?;
+        let path = folder.training("final");
+        write_model(self.source, self.model, &config, &path)?;
+        folder.publish(&path)?;
+        self.routed(&config)
+    }
+
+    /// The model's configuration with a table of budgets, solved for `widths`.
+    ///
+    /// # Errors
+    /// A model without a `dynamoe` section.
+    pub fn with_budgets(&self, widths: &[f64]) -> Result<ModelConfig> {
+        let mut config = self.model.config().clone();
+        let dynamoe = config.dynamoe.as_mut().context("a trained model has a dynamoe section")?;
+        dynamoe.budgets = budget::table(&self.model.routed()?, self.calibration, widths)?;
+        Ok(config)
+    }
+
+    /// The trained model as it is served, under a configuration of its dial.
+    ///
+    /// # Errors
+    /// Tensors that do not fit.
+    pub fn routed(&self, config: &ModelConfig) -> Result<RoutedModel> {
+        RoutedModel::from_tensors(config, &mut |name, _| self.model.tensor(name))
+    }
+}
+
+/// Writes a trained model as the new folder `out`, in the types of the checkpoint that it came from.
+///
+/// # Errors
+/// The file system's; weights that are not finite.
+pub fn write_model(source: &Checkpoint, model: &TrainModel, config: &ModelConfig, out: &Path) -> Result<()> {
+    if out.exists() {
+        fs::remove_dir_all(out).with_context(|| format!("removing {}", out.display()))?;
+    }
+    let mut weights = BTreeMap::new();
+    for (name, _) in expected_tensors(config) {
+        let tensor = model.tensor(&name)?.to_device(&Device::Cpu)?;
+        weights.insert(name, tensor);
+    }
+    save_model(source, &weights, config.dynamoe.as_ref(), out, false)
+}

@@ -1,0 +1,231 @@
+//! The whole way for one model: convert, train, publish, measure, compare with baselines, report.
+//!
+//! `OUT` is the finished checkpoint's folder; `OUT/training` keeps what a resumed run needs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use dynamoe_model::checkpoint::write_atomic;
+use dynamoe_model::{Checkpoint, RoutedModel};
+use serde_json::Value;
+
+use super::folder::RunFolder;
+use super::lab::Lab;
+use super::recipe::{Publication, Recipe, TrainJob, Training};
+use crate::data::{Batches, PaddedBatch, Pairs};
+use crate::evaluate::cost::Cost;
+use crate::evaluate::curve::{WIDTHS, oracle_curve};
+use crate::evaluate::samples::{SampleLimits, samples};
+use crate::evaluate::{Dial, Setting, pairs_point, point};
+use crate::methods::Method;
+use crate::report;
+use crate::report::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
+use crate::train::Outcome;
+
+/// Tokens on which curves are measured at most, where no number is given.
+pub const EVAL_TOKENS: usize = 200_000;
+
+/// What a run makes, besides its checkpoint, for the report.
+#[derive(Debug, Clone)]
+pub struct ReportOptions {
+    /// Methods trained alike, for comparison.
+    pub baselines: Vec<Method>,
+    /// Whether the oracle's curve is searched.
+    pub oracle: bool,
+    /// Tokens that curves are measured on at most.
+    pub eval_tokens: usize,
+    /// Minimal pairs to score.
+    pub pairs: Option<PathBuf>,
+}
+
+/// A run, its inputs opened and checked before anything is written.
+pub struct Run<'a> {
+    lab: Lab<'a>,
+    recipe: Recipe,
+    options: ReportOptions,
+    batches: Batches,
+    held_out: Vec<PaddedBatch>,
+    calibration: Vec<PaddedBatch>,
+    pairs: Option<Pairs>,
+}
+
+impl<'a> Run<'a> {
+    /// Reads all that the run needs.
+    ///
+    /// # Errors
+    /// What is missing, broken or does not fit; settings that contradict the model.
+    pub fn prepare(lab: Lab<'a>, recipe: Recipe, options: ReportOptions) -> Result<Self> {
+        recipe.train.validate()?;
+        ensure!(
+            lab.model.config().dynamoe.is_none(),
+            "{}: is a DynaMoE checkpoint already; `finetune` trains it on, `export --dense` makes a dense one of it",
+            lab.model.dir().display()
+        );
+        recipe.validate(lab.model.config())?;
+        let batches = lab.batches(&recipe.train)?;
+        let held_out = lab.held_out(recipe.train.sequence_length, options.eval_tokens)?;
+        let pairs = options.pairs.as_deref().map(|path| lab.texts.pairs(path)).transpose()?;
+        let calibration = Lab::calibration(&batches);
+        Ok(Self { lab, recipe, options, batches, held_out, calibration, pairs })
+    }
+
+    /// The folder of the dense model.
+    pub fn model_dir(&self) -> &Path {
+        self.lab.model.dir()
+    }
+
+    /// All that decides the result, to be compared when the run is resumed.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn settings(&self) -> Result<Value> {
+        let mut settings = self.lab.settings()?;
+        settings["recipe"] = self.recipe.settings()?;
+        settings["eval-tokens"] = self.options.eval_tokens.into();
+        Ok(settings)
+    }
+
+    /// Runs all stages. A stage whose result is in the folder already is not repeated.
+    ///
+    /// # Errors
+    /// Those of the stages.
+    pub fn run(self, folder: &RunFolder) -> Result<Outcome> {
+        let started = Instant::now();
+        let converted = self.recipe.convert(&self.lab, &self.calibration, &folder.training("converted"))?;
+        let teacher = self.lab.teacher()?;
+        let full = Setting::uniform(1.0, teacher.config().num_hidden_layers);
+        let dense_loss = point(&teacher, &self.held_out, &full)?.loss;
+
+        let method = self.recipe.train.method;
+        let state = folder.training("state");
+        let (model, metrics) = match self.train(&self.recipe, &converted, &teacher, &state)? {
+            Training::Finished(model, metrics) => (model, metrics),
+            Training::Stopped(step) => return Ok(Outcome::Stopped(step)),
+        };
+        tracing::info!("solving the dial on training text");
+        let publication =
+            Publication { source: &converted, model: &model, method, calibration: &self.calibration };
+        let routed = publication.publish(folder)?;
+
+        tracing::info!("measuring the curve on held-out text");
+        let mut report = Report {
+            title: self.title(),
+            dense_loss: Some(dense_loss),
+            curves: vec![self.recipe.measure(&routed, &self.held_out, &WIDTHS)?],
+            training: vec![(method.label().to_owned(), metrics)],
+            samples: self.samples(&routed)?,
+            pairs: self.score_pairs(&routed)?,
+            ..Report::default()
+        };
+        self.write(&mut report, folder, started)?;
+        if self.options.oracle && method.has_router() {
+            tracing::info!("searching for the oracle's routes");
+            report.curves.push(oracle_curve(&model.routed()?, &model.detached_ffns()?, &self.held_out)?);
+        }
+        drop(model);
+        for &baseline in &self.options.baselines {
+            let Some((curve, metrics)) = self.baseline(baseline, &converted, &teacher, folder)? else {
+                return Ok(Outcome::Stopped(self.recipe.train.steps()));
+            };
+            if baseline == Method::Dense {
+                report.dense_finetuned_loss = curve.points.first().map(|point| point.loss);
+            }
+            report.curves.push(curve);
+            report.training.push((baseline.label().to_owned(), metrics));
+        }
+        self.write(&mut report, folder, started)?;
+        Ok(Outcome::Finished)
+    }
+
+    fn train(
+        &self,
+        recipe: &Recipe,
+        source: &Checkpoint,
+        teacher: &RoutedModel,
+        state_dir: &Path,
+    ) -> Result<Training> {
+        let label = recipe.train.method.label();
+        let job = TrainJob { source, teacher: Some(teacher), batches: &self.batches, state_dir, label };
+        recipe.train(&self.lab, &job)
+    }
+
+    /// A baseline's curve and training log, trained now unless they are there; none if asked to stop.
+    fn baseline(
+        &self,
+        method: Method,
+        source: &Checkpoint,
+        teacher: &RoutedModel,
+        folder: &RunFolder,
+    ) -> Result<Option<(Curve, Vec<TrainMetrics>)>> {
+        let done = folder.training(&format!("{method}.json"));
+        if let Ok(bytes) = fs::read(&done) {
+            return serde_json::from_slice(&bytes).with_context(|| format!("reading {}", done.display()));
+        }
+        let mut recipe = self.recipe.clone();
+        recipe.train.method = method;
+        let state = folder.training(&format!("{method}-state"));
+        let Training::Finished(model, metrics) = self.train(&recipe, source, teacher, &state)? else {
+            return Ok(None);
+        };
+        let curve = recipe.measure(&model.routed()?, &self.held_out, &WIDTHS)?;
+        write_atomic(&done, &serde_json::to_vec(&(&curve, &metrics))?)?;
+        fs::remove_dir_all(&state).with_context(|| format!("removing {}", state.display()))?;
+        Ok(Some((curve, metrics)))
+    }
+
+    fn budgets(&self, model: &RoutedModel, widths: &[f64]) -> Result<Vec<Setting>> {
+        widths.iter().map(|&width| Setting::of(Dial::Budget(width), model)).collect()
+    }
+
+    fn samples(&self, model: &RoutedModel) -> Result<Vec<Sample>> {
+        let settings = self.budgets(model, &[0.35, 0.5, 0.65, 0.8, 1.0])?;
+        let limits = SampleLimits { texts: 2, tokens: 160 };
+        samples(model, &self.lab.texts, &self.held_out, &settings, limits)
+    }
+
+    fn score_pairs(&self, model: &RoutedModel) -> Result<Vec<PairsPoint>> {
+        let Some(pairs) = &self.pairs else { return Ok(Vec::new()) };
+        let settings = self.budgets(model, &[0.35, 0.5, 0.75, 1.0])?;
+        settings.iter().map(|setting| pairs_point(model, pairs, setting)).collect()
+    }
+
+    fn title(&self) -> String {
+        format!("DynaMoE of {}", model_name(&self.lab.inputs.model))
+    }
+
+    /// Writes the report as it is now.
+    fn write(&self, report: &mut Report, folder: &RunFolder, started: Instant) -> Result<()> {
+        report.facts = self.facts(started);
+        report::write(report, folder.out()).map(drop)
+    }
+
+    fn facts(&self, started: Instant) -> Vec<(String, String)> {
+        let config = self.lab.model.config();
+        let train = &self.recipe.train;
+        let tokens = train.steps() * train.tokens_per_step();
+        let sources: Vec<String> =
+            self.lab.inputs.data.iter().map(|s| s.path.display().to_string()).collect();
+        let scored: usize =
+            self.held_out.iter().map(|b| b.weights.iter().filter(|&&w| w > 0.0).count()).sum();
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        [
+            ("Base model", format!("{} ({:?})", self.lab.inputs.model, config.architecture)),
+            ("Parameters", format!("{:.0}", Cost::of(config).dense_parameters())),
+            ("Layers × FFN width", format!("{} × {}", config.num_hidden_layers, config.intermediate_size)),
+            ("Training text", sources.join(", ")),
+            ("Tokens trained", format!("{tokens} in {} steps", train.steps())),
+            ("Held-out tokens", scored.to_string()),
+            ("Seed", train.seed.to_string()),
+            ("Time so far", format!("{:.0} s on {threads} processors", started.elapsed().as_secs_f64())),
+        ]
+        .map(|(label, value)| (label.to_owned(), value))
+        .to_vec()
+    }
+}
+
+/// A model's name for titles: the last part of its path or hub id.
+pub(super) fn model_name(model: &str) -> String {
+    Path::new(model).file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into())
+}

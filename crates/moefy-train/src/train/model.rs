@@ -1,0 +1,170 @@
+//! The model while it is trained: its weights, trained and frozen.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use dynamoe::{TrainableFfn, names};
+use dynamoe_model::model::Backbone;
+use dynamoe_model::ops::RouterWeights;
+use dynamoe_model::{ModelConfig, Params, RoutedModel};
+
+use super::config::{TrainConfig, Trained};
+use crate::methods::Method;
+
+/// A model whose weights are trained, all or the routers' only.
+pub struct TrainModel {
+    config: ModelConfig,
+    params: Params,
+    frozen: BTreeMap<String, Tensor>,
+    pub(super) backbone: Backbone,
+    pub(super) ffns: Vec<TrainableFfn>,
+    pub(super) routers: Vec<Option<RouterWeights>>,
+}
+
+impl TrainModel {
+    /// Takes every tensor of `config`'s model from `get`, in f32; what the settings do not train stays frozen.
+    ///
+    /// # Errors
+    /// Those of `get`; tensors that do not fit.
+    pub fn new(
+        config: &ModelConfig,
+        train: &TrainConfig,
+        get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        ensure!(
+            config.expert_widths().len() > 1 || !train.method.has_router(),
+            "a checkpoint of one expert has nothing to route: --method dense trains it"
+        );
+        let mut params = Params::new();
+        let mut frozen = BTreeMap::new();
+        let mut take = |name: &str, shape: &[usize]| -> Result<Tensor> {
+            let tensor = get(name, shape)?.to_dtype(DType::F32)?;
+            if is_trained(name, train) {
+                return Ok(params.insert(name, &tensor)?.as_tensor().clone());
+            }
+            frozen.insert(name.to_owned(), tensor.clone());
+            Ok(tensor)
+        };
+        let backbone = Backbone::from_tensors(config, &mut take)?;
+        let (mut ffns, mut routers) = (Vec::new(), Vec::new());
+        for layer in 0..config.num_hidden_layers {
+            let (ffn, router) = layer_weights(config, layer, &mut take)?;
+            ffns.push(ffn);
+            routers.push(router);
+        }
+        Ok(Self { config: config.clone(), params, frozen, backbone, ffns, routers })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.backbone.output_matrix().device()
+    }
+
+    /// What is trained.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The present value of a tensor of the model, trained or frozen, in f32, outside any graph.
+    ///
+    /// # Errors
+    /// A name that the model does not have.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let trained = self.params.get(name).map(Var::as_detached_tensor);
+        trained.or_else(|| self.frozen.get(name).cloned()).with_context(|| format!("no tensor {name}"))
+    }
+
+    /// The FFNs with the present weights, outside any graph, first layer first.
+    ///
+    /// # Errors
+    /// Never, unless the device fails.
+    pub fn detached_ffns(&self) -> Result<Vec<TrainableFfn>> {
+        let ffn = |layer| Ok(layer_weights(&self.config, layer, &mut |name, _| self.tensor(name))?.0);
+        (0..self.config.num_hidden_layers).map(ffn).collect()
+    }
+
+    /// The model as it is served, with the present weights.
+    pub fn routed(&self) -> Result<RoutedModel> {
+        RoutedModel::from_tensors(&self.config, &mut |name, _| self.tensor(name))
+    }
+
+    /// Replaces every router's logits by `scale · logit + shift`: the same routes at another place of the dial.
+    pub fn rescale_routers(&self, scale: f64, shift: f64) -> Result<()> {
+        for (name, var) in self.params.iter() {
+            if name.ends_with(names::ROUTER_FC2_WEIGHT) {
+                var.set(&(var.as_detached_tensor() * scale)?)?;
+            } else if name.ends_with(names::ROUTER_FC2_BIAS) {
+                var.set(&((var.as_detached_tensor() * scale)? + shift)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Each shell's share of the width.
+    pub(super) fn shell_shares(&self) -> Vec<f32> {
+        let widths = self.config.expert_widths();
+        let full = self.config.intermediate_size as f32;
+        dynamoe::swiglu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect()
+    }
+}
+
+/// Whether `name` is trained.
+fn is_trained(name: &str, train: &TrainConfig) -> bool {
+    let of_router = names::is_of_router(name);
+    let compensation = name.ends_with(names::COMPENSATION);
+    let of_narrow = compensation || names::is_own(name);
+    match train.train {
+        Trained::Routers => of_router && (train.method.has_router() || compensation),
+        Trained::All if of_narrow => train.method != Method::Dense,
+        Trained::All => !of_router || train.method.has_router(),
+    }
+}
+
+fn layer_weights(
+    config: &ModelConfig,
+    layer: usize,
+    take: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
+) -> Result<(TrainableFfn, Option<RouterWeights>)> {
+    let (d, i) = (config.hidden_size, config.intermediate_size);
+    let widths = config.expert_widths();
+    let narrower = widths.len() - 1;
+    let mut take = |name: &str, shape: &[usize]| take(&names::mlp(layer, name), shape);
+    let ffn = TrainableFfn {
+        gate_proj: take(names::GATE_PROJ, &[i, d])?,
+        up_proj: take(names::UP_PROJ, &[i, d])?,
+        down_proj: take(names::DOWN_PROJ, &[d, i])?,
+        own: match config.dynamoe.as_ref().map_or(0, |dynamoe| dynamoe.own_width()) {
+            0 => None,
+            p => Some([
+                take(names::OWN_GATE_PROJ, &[p, d])?,
+                take(names::OWN_UP_PROJ, &[p, d])?,
+                take(names::OWN_DOWN_PROJ, &[d, p])?,
+            ]),
+        },
+        compensation: match &config.dynamoe {
+            Some(dynamoe) if dynamoe.router.compensation => Some(take(names::COMPENSATION, &[narrower, d])?),
+            _ => None,
+        },
+        widths,
+    };
+    let router = match &config.dynamoe {
+        Some(dynamoe) if dynamoe.router.kind == dynamoe::RouterKind::Mlp => {
+            let r = dynamoe.router.hidden_size;
+            Some(RouterWeights {
+                fc1: [take(names::ROUTER_FC1_WEIGHT, &[r, d])?, take(names::ROUTER_FC1_BIAS, &[r])?],
+                fc2: [
+                    take(names::ROUTER_FC2_WEIGHT, &[narrower, r])?,
+                    take(names::ROUTER_FC2_BIAS, &[narrower])?,
+                ],
+            })
+        }
+        _ => None,
+    };
+    Ok((ffn, router))
+}
