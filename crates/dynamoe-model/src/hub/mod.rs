@@ -1,0 +1,71 @@
+//! Where a model comes from: a local folder, or the Hugging Face hub.
+
+mod client;
+mod settings;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use client::Hub;
+pub use settings::Settings;
+
+/// The folder of a model given as a local folder or as a hub id `org/name`. From the hub: config.json, the
+/// tokenizer and the safetensors, into the cache that Python's tools use as well, where files that are there already
+/// are not fetched again. [`Settings`] lists the environment variables.
+///
+/// # Errors
+/// Neither a folder nor a hub id, or the hub cannot be reached or does not have the model in safetensors.
+pub fn resolve(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.is_dir() {
+        return Ok(path.to_path_buf());
+    }
+    if path.exists() {
+        bail!("{model}: is a file; give the model's folder");
+    }
+    if !is_hub_id(model) {
+        bail!("{model}: no such folder, and not a hub id (org/name) either");
+    }
+    Hub::new(Settings::from_env()?).fetch(model).with_context(|| {
+        format!(
+            "{model}: no such folder here, and the Hugging Face hub did not deliver it; without a network give a local folder with config.json and *.safetensors"
+        )
+    })
+}
+
+/// Two names of letters, digits, `-`, `_` and `.` with one slash between.
+pub fn is_hub_id(model: &str) -> bool {
+    model.split_once('/').is_some_and(|(org, name)| is_plain(org) && is_plain(name))
+}
+
+/// Whether this is one plain name: it can be part of a path or of an address without leading anywhere else.
+fn is_plain(name: &str) -> bool {
+    let known = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_taken_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(resolve(dir.path().to_str().unwrap()).unwrap(), dir.path());
+        let file = dir.path().join("model.gguf");
+        std::fs::write(&file, "").unwrap();
+        let error = resolve(file.to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("give the model's folder"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_a_hub_id_is_not_asked_for() {
+        for model in ["nothing", "/no/such/folder", "a/b/c", "../x", "org/", "/name", "org/na me", "-x/y", ""]
+        {
+            let error = resolve(model).unwrap_err().to_string();
+            assert!(error.contains("no such folder, and not a hub id"), "{model}: {error}");
+        }
+        assert!(is_hub_id("meta-llama/Llama-3.2-1B"));
+    }
+}
