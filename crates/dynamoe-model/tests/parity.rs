@@ -90,4 +90,12 @@ fixtures! {
     qwen2_window: "qwen2-window",
     qwen2_window_v5: "qwen2-window-v5",
     qwen3: "qwen3",
+    qwen3_attention_bias: "qwen3-attention-bias",
+    qwen3_window_v5: "qwen3-window-v5",
+    llama_head_dim: "llama-head-dim",
+    llama_dynamic_rope: "llama-dynamic-rope",
+    mistral_linear_rope: "mistral-linear-rope",
+    qwen2_linear_rope: "qwen2-linear-rope",
+    qwen2_yarn: "qwen2-yarn",
+    qwen3_yarn_v5: "qwen3-yarn-v5",
 }

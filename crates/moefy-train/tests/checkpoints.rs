@@ -564,19 +564,21 @@ fn broken_configs_are_refused() {
             "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, DynaMoeForCausalLM",
         ],
     );
-    says(&|c| c["architectures"] = json!([]), &["architectures"]);
+    says(
+        &|c| (c["architectures"], c["model_type"]) = (json!([]), Value::Null),
+        &["architectures", "model_type"],
+    );
     says(&|c| c["architectures"] = json!(["DynaMoeForCausalLM"]), &["dynamoe", "not found"]);
     says(&|c| c["hidden_act"] = json!("gelu"), &["hidden_act", "silu", "gelu"]);
     says(&|c| c["mlp_bias"] = json!(true), &["mlp_bias"]);
     says(&|c| c["quantization_config"] = json!({ "quant_method": "gptq" }), &["gptq", "unquantized"]);
-    says(&|c| c["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 4 }), &["yarn", "llama3"]);
+    says(&|c| c["rope_scaling"] = json!({ "rope_type": "longrope", "factor": 4 }), &["longrope", "llama3"]);
     says(&|c| c["rope_scaling"] = json!({ "type": "linear" }), &["rope_scaling", "factor", "missing"]);
     says(&|c| c["hidden_size"] = json!("16"), &["hidden_size", "\"16\""]);
     says(&|c| c["hidden_size"] = json!(0), &["hidden_size", "found 0"]);
     says(&|c| c["vocab_size"] = json!(u64::MAX), &["vocab_size"]);
     says(&|c| c["num_hidden_layers"] = json!(1 << 27), &["num_hidden_layers", "10000"]);
     says(&|c| c["num_key_value_heads"] = json!(3), &["num_key_value_heads", "multiple"]);
-    says(&|c| c["layer_types"] = json!(["full_attention"]), &["layer_types", "2 layers"]);
     says(&|c| c["eos_token_id"] = json!("end"), &["eos_token_id"]);
     says(&|c| c["tie_word_embeddings"] = json!(1), &["tie_word_embeddings", "true or false"]);
     assert_says(Checkpoint::open(Path::new("/nowhere/at/all")), &["/nowhere/at/all", "not a folder"]);
@@ -650,6 +652,22 @@ fn an_index_stays_in_its_folder() {
     assert_says(Checkpoint::open(source.dir()), &["index.json", "JSON"]);
     std::fs::write(&index, good.to_string()).unwrap();
     assert!(Checkpoint::open(source.dir()).is_ok());
+}
+
+#[test]
+fn numbers_that_json_does_not_have_are_read_and_not_written() {
+    let (dir, source) = scratch("LlamaForCausalLM", Dtype::F32, 1);
+    let path = source.dir().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen('{', "{\"temperature\": NaN, \"list\": {\"top_p\": -Infinity},", 1))
+        .unwrap();
+    let source = Checkpoint::open(source.dir()).unwrap();
+    convert(&source, None, &options(), &dir.path().join("out")).unwrap();
+    let written = std::fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    let written: Value = serde_json::from_str(&written).unwrap();
+    assert_eq!((written.get("temperature"), &written["list"]), (None, &json!({})));
+    std::fs::write(&path, text.replace("1e-5", "NaN").replace("0.00001", "NaN")).unwrap();
+    assert_says(Checkpoint::open(source.dir()), &["rms_norm_eps", "NaN"]);
 }
 
 #[test]

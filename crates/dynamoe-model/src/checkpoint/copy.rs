@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::reader::float_dtype;
 use super::writer::{check_finite, to_bytes};
 use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic};
-use crate::config::{ModelConfig, read_json};
+use crate::config::{ModelConfig, read_json, remove_not_finite};
 use crate::tensors::expected_tensors;
 
 /// Bytes of a tensor in memory at a time while it is copied.
@@ -180,8 +180,14 @@ fn copy_companions(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The text of a config.json. Keys whose numbers are not finite are left out: JSON cannot hold these, and Python's
+/// default for them is better than a text that only Python reads.
 fn pretty(config: &Value) -> Result<Vec<u8>> {
-    let mut text = serde_json::to_vec_pretty(config)?;
+    let mut config = config.clone();
+    for key in remove_not_finite(&mut config) {
+        tracing::warn!("config.json: \"{key}\" is not a finite number and is left out of what is written");
+    }
+    let mut text = serde_json::to_vec_pretty(&config)?;
     text.push(b'\n');
     Ok(text)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use super::options::{ExpertArgs, open_model};
+use super::options::{ExpertArgs, open_model, warn_unless_served};
 use super::print;
 use moefy_train::prepare::{self, Calibration};
 
@@ -35,6 +35,7 @@ pub struct ConvertArgs {
 
 pub fn convert(args: &ConvertArgs) -> Result<()> {
     let source = open_model(&args.model)?;
+    warn_unless_served(source.config());
     let mut options = args.experts.config().options(source.config(), args.seed)?;
     options.max_shard_bytes = args.max_shard_bytes;
     options.force = args.force;

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use dynamoe_model::Checkpoint;
+use dynamoe_model::config::engine;
+use dynamoe_model::{Checkpoint, ModelConfig};
 
 use moefy_train::data::{DOCUMENT_MARKER, DataSource, TEXT_FIELD, TextFormat, TextOptions};
 use moefy_train::methods::Method;
@@ -258,6 +259,13 @@ impl ExistingArgs {
 /// Opens a model by folder or hub id.
 pub fn open_model(model: &str) -> Result<Checkpoint> {
     Checkpoint::open(&dynamoe_model::hub::resolve(model)?)
+}
+
+/// Warns of what keeps mistral.rs from serving a model of this configuration, before time is spent on training it.
+pub fn warn_unless_served(config: &ModelConfig) {
+    for refusal in engine::refusals(config) {
+        tracing::warn!("dynamoe-serve will refuse the result: config.json: {refusal}");
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@ use anyhow::Result;
 use clap::Args;
 use dynamoe_model::checkpoint::refuse_overlap;
 
-use super::options::{ExistingArgs, ExpertArgs, InputArgs, Methods, TrainingArgs, heading};
+use super::options::{
+    ExistingArgs, ExpertArgs, InputArgs, Methods, TrainingArgs, heading, warn_unless_served,
+};
 use super::{print, stopped};
 use moefy_train::pipeline::run::{EVAL_TOKENS, ReportOptions, Run};
 use moefy_train::pipeline::{Lab, Recipe, RunFolder};
@@ -69,7 +71,9 @@ pub fn run(args: &RunArgs, stop: &Stop) -> Result<()> {
     let mut read: Vec<&Path> = texts.iter().map(PathBuf::as_path).collect();
     let existing = args.existing.existing();
     RunFolder::check(&args.out, existing, &read)?;
-    let run = Run::prepare(Lab::open(inputs, &device, stop)?, recipe, options)?;
+    let lab = Lab::open(inputs, &device, stop)?;
+    warn_unless_served(lab.model.config());
+    let run = Run::prepare(lab, recipe, options)?;
     let model = run.model_dir().to_owned();
     refuse_overlap(&model, &args.out)?;
     read.push(&model);

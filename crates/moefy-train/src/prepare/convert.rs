@@ -16,7 +16,6 @@ use dynamoe::names;
 use dynamoe::router::logit;
 use rand_distr::{Distribution, Normal};
 use safetensors::Dtype;
-use serde_json::Value;
 
 use super::calibrate::{Calibration, LayerStatistics};
 use crate::random;
@@ -70,11 +69,7 @@ pub fn convert(
     let section = DynaMoeConfig {
         version: version_for(options.own_shells),
         base_architecture: source.config().architecture.name().to_owned(),
-        base_model_type: json
-            .get("model_type")
-            .and_then(Value::as_str)
-            .context("config.json: \"model_type\": expected a string")?
-            .to_owned(),
+        base_model_type: source.config().architecture.model_type().to_owned(),
         expert_widths: options.expert_widths.clone(),
         own_shells: options.own_shells,
         router: options.router.clone(),
