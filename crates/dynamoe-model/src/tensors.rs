@@ -5,13 +5,18 @@ use dynamoe::names;
 
 use crate::config::ModelConfig;
 
+/// The embedding, `(V, D)`.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The output matrix, `(V, D)`; absent where config.json ties it to the embedding.
+pub const LM_HEAD: &str = "lm_head.weight";
+
 /// Every tensor that a model of this configuration reads, with its shape: the dense model's, then those of
 /// [`added_tensors`].
 pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let q = config.num_attention_heads * config.head_dim;
     let kv = config.num_key_value_heads * config.head_dim;
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, d])];
+    let mut tensors = vec![(EMBEDDING.to_owned(), vec![config.vocab_size, d])];
     for layer in 0..config.num_hidden_layers {
         let mut add = |name: &str, shape: &[usize]| {
             tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
@@ -38,7 +43,7 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     }
     tensors.push(("model.norm.weight".to_owned(), vec![d]));
     if !config.tie_word_embeddings {
-        tensors.push(("lm_head.weight".to_owned(), vec![config.vocab_size, d]));
+        tensors.push((LM_HEAD.to_owned(), vec![config.vocab_size, d]));
     }
     tensors.extend(added_tensors(config));
     tensors

@@ -490,6 +490,7 @@ fn open_with_header(damage: impl Fn(&mut Value)) -> anyhow::Result<Checkpoint> {
 
 const NORM: &str = "model.norm.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
+const LM_HEAD: &str = "lm_head.weight";
 
 #[test]
 fn files_that_lie_are_refused() {
@@ -645,13 +646,109 @@ fn an_index_stays_in_its_folder() {
     };
     says(&|i| i["weight_map"][NORM] = json!("model-9.safetensors"), &["model-9.safetensors", "missing"]);
     says(&|i| i["weight_map"][NORM] = json!(3), &[NORM]);
-    says(&|i| i["weight_map"][NORM] = i["weight_map"][EMBEDDING].clone(), &[NORM, "does not hold it"]);
     says(&|i| i["weight_map"] = json!({}), &["weight_map"]);
     says(&|i| *i = json!([]), &["weight_map"]);
     std::fs::write(&index, "{").unwrap();
     assert_says(Checkpoint::open(source.dir()), &["index.json", "JSON"]);
     std::fs::write(&index, good.to_string()).unwrap();
     assert!(Checkpoint::open(source.dir()).is_ok());
+}
+
+#[test]
+fn where_a_tensor_is_only_the_shards_say() {
+    let (_dir, source) = scratch("LlamaForCausalLM", Dtype::F32, 3);
+    let index = source.dir().join("model.safetensors.index.json");
+    let good: Value = serde_json::from_slice(&std::fs::read(&index).unwrap()).unwrap();
+    let opened = |damage: &dyn Fn(&mut Value)| {
+        let mut changed = good.clone();
+        damage(&mut changed["weight_map"]);
+        std::fs::write(&index, changed.to_string()).unwrap();
+        Checkpoint::open(source.dir())
+    };
+    let same = |checkpoint: Checkpoint| {
+        assert!(checkpoint.names().eq(source.names()));
+        assert_eq!(checkpoint.read_bytes(NORM).unwrap(), source.read_bytes(NORM).unwrap());
+    };
+    same(opened(&|map| map[NORM] = map[EMBEDDING].clone()).unwrap());
+    same(opened(&|map| map["no.such.tensor"] = map[NORM].clone()).unwrap());
+    same(opened(&|map| drop(map.as_object_mut().unwrap().shift_remove(NORM))).unwrap());
+    let third = good["weight_map"][NORM].clone();
+    let without = opened(&|map| map.as_object_mut().unwrap().retain(|_, file| *file != third));
+    assert_says(without, &["missing"]);
+}
+
+#[test]
+fn a_decoder_saved_alone_gets_its_prefix() {
+    let (dir, source) = scratch("Qwen2ForCausalLM", Dtype::F32, 1);
+    let (_renamed, renamed) =
+        open_renamed("Qwen2ForCausalLM", |name| name.trim_start_matches("model.").to_owned());
+    let renamed = renamed.unwrap();
+    assert!(renamed.names().eq(source.names()));
+    convert(&renamed, None, &options(), &dir.path().join("out")).unwrap();
+    convert(&source, None, &options(), &dir.path().join("same")).unwrap();
+    let tensors = |out: &str| std::fs::read(dir.path().join(out).join("model.safetensors")).unwrap();
+    assert_eq!(tensors("out"), tensors("same"));
+    // without an output matrix, one that is not the embedding is missing
+    let head = |name: &str| if name == LM_HEAD { "x".to_owned() } else { name.replacen("model.", "", 1) };
+    assert_says(open_renamed("LlamaForCausalLM", head).1, &[LM_HEAD, "missing"]);
+}
+
+/// Opens a checkpoint whose tensors have other names.
+fn open_renamed(architecture: &str, name: impl Fn(&str) -> String) -> (TempDir, anyhow::Result<Checkpoint>) {
+    let (dir, source) = scratch(architecture, Dtype::F32, 1);
+    rewrite(&source, |old, bytes| vec![(name(old), bytes)]);
+    let opened = Checkpoint::open(source.dir());
+    (dir, opened)
+}
+
+/// Writes the weights of `source` anew: `change` makes the tensors of each one's name and bytes.
+fn rewrite(source: &Checkpoint, change: impl Fn(&str, Vec<u8>) -> Vec<(String, Vec<u8>)>) {
+    let mut tensors = Vec::new();
+    for name in source.names() {
+        let info = source.info(name).unwrap();
+        for (name, bytes) in change(name, source.read_bytes(name).unwrap()) {
+            tensors.push((name, info.dtype, info.shape.clone(), bytes));
+        }
+    }
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &source.dir().join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn a_tied_output_matrix_is_left_out_of_what_is_written() {
+    // Qwen2's configuration ties it here
+    let (dir, source) = scratch("Qwen2ForCausalLM", Dtype::BF16, 1);
+    let copy = |name: &str, bytes: Vec<u8>| match name {
+        EMBEDDING => vec![(name.to_owned(), bytes.clone()), (LM_HEAD.to_owned(), bytes)],
+        _ => vec![(name.to_owned(), bytes)],
+    };
+    rewrite(&source, copy);
+    let both = Checkpoint::open(source.dir()).unwrap();
+    assert!(both.names().eq(source.names()));
+    let (converted, trained) = (dir.path().join("converted"), dir.path().join("trained"));
+    convert(&both, None, &options(), &converted).unwrap();
+    let converted = Checkpoint::open(&converted).unwrap();
+    let embedding = Tensor::zeros((20, HIDDEN), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let weights = BTreeMap::from([(EMBEDDING.to_owned(), embedding)]);
+    save_model(&converted, &weights, None, &trained, false).unwrap();
+    export_dense(&Checkpoint::open(&trained).unwrap(), &dir.path().join("back"), false).unwrap();
+    for folder in ["converted", "trained", "back"] {
+        let file = std::fs::read(dir.path().join(folder).join("model.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+        assert!(tensors.tensor(LM_HEAD).is_err(), "{folder}");
+    }
+
+    rewrite(&source, |name, mut bytes| match name {
+        EMBEDDING => {
+            let original = bytes.clone();
+            bytes[7] ^= 1;
+            vec![(name.to_owned(), original), (LM_HEAD.to_owned(), bytes)]
+        }
+        _ => vec![(name.to_owned(), bytes)],
+    });
+    assert_says(Checkpoint::open(source.dir()), &[LM_HEAD, "differs from", "tie_word_embeddings"]);
 }
 
 #[test]

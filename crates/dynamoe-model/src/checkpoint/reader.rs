@@ -1,7 +1,7 @@
 //! Reading a checkpoint folder, which is trusted with nothing: every name, offset and shape is checked before
 //! it is used, and no allocation is larger than the file behind it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -12,8 +12,10 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::Metadata};
 use sha2::{Digest, Sha256};
 
+use super::copy::CHUNK_BYTES;
+use super::writer::check_finite;
 use crate::config::ModelConfig;
-use crate::tensors::expected_tensors;
+use crate::tensors::{EMBEDDING, LM_HEAD, expected_tensors};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -67,9 +69,43 @@ impl Checkpoint {
         } else {
             bail!("{}: neither {SINGLE} nor {INDEX} found: safetensors weights are needed", dir.display());
         };
-        let checkpoint = Self { dir: dir.to_path_buf(), config, shards, tensors };
+        let tensors = with_prefix(tensors);
+        let mut checkpoint = Self { dir: dir.to_path_buf(), config, shards, tensors };
         checkpoint.check_tensors()?;
+        checkpoint.drop_alias()?;
         Ok(checkpoint)
+    }
+
+    /// Forgets the output matrix of a model whose config.json says that it is the embedding: what is written then holds
+    /// the one matrix that is trained, and no second one that stays as it was.
+    fn drop_alias(&mut self) -> Result<()> {
+        if !self.config.tie_word_embeddings || !self.tensors.contains_key(LM_HEAD) {
+            return Ok(());
+        }
+        ensure!(
+            self.holds_the_same(LM_HEAD, EMBEDDING)?,
+            "{}: tensor {LM_HEAD} differs from {EMBEDDING}, but config.json has \"tie_word_embeddings\": true, which makes \
+             them one: set it to false if the model has an output matrix of its own, or else remove {LM_HEAD}",
+            self.dir.display()
+        );
+        self.tensors.remove(LM_HEAD);
+        Ok(())
+    }
+
+    /// Whether two tensors have the same type, shape and bytes.
+    fn holds_the_same(&self, a: &str, b: &str) -> Result<bool> {
+        let (first, second) = (self.known(a)?, self.known(b)?);
+        if (first.dtype, &first.shape) != (second.dtype, &second.shape) {
+            return Ok(false);
+        }
+        let len = first.len;
+        for start in (0..len).step_by(CHUNK_BYTES) {
+            let range = start..len.min(start + CHUNK_BYTES);
+            if self.read_range(a, range.clone())? != self.read_range(b, range)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The folder.
@@ -99,7 +135,7 @@ impl Checkpoint {
 
     /// The type that the model's matrices are stored in (the embedding's).
     pub fn dtype(&self) -> Dtype {
-        self.tensors.get("model.embed_tokens.weight").map_or(Dtype::F32, |info| info.dtype)
+        self.tensors.get(EMBEDDING).map_or(Dtype::F32, |info| info.dtype)
     }
 
     /// A tensor's bytes, little endian, rows first.
@@ -135,10 +171,13 @@ impl Checkpoint {
     /// A tensor of the expected shape, converted to `dtype`, on `device`.
     ///
     /// # Errors
-    /// An unknown name, another shape, a type other than F32, F16 and BF16, a failed read.
+    /// An unknown name, another shape, a type other than F32, F16 and BF16, a value that is NaN or infinite, a failed
+    /// read.
     pub fn tensor(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let stored = self.check(name, shape)?;
         let bytes = self.read_bytes(name)?;
+        check_finite(name, &bytes, self.known(name)?.dtype, shape, 0)
+            .with_context(|| self.dir.display().to_string())?;
         let tensor = Tensor::from_raw_buffer(&bytes, stored, shape, &Device::Cpu)
             .and_then(|t| t.to_device(device)?.to_dtype(dtype));
         tensor.with_context(|| format!("tensor {name}"))
@@ -178,8 +217,12 @@ impl Checkpoint {
         );
         float_dtype(info.dtype).with_context(|| {
             format!(
-                "{path}: tensor {name}: expected type F32, F16 or BF16, found {}: give the unquantized model",
-                info.dtype
+                "{path}: tensor {name}: expected type F32, F16 or BF16, found {}: {}",
+                info.dtype,
+                match info.dtype {
+                    Dtype::F64 => "save the model in F32 first",
+                    _ => "give the unquantized model",
+                }
             )
         })
     }
@@ -212,7 +255,8 @@ pub fn float_dtype(dtype: Dtype) -> Option<DType> {
     }
 }
 
-/// Opens the shards of an index and takes from each the tensors that the index finds there.
+/// Opens the shards that an index names, and takes all tensors that they hold, as transformers does: where a tensor is,
+/// only the shards themselves say. If two shards hold it, the one that the index names for it does.
 fn open_sharded(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)> {
     let path = dir.join(INDEX);
     let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
@@ -223,7 +267,7 @@ fn open_sharded(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)
         .and_then(serde_json::Value::as_object)
         .filter(|map| !map.is_empty())
         .with_context(|| format!("{}: expected a \"weight_map\" of tensors to files", path.display()))?;
-    let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut files = BTreeSet::new();
     for (name, file) in weight_map {
         let file = file.as_str().filter(|file| is_plain_name(file)).with_context(|| {
             format!(
@@ -231,21 +275,33 @@ fn open_sharded(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)
                 path.display()
             )
         })?;
-        by_shard.entry(file).or_default().push(name);
+        files.insert(file);
     }
-    let mut shards = Vec::with_capacity(by_shard.len());
+    let mut shards = Vec::with_capacity(files.len());
     let mut tensors = BTreeMap::new();
-    for (position, (file, names)) in by_shard.into_iter().enumerate() {
-        let (shard, mut found) = open_shard(&dir.join(file), position)?;
-        for name in names {
-            let info = found.remove(name).with_context(|| {
-                format!("{}: says that tensor {name} is in {file}, which does not hold it", path.display())
-            })?;
-            tensors.insert(name.to_owned(), info);
+    for (position, file) in files.into_iter().enumerate() {
+        let (shard, found) = open_shard(&dir.join(file), position)?;
+        for (name, info) in found {
+            let named = weight_map.get(&name).and_then(serde_json::Value::as_str) == Some(file);
+            if named || !tensors.contains_key(&name) {
+                tensors.insert(name, info);
+            }
         }
         shards.push(shard);
     }
     Ok((shards, tensors))
+}
+
+/// The tensors by the names that they have in a whole model. Files that hold the decoder alone leave the prefix
+/// `model.` out.
+fn with_prefix(tensors: BTreeMap<String, TensorInfo>) -> BTreeMap<String, TensorInfo> {
+    const PREFIX: &str = "model.";
+    let decoder_alone = EMBEDDING.strip_prefix(PREFIX).is_some_and(|name| tensors.contains_key(name));
+    if tensors.contains_key(EMBEDDING) || !decoder_alone {
+        return tensors;
+    }
+    let rename = |name: String| if name == LM_HEAD { name } else { format!("{PREFIX}{name}") };
+    tensors.into_iter().map(|(name, info)| (rename(name), info)).collect()
 }
 
 /// Whether `name` is one file name: no separator, not `..`, not absolute.
