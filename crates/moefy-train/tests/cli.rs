@@ -666,6 +666,70 @@ fn wrong_models_are_refused() {
 }
 
 #[test]
+fn a_weight_that_is_not_finite_is_named_by_every_command() {
+    let lab = Lab::new();
+    let weights = lab.path("dense/model.safetensors");
+    let checkpoint = Checkpoint::open(&lab.path("dense")).unwrap();
+    let name = "model.layers.1.self_attn.k_proj.weight";
+    let info = checkpoint.info(name).unwrap();
+    let place = info.offset as usize + 4 * (info.shape[1] + 3);
+    let mut bytes = fs::read(&weights).unwrap();
+    bytes[place..place + 4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    fs::write(&weights, bytes).unwrap();
+    let words = [name, "[1, 3]", "NaN or infinite"];
+    lab.fails(&["evaluate", "--model", "dense", "--data", "valid.txt"], &words);
+    lab.fails(&["calibrate", "--model", "dense", "--data", "train.txt", "--sequence-length", "32"], &words);
+    lab.fails(&["convert", "--model", "dense", "--out", "out"], &words);
+    lab.fails(&run_args("out", "640", &[]), &words);
+}
+
+#[test]
+fn what_cannot_be_served_is_told_before_training() {
+    let lab = Lab::new();
+    let mut config = lab.json("dense/config.json");
+    config["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 2.0 });
+    fs::write(lab.path("dense/config.json"), config.to_string()).unwrap();
+    let output = lab.output(&["convert", "--model", "dense", "--out", "out"]);
+    let told = String::from_utf8(output.stderr.clone()).unwrap();
+    finished(output, &["convert"]);
+    assert!(
+        told.contains("dynamoe-serve will refuse the result") && told.contains("\"rope_scaling\""),
+        "{told}"
+    );
+    assert!(told.contains("yarn"), "{told}");
+}
+
+#[test]
+fn a_token_beyond_the_embedding_is_refused_only_where_text_uses_it() {
+    let lab = Lab::new();
+    let mut tokenizer = lab.json("dense/tokenizer.json");
+    let id = lab.json("dense/config.json")["vocab_size"].as_u64().unwrap();
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(json!({
+        "id": id, "content": "<pad>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": true
+    }));
+    fs::write(lab.path("dense/tokenizer.json"), tokenizer.to_string()).unwrap();
+    assert!(lab.loss("dense").is_finite());
+    fs::write(lab.path("valid.txt"), "a<pad>b").unwrap();
+    let words = ["valid.txt", "\"<pad>\"", &id.to_string()];
+    lab.fails(&["evaluate", "--model", "dense", "--data", "valid.txt", "--documents"], &words);
+}
+
+#[test]
+fn the_ends_of_texts_may_be_named_by_the_tokenizer() {
+    let lab = Lab::new();
+    let expected = lab.loss("dense");
+    let mut config = lab.json("dense/config.json");
+    (config["bos_token_id"], config["eos_token_id"]) = (json!(-1), Value::Null);
+    fs::write(lab.path("dense/config.json"), config.to_string()).unwrap();
+    let evaluate = ["evaluate", "--model", "dense", "--data", "valid.txt"];
+    lab.fails(&evaluate, &["neither bos_token_id nor eos_token_id", "tokenizer_config.json"]);
+    let named = json!({ "bos_token": { "content": BOUNDARY } });
+    fs::write(lab.path("dense/tokenizer_config.json"), named.to_string()).unwrap();
+    assert_eq!(lab.loss("dense"), expected);
+}
+
+#[test]
 fn wrong_texts_are_refused() {
     let lab = Lab::new();
     let file = |name: &str, bytes: &[u8]| fs::write(lab.path(name), bytes).unwrap();

@@ -71,6 +71,11 @@ impl Pairs {
         self.fields.len()
     }
 
+    /// The tokens of each sentence, the boundary first.
+    pub(crate) fn sentences(&self) -> impl Iterator<Item = &[u32]> {
+        self.sentences.iter().map(Vec::as_slice)
+    }
+
     /// All sentences in padded batches of at most `batch_tokens` positions, longest first. A batch's `items` are
     /// sentences: `2i` the good one of pair `i`, `2i + 1` the bad one.
     pub fn batches(&self, batch_tokens: usize) -> impl ExactSizeIterator<Item = PaddedBatch> + '_ {

@@ -4,9 +4,10 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use tokenizers::Tokenizer;
 
+use super::tokenizer::{largest_id, named_ends};
 use super::{
     BATCH_TOKENS, Batches, BatchesConfig, DataSource, DocumentBatches, DocumentLimits, Framing, PaddedBatch,
     Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
@@ -45,6 +46,7 @@ pub struct Texts {
     format: TextFormat,
     cache_dir: PathBuf,
     positions: usize,
+    vocab_size: usize,
 }
 
 /// How held-out text is cut.
@@ -62,13 +64,39 @@ impl Texts {
     /// # Errors
     /// A tokenizer that is missing or does not fit; no folder for caches.
     pub fn open(dir: &Path, config: &ModelConfig, options: &TextOptions) -> Result<Self> {
+        let tokenizer = load_tokenizer(dir, config.vocab_size)?;
+        let (mut bos, mut eos) = (config.bos_token_id, config.eos_token_ids.clone());
+        if bos.is_none() && eos.is_empty() {
+            let [named_bos, named_eos] = named_ends(dir, &tokenizer);
+            (bos, eos) = (named_bos, named_eos.into_iter().collect());
+        }
         Ok(Self {
-            tokenizer: load_tokenizer(dir, config.vocab_size)?,
-            framing: Framing::new(config.bos_token_id, &config.eos_token_ids, config.vocab_size)?,
+            framing: Framing::new(bos, &eos, config.vocab_size)?,
+            tokenizer,
             format: options.format.clone(),
             cache_dir: options.cache_dir.clone().map_or_else(default_cache_dir, Ok)?,
             positions: config.max_position_embeddings,
+            vocab_size: config.vocab_size,
         })
+    }
+
+    /// Refuses tokens of the file at `path` that lie beyond the embedding.
+    fn check_embedded(&self, path: &Path, tokens: &[u32]) -> Result<()> {
+        let Some(token) = tokens.iter().find(|token| **token as usize >= self.vocab_size) else {
+            return Ok(());
+        };
+        let name = self.tokenizer.id_to_token(*token).unwrap_or_default();
+        bail!(
+            "{}: the text holds the token {name:?}, whose id {token} lies beyond the embedding (vocab_size {}): remove it \
+             from the text",
+            path.display(),
+            self.vocab_size
+        )
+    }
+
+    /// Whether the tokenizer has tokens that lie beyond the embedding.
+    fn exceeds_embedding(&self) -> bool {
+        largest_id(&self.tokenizer).is_some_and(|largest| largest as usize >= self.vocab_size)
     }
 
     /// The tokens of a file, from the cache or tokenized now.
@@ -92,6 +120,11 @@ impl Texts {
             &self.cache_dir,
             &progress,
         )?;
+        if self.exceeds_embedding() {
+            for document in 0..cache.documents() {
+                self.check_embedded(&source.path, &cache.document(document))?;
+            }
+        }
         Ok(Arc::new(cache))
     }
 
@@ -169,7 +202,9 @@ impl Texts {
     /// # Errors
     /// Those of [`Pairs::read`].
     pub fn pairs(&self, path: &Path) -> Result<Pairs> {
-        Pairs::read(path, &self.tokenizer, self.framing, self.positions)
+        let pairs = Pairs::read(path, &self.tokenizer, self.framing, self.positions)?;
+        pairs.sentences().try_for_each(|sentence| self.check_embedded(path, sentence))?;
+        Ok(pairs)
     }
 
     /// The text that each token adds.

@@ -3,14 +3,17 @@
 use std::path::Path;
 
 use anyhow::{Context, Error, Result, bail, ensure};
+use serde_json::Value;
 use tokenizers::Tokenizer;
 
-/// Reads `dir/tokenizer.json` for a model with `vocab_size` rows in its embedding.
+/// Reads `dir/tokenizer.json` for a model with `vocab_size` rows in its embedding. Tokens that were added to the
+/// vocabulary may lie beyond the embedding, as a token for padding often does; [`super::Texts`] refuses text that uses
+/// them.
 ///
 /// Truncation and padding that the file may ask for are switched off.
 ///
 /// # Errors
-/// A missing or broken file; a token whose id lies beyond the embedding.
+/// A missing or broken file; a token of the vocabulary itself whose id lies beyond the embedding.
 pub fn load_tokenizer(dir: &Path, vocab_size: usize) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let bytes = std::fs::read(&path).with_context(|| {
@@ -19,7 +22,8 @@ pub fn load_tokenizer(dir: &Path, vocab_size: usize) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_bytes(bytes)
         .map_err(Error::from_boxed)
         .with_context(|| format!("{}: not a tokenizer", path.display()))?;
-    let largest = largest_id(&tokenizer).with_context(|| format!("{}: no tokens", path.display()))?;
+    let largest = tokenizer.get_vocab(false).into_values().max();
+    let largest = largest.with_context(|| format!("{}: no tokens", path.display()))?;
     ensure!(
         (largest as usize) < vocab_size,
         "{}: the tokenizer does not fit the embedding: its largest token id is {largest}, vocab_size is \
@@ -29,6 +33,16 @@ pub fn load_tokenizer(dir: &Path, vocab_size: usize) -> Result<Tokenizer> {
     tokenizer.with_truncation(None).map_err(Error::from_boxed)?;
     tokenizer.with_padding(None);
     Ok(tokenizer)
+}
+
+/// BOS and EOS that `dir/tokenizer_config.json` names, where it does.
+pub(crate) fn named_ends(dir: &Path, tokenizer: &Tokenizer) -> [Option<u32>; 2] {
+    let text = std::fs::read(dir.join("tokenizer_config.json")).unwrap_or_default();
+    let config: Value = serde_json::from_slice(&text).unwrap_or_default();
+    ["bos_token", "eos_token"].map(|key| {
+        let token = config.get(key)?;
+        tokenizer.token_to_id(token.get("content").unwrap_or(token).as_str()?)
+    })
 }
 
 /// The largest token id, added tokens included.
@@ -50,7 +64,10 @@ impl Framing {
     /// A model that has neither, or whose token lies beyond the embedding.
     pub fn new(bos_token_id: Option<u32>, eos_token_ids: &[u32], vocab_size: usize) -> Result<Self> {
         let Some(boundary) = bos_token_id.or(eos_token_ids.first().copied()) else {
-            bail!("config.json has neither bos_token_id nor eos_token_id: documents could not be told apart")
+            bail!(
+                "config.json has neither bos_token_id nor eos_token_id, and neither generation_config.json nor \
+                 tokenizer_config.json names these tokens: documents could not be told apart"
+            )
         };
         ensure!(
             (boundary as usize) < vocab_size,
