@@ -3,6 +3,7 @@
 //! Only this module knows clap. It belongs to the program, not to the library, so nothing can import it.
 
 mod calibrate;
+mod chart;
 mod compare;
 mod convert;
 mod demo;
@@ -54,6 +55,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Write report.html from a run's report.json again
     Report(report::ReportArgs),
+    /// Draw loss against width as one SVG file
+    Chart(chart::ChartArgs),
     /// Say what a checkpoint is
     Inspect(inspect::InspectArgs),
     /// Train a small dense model from scratch: how the demo's base was made
@@ -76,6 +79,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Evaluate(args) => evaluate::evaluate(&args),
         Command::Export(args) => export::export(&args),
         Command::Report(args) => report::report(&args),
+        Command::Chart(args) => chart::chart(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Pretrain(args) => pretrain::pretrain(&args, &*stop_on_signal()?),
     }

@@ -332,7 +332,7 @@ pub(super) fn spread(wanted: &[f64], gap: f64, low: f64, high: f64) -> Vec<f64> 
 }
 
 /// A marker that tells lines apart without colour: disc, square, triangle, diamond.
-fn marker(style: usize, x: f64, y: f64) -> String {
+pub(super) fn marker(style: usize, x: f64, y: f64) -> String {
     match style % 4 {
         0 => format!("M{:.1} {y:.1}a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z", x - 4.5),
         1 => format!("M{:.1} {:.1}h8v8h-8z", x - 4.0, y - 4.0),

@@ -25,8 +25,8 @@ pub(super) struct Styles(Vec<String>);
 /// A line of a legend.
 #[derive(Debug, Serialize)]
 pub(super) struct LegendEntry {
-    class: String,
-    name: String,
+    pub(super) class: String,
+    pub(super) name: String,
     text: String,
 }
 
@@ -115,10 +115,19 @@ const REGRET: Quantity = Quantity {
 /// curve has a finite point.
 pub(super) fn loss_against_width(report: &Report, styles: &Styles) -> Vec<Figure> {
     let regret = report.dense_finetuned_loss.filter(|loss| loss.is_finite()).map(|_| REGRET);
-    [LOSS, PERPLEXITY].into_iter().chain(regret).filter_map(|q| width_chart(report, styles, &q)).collect()
+    [LOSS, PERPLEXITY]
+        .into_iter()
+        .chain(regret)
+        .filter_map(|q| width_chart(report, styles, &q).figure(MAIN.0, MAIN.1))
+        .collect()
 }
 
-fn width_chart(report: &Report, styles: &Styles, q: &Quantity) -> Option<Figure> {
+/// The main chart in nats, in one size; none if no curve has a finite point.
+pub(super) fn loss_figure(report: &Report, styles: &Styles, size: Size) -> Option<Figure> {
+    width_chart(report, styles, &LOSS).figure(size, size)
+}
+
+fn width_chart(report: &Report, styles: &Styles, q: &Quantity) -> Spec {
     let dense = report.dense_finetuned_loss.unwrap_or(f64::NAN);
     let value = |loss: f64| (q.of_loss)(loss, dense);
     let mark = |p: &Point| Mark {
@@ -148,7 +157,6 @@ fn width_chart(report: &Report, styles: &Styles, q: &Quantity) -> Option<Figure>
         references: references.collect(),
         markers: true,
     }
-    .figure(MAIN.0, MAIN.1)
 }
 
 /// Twice the first curve's height above its top, so that a baseline that fails does not flatten the curve.

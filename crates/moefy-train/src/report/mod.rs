@@ -10,6 +10,7 @@ mod format;
 mod headline;
 pub mod results;
 mod samples;
+mod svg;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,8 @@ use serde_json::json;
 use dynamoe_model::checkpoint::write_atomic;
 
 use self::results::Report;
+
+pub use svg::{curve_svg, read_curves};
 
 const TEMPLATE: &str = include_str!("report.html");
 const STYLE: &str = include_str!("report.css");
