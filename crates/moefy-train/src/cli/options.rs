@@ -144,6 +144,8 @@ impl std::str::FromStr for Methods {
 pub enum TrainArg {
     /// Everything
     All,
+    /// What DynaMoE adds: routers, compensation, separate weights. The dense model's weights stay as they are
+    Added,
     /// Routers only
     Routers,
 }
@@ -228,6 +230,7 @@ impl TrainingArgs {
             method: self.method,
             train: match self.train {
                 TrainArg::All => Trained::All,
+                TrainArg::Added => Trained::Added,
                 TrainArg::Routers => Trained::Routers,
             },
             distill: self.distill,

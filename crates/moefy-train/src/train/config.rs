@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::group::Group;
 use super::tuning::Tuning;
 use crate::methods::{Method, Routing};
 
@@ -12,6 +13,9 @@ use crate::methods::{Method, Routing};
 pub enum Trained {
     /// Everything.
     All,
+    /// What a DynaMoE model has beyond its dense origin: routers, compensation, the smaller experts' separate weights.
+    /// The dense model's weights stay as they are, bit for bit.
+    Added,
     /// Routers only. The similarity objective then needs no backward pass through the model; the priced one
     /// needs that of activations, not of weights.
     Routers,
@@ -117,6 +121,18 @@ impl TrainConfig {
         end + (1.0 - end) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
     }
 
+    /// A group's learning rate, as a multiple of the training's; 0 leaves the group as it is. `separate` says whether the
+    /// smaller experts have separate weights, which spare the dense FFN's.
+    pub fn rate(&self, group: Group, separate: bool) -> f64 {
+        match group {
+            Group::Router => self.tuning.router_lr,
+            Group::Separate => self.tuning.separate_lr,
+            Group::DenseFfn if separate && self.method != Method::Dense => self.tuning.shared_lr,
+            Group::DenseFfn => 1.0,
+            Group::Backbone => self.tuning.backbone_lr,
+        }
+    }
+
     /// Share of the dense model's predictions in the target.
     pub fn distill_predictions(&self) -> f64 {
         self.distill * self.tuning.distill_predictions
@@ -177,9 +193,13 @@ impl TrainConfig {
         );
         self.tuning.validate().context("--set")?;
         ensure!(
-            self.train == Trained::All || self.method.has_router(),
+            self.train != Trained::Routers || self.method.has_router(),
             "--train routers needs a --method with a router: priced or similarity, found {}",
             self.method
+        );
+        ensure!(
+            self.train != Trained::Added || self.method != Method::Dense,
+            "--train added leaves nothing to train with --method dense: all weights of a dense model are its own"
         );
         Ok(())
     }

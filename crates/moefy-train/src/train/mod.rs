@@ -4,6 +4,7 @@
 //! the training. Everything random in a step is a function of (seed, step), so a resumed run needs no generator's state.
 
 mod config;
+mod group;
 mod metrics_log;
 mod model;
 pub mod optimizer;
@@ -15,6 +16,7 @@ mod trainer;
 mod tuning;
 
 pub use config::{TrainConfig, Trained};
+pub use group::Group;
 pub use model::TrainModel;
 pub use step::{StepBatch, StepContext, StepLoss};
 pub use stop::Stop;

@@ -10,9 +10,10 @@ use dynamoe_model::ops::RouterWeights;
 use dynamoe_model::{ModelConfig, Params, RoutedModel};
 
 use super::config::{TrainConfig, Trained};
+use super::group::Group;
 use crate::methods::Method;
 
-/// A model whose weights are trained, all or the routers' only.
+/// A model whose weights are trained, all or some.
 pub struct TrainModel {
     config: ModelConfig,
     params: Params,
@@ -36,11 +37,12 @@ impl TrainModel {
             config.expert_widths().len() > 1 || !train.method.has_router(),
             "a checkpoint of one expert has nothing to route: --method dense trains it"
         );
+        let separate = config.dynamoe.as_ref().is_some_and(|section| section.own_shells > 0);
         let mut params = Params::new();
         let mut frozen = BTreeMap::new();
         let mut take = |name: &str, shape: &[usize]| -> Result<Tensor> {
             let tensor = get(name, shape)?.to_dtype(DType::F32)?;
-            if is_trained(name, train) {
+            if is_trained(name, train, separate) {
                 return Ok(params.insert(name, &tensor)?.as_tensor().clone());
             }
             frozen.insert(name.to_owned(), tensor.clone());
@@ -114,16 +116,16 @@ impl TrainModel {
     }
 }
 
-/// Whether `name` is trained.
-fn is_trained(name: &str, train: &TrainConfig) -> bool {
-    let of_router = names::is_of_router(name);
-    let compensation = name.ends_with(names::COMPENSATION);
-    let of_narrow = compensation || names::is_own(name);
-    match train.train {
-        Trained::Routers => of_router && (train.method.has_router() || compensation),
-        Trained::All if of_narrow => train.method != Method::Dense,
-        Trained::All => !of_router || train.method.has_router(),
-    }
+/// Whether the tensor `name` of a model is trained.
+fn is_trained(name: &str, train: &TrainConfig, separate: bool) -> bool {
+    let group = Group::of(name);
+    let routes = train.method.has_router() || name.ends_with(names::COMPENSATION);
+    let wanted = match group {
+        Group::Router => routes && train.method != Method::Dense,
+        Group::Separate => train.method != Method::Dense && train.train != Trained::Routers,
+        Group::DenseFfn | Group::Backbone => train.train == Trained::All,
+    };
+    wanted && train.rate(group, separate) > 0.0
 }
 
 fn layer_weights(

@@ -10,9 +10,9 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
-use dynamoe::names;
 use rayon::prelude::*;
 
+use super::group::Group;
 use dynamoe_model::Params;
 use dynamoe_model::ops::{Gradient, Gradients};
 
@@ -95,11 +95,11 @@ impl AdamW {
             let Some(grad) = grads.get(var) else { continue };
             let moments = self.moments.get_mut(name);
             let moments = moments.with_context(|| format!("no optimizer state for {name}"))?;
-            let lr = match name {
-                _ if names::is_of_router(name) => update.router_lr,
-                _ if names::is_own(name) => update.separate_lr,
-                _ if name.contains(".mlp.") => update.ffn_lr,
-                _ => update.backbone_lr,
+            let lr = match Group::of(name) {
+                Group::Router => update.router_lr,
+                Group::Separate => update.separate_lr,
+                Group::DenseFfn => update.ffn_lr,
+                Group::Backbone => update.backbone_lr,
             };
             let decay = if var.rank() > 1 { update.weight_decay } else { 0.0 };
             let rule = Rule {

@@ -8,6 +8,7 @@ use dynamoe_model::RoutedModel;
 use dynamoe_model::ops::Gradients;
 
 use super::config::TrainConfig;
+use super::group::Group;
 use super::metrics_log::MetricsLog;
 use super::model::TrainModel;
 use super::optimizer::{AdamW, Update};
@@ -15,7 +16,7 @@ use super::state::{self, Saved};
 use super::step::{StepBatch, StepContext, StepLoss};
 use super::stop::Stop;
 use crate::data::{Batches, Origin};
-use crate::methods::{Method, Objective};
+use crate::methods::Objective;
 use crate::progress::Progress;
 use crate::report::results::TrainMetrics;
 
@@ -188,21 +189,18 @@ impl Trainer<'_> {
     /// The optimizer's numbers for a step whose gradients have this norm.
     fn update(&self, step: u64, share: f64, grad_norm: f64) -> Update {
         let tuning = &self.config.tuning;
+        let section = self.model.config().dynamoe.as_ref();
+        let separate = section.is_some_and(|section| section.own_shells > 0);
         let lr = self.config.lr * self.config.lr_share(step);
+        let rate = |group| lr * self.config.rate(group, separate);
         Update {
-            ffn_lr: if self.has_separate_weights() { lr * tuning.shared_lr } else { lr },
-            separate_lr: lr * tuning.separate_lr,
-            backbone_lr: lr * tuning.backbone_lr,
-            router_lr: lr * tuning.router_lr,
+            ffn_lr: rate(Group::DenseFfn),
+            separate_lr: rate(Group::Separate),
+            backbone_lr: rate(Group::Backbone),
+            router_lr: rate(Group::Router),
             weight_decay: tuning.weight_decay,
             scale: share * (tuning.clip / grad_norm.max(1e-12)).min(1.0),
         }
-    }
-
-    /// Whether the smaller experts have separate weights, which spare the dense FFN's.
-    fn has_separate_weights(&self) -> bool {
-        let own_shells = self.model.config().dynamoe.as_ref().map_or(0, |section| section.own_shells);
-        own_shells > 0 && self.config.method != Method::Dense
     }
 
     /// What to say of a step whose `what` is not finite.

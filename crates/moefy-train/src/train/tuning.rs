@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The constants, with where each value comes from. "Measured" means on stories260k, see docs/log.md.
+/// The constants, with where each value comes from. A learning rate of 0 leaves its weights as they are. "Measured" means on stories260k, see docs/log.md.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Tuning {
@@ -98,17 +98,20 @@ impl Tuning {
     /// # Errors
     /// The first rule that is broken.
     pub fn validate(&self) -> Result<()> {
-        let positive = [
+        let positive =
+            [("clip", self.clip), ("temperature", self.temperature), ("focus-power", self.focus_power)];
+        for (name, value) in positive {
+            ensure!(value.is_finite() && value > 0.0, "{name} must be a number above 0, found {value}");
+        }
+        // a rate of 0 leaves a group of weights as it is
+        let rates = [
             ("router-lr", self.router_lr),
             ("separate-lr", self.separate_lr),
             ("shared-lr", self.shared_lr),
             ("backbone-lr", self.backbone_lr),
-            ("clip", self.clip),
-            ("temperature", self.temperature),
-            ("focus-power", self.focus_power),
         ];
-        for (name, value) in positive {
-            ensure!(value.is_finite() && value > 0.0, "{name} must be a number above 0, found {value}");
+        for (name, value) in rates {
+            ensure!(value.is_finite() && value >= 0.0, "{name} must be a number from 0 up, found {value}");
         }
         let ranges = [
             ("warmup", self.warmup, 1.0),
