@@ -18,6 +18,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod export;
+pub mod files;
 pub mod hub;
 pub mod inspect;
 pub mod model;

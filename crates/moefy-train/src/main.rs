@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .log_internal_errors(false) // standard error may be closed, or its disk full
         .without_time()
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
@@ -20,7 +21,7 @@ fn main() -> ExitCode {
     match cli::main(std::env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", cli::message(&error));
+            cli::tell(&format!("error: {}", cli::message(&error)));
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,6 @@
 //! A progress bar where there is a terminal, plain lines where there is none. Both go to standard error.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -43,7 +43,8 @@ impl Progress {
         if let Some(last) = self.plain.filter(|last| last.elapsed() >= PLAIN_EVERY || done == total) {
             let rate = (done - self.first) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
             let left = ((total - done.min(total)) as f64 / rate.max(1e-9)).round();
-            eprintln!("{} {done}/{total} {message} {left:.0} s left", self.label);
+            // a reader that has left must not end the training
+            let _ = writeln!(std::io::stderr(), "{} {done}/{total} {message} {left:.0} s left", self.label);
             self.plain = Some(last + last.elapsed());
         }
     }

@@ -540,6 +540,84 @@ fn sequences_come_out_as_wide_as_they_are_meant_to_be() {
 }
 
 #[test]
+fn what_is_not_trained_stays_bit_for_bit() {
+    let lab = Lab::new();
+    lab.convert();
+    let converted = lab.tensors("converted");
+    let group = |name: &str| match name {
+        _ if [".router.", ".own."].iter().any(|part| name.contains(part)) => "added",
+        _ if name.contains(".mlp.") => "dense FFN",
+        _ => "backbone",
+    };
+    for (out, args, kept) in [
+        ("added", ["--train", "added"], &["dense FFN", "backbone"][..]),
+        ("attention", ["--set", "backbone-lr=0"], &["backbone"]),
+        ("shared", ["--set", "shared-lr=0"], &["dense FFN"]),
+    ] {
+        let frozen = |name: &str| kept.contains(&group(name));
+        lab.ok(&finetune_args(out, &args));
+        let trained = lab.tensors(out);
+        assert_eq!(trained.len(), converted.len(), "{out}");
+        for (name, bytes) in &trained {
+            let same = bytes == &converted[name];
+            assert!(same || !frozen(name), "{out}: {name} was changed");
+            // what is trained moves, but for biases that see no gradient
+            assert!(!same || frozen(name) || name.ends_with("bias"), "{out}: {name} was not trained");
+        }
+    }
+    let words = ["--train added", "--method dense"];
+    lab.fails(&finetune_args("out", &["--train", "added", "--method", "dense"]), &words);
+}
+
+#[test]
+fn a_folder_is_one_processs_at_a_time() {
+    let lab = Lab::new();
+    let tokens = (4000 * STEP).to_string();
+    let args = run_args("out", &tokens, &["--baselines", "none", "--save-every", "1"]);
+    let mut first = lab.command(&args).spawn().unwrap();
+    wait_for(&lab.path("out/training/state/step-00000001"), &mut first);
+    let process = format!("another process ({})", first.id());
+    for more in ["--resume", "--force"] {
+        lab.fails(&[&args[..], &[more]].concat(), &["out: ", &process]);
+    }
+    assert!(first.try_wait().unwrap().is_none(), "the first one goes on");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // a process that was killed holds nothing
+    let resumed = run_args("out", &tokens, &["--baselines", "none", "--save-every", "1", "--resume"]);
+    let mut second = lab.command(&resumed).spawn().unwrap();
+    wait_for(&lab.path("out/training/state/step-00000004"), &mut second);
+    second.kill().unwrap();
+    second.wait().unwrap();
+}
+
+#[test]
+fn a_damaged_state_is_noticed() {
+    let lab = Lab::new();
+    lab.convert();
+    let args = finetune_args("out", &["--save-every", "1"]);
+    lab.ok(&args);
+    let path = lab.path("out/training/state/step-00000005/moments.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(&path, bytes).unwrap();
+    lab.fails(&[&args[..], &["--resume"]].concat(), &["moments.safetensors is damaged", "remove it"]);
+    fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    lab.ok(&[&args[..], &["--resume"]].concat());
+}
+
+#[test]
+fn standard_error_may_be_closed() {
+    let lab = Lab::new();
+    let args = run_args("out", "640", &["--baselines", "none"]);
+    let mut child = lab.command(&args).spawn().unwrap();
+    drop(child.stderr.take());
+    assert!(child.wait().unwrap().success());
+    assert!(lab.path("out/report.html").is_file());
+}
+
+#[test]
 fn every_method_trains() {
     let lab = Lab::new();
     lab.convert();
@@ -741,7 +819,7 @@ fn wrong_texts_are_refused() {
     file("lines.jsonl", b"{\"text\": \"one\"}\n{\"text\": \n");
     file("fields.jsonl", b"{\"body\": \"one\"}\n");
     file("pairs.jsonl", b"{\"good\": \"one\"}\n");
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 10] = [
         ("nothing.txt", &["nothing.txt", "No such file"]),
         ("empty.txt", &["empty.txt", "empty"]),
         ("blank.txt", &["blank.txt", "document"]),
@@ -751,13 +829,14 @@ fn wrong_texts_are_refused() {
         ("lines.jsonl", &["lines.jsonl", "line 2"]),
         ("fields.jsonl", &["fields.jsonl", "line 1", "\"text\""]),
         ("train.txt:x", &["train.txt:x", "not a number"]),
+        ("train.txt:1e12", &["train.txt", "at most"]),
     ];
     for (data, words) in cases {
         let mut args = run_args("out", "640", &[]);
         args[4] = data;
         lab.fails(&args, words);
         assert!(!lab.path("out").exists(), "{data} left an output folder");
-        if data != "tiny.txt" {
+        if !["tiny.txt", "train.txt:1e12"].contains(&data) {
             lab.fails(&["evaluate", "--model", "dense", "--documents", "--data", data], words);
         }
     }

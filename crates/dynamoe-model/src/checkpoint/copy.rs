@@ -14,6 +14,7 @@ use super::reader::float_dtype;
 use super::writer::{check_finite, to_bytes};
 use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic};
 use crate::config::{ModelConfig, read_json, remove_not_finite};
+use crate::files::read_file;
 use crate::tensors::expected_tensors;
 
 /// Bytes of a tensor in memory at a time while it is copied.
@@ -171,12 +172,26 @@ fn copy_companions(from: &Path, to: &Path) -> Result<()> {
         let name = entry.file_name();
         let known = COMPANIONS.iter().any(|start| name.to_string_lossy().starts_with(start));
         if known && entry.path().is_file() {
+            let copying = || format!("{}: copying", entry.path().display());
+            check_link(from, &entry.path()).with_context(copying)?;
             // not fs::copy: a read-only original must not make a read-only copy
-            std::fs::read(entry.path())
-                .and_then(|bytes| std::fs::write(to.join(&name), bytes))
-                .with_context(|| format!("{}: copying", entry.path().display()))?;
+            let bytes = read_file(&entry.path()).with_context(copying)?;
+            std::fs::write(to.join(&name), bytes).with_context(copying)?;
         }
     }
+    Ok(())
+}
+
+/// Refuses a link out of the model's folder, except into the store of the hub's cache (`blobs`, two folders up), whose
+/// snapshots are links: a copy would give away what it points to.
+fn check_link(folder: &Path, file: &Path) -> Result<()> {
+    let (folder, target) = (std::fs::canonicalize(folder)?, std::fs::canonicalize(file)?);
+    let store = folder.parent().and_then(Path::parent).map(|repository| repository.join("blobs"));
+    ensure!(
+        target.starts_with(&folder) || store.is_some_and(|store| target.starts_with(store)),
+        "it is a link to {} outside of the model's folder; put a copy of the file in its place, or remove it",
+        target.display()
+    );
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use super::copy::CHUNK_BYTES;
 use super::writer::check_finite;
 use crate::config::ModelConfig;
+use crate::files::read_file;
 use crate::tensors::{EMBEDDING, LM_HEAD, expected_tensors};
 
 const SINGLE: &str = "model.safetensors";
@@ -190,7 +191,7 @@ impl Checkpoint {
     /// A failed read.
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = Sha256::new();
-        hash.update(std::fs::read(self.dir.join("config.json")).context("config.json")?);
+        hash.update(read_file(&self.dir.join("config.json")).context("config.json")?);
         for shard in &self.shards {
             let mut header = vec![0; shard.header_len as usize];
             shard
@@ -259,7 +260,7 @@ pub fn float_dtype(dtype: Dtype) -> Option<DType> {
 /// only the shards themselves say. If two shards hold it, the one that the index names for it does.
 fn open_sharded(dir: &Path) -> Result<(Vec<Shard>, BTreeMap<String, TensorInfo>)> {
     let path = dir.join(INDEX);
-    let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    let text = read_file(&path).with_context(|| path.display().to_string())?;
     let index: serde_json::Value =
         serde_json::from_slice(&text).with_context(|| format!("{}: not valid JSON", path.display()))?;
     let weight_map = index

@@ -102,7 +102,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = parent.join(temporary_name(&name));
     remove_leftovers(parent, &name);
     let write = || {
-        let mut file = File::create(&temporary)?;
+        // new: in a shared folder somebody may have put a link at this name
+        let mut file = File::create_new(&temporary)?;
         let _ = lock_now(&file);
         file.write_all(bytes)?;
         file.sync_all()?;

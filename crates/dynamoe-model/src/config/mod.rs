@@ -15,6 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use dynamoe::config::DynaMoeConfig;
 use serde_json::Value;
 
+use crate::files::read_text;
+
 pub use json::remove_not_finite;
 use keys::Keys;
 pub use rope::{Llama3Rope, RopeScaling, YarnRope};
@@ -164,7 +166,7 @@ pub fn read_json(dir: &Path) -> Result<Value> {
         );
     }
     let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).with_context(|| {
+    let text = read_text(&path).with_context(|| {
         format!("{}: cannot be read; a model is a folder with config.json and *.safetensors", path.display())
     })?;
     let value = json::parse(text.trim_start_matches('\u{feff}'))
@@ -194,7 +196,7 @@ impl ModelConfig {
         let mut config = Self::from_json(&read_json(dir)?)
             .with_context(|| dir.join("config.json").display().to_string())?;
         let path = dir.join("generation_config.json");
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let text = read_text(&path).unwrap_or_default();
         if let Ok(generation) = json::parse(text.trim_start_matches('\u{feff}')) {
             let keys = Keys(&generation);
             let ids = |key| keys.token_ids(key).with_context(|| path.display().to_string());

@@ -104,6 +104,11 @@ fn print(line: &dyn Display) -> Result<()> {
     }
 }
 
+/// Prints a line to standard error, unless its reader has left.
+pub fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Says that a training was stopped after `step` and how it goes on.
 fn stopped(step: u64) -> Result<()> {
     print(&format_args!("stopped after step {step}; the same command with --resume continues"))
@@ -116,10 +121,10 @@ fn stop_on_signal() -> Result<Arc<Stop>> {
     let asked = Arc::clone(&stop);
     ctrlc::set_handler(move || {
         if asked.ask() || !asked.is_training() {
-            eprintln!("stopped; what is finished is kept, and --resume continues");
+            tell("stopped; what is finished is kept, and --resume continues");
             std::process::exit(130);
         }
-        eprintln!("stopping after the step at hand; again to stop at once");
+        tell("stopping after the step at hand; again to stop at once");
     })
     .context("installing the handler for Ctrl-C")?;
     Ok(stop)

@@ -135,18 +135,27 @@ pub struct Batches {
     order: Mutex<Option<(u64, Arc<Vec<Origin>>)>>,
 }
 
+/// Sequences of an epoch at most: the order of an epoch is kept in memory.
+const LONGEST_EPOCH: u64 = 1 << 28;
+
 impl Batches {
     /// Cuts the sources into chunks.
     ///
     /// # Errors
-    /// No source; a length or batch size of 0; a weight that is not positive; a source with less than one chunk.
+    /// No source; a length or batch size of 0; a weight that is not positive, or so large that an epoch does not fit into
+    /// memory; a source with less than one chunk.
     pub fn new(caches: Vec<WeightedCache>, config: BatchesConfig) -> Result<Self> {
         ensure!(!caches.is_empty(), "expected at least one data source, found none");
         ensure!(config.sequence_length > 0, "the sequence length must be at least 1");
         ensure!(config.batch_size > 0, "the batch size must be at least 1");
         let sources: Result<Vec<Source>> = caches.into_iter().map(|cache| source(cache, config)).collect();
         let sources = sources?;
-        let epoch_length = sources.iter().map(|source| source.draws as u64).sum();
+        let epoch_length = sources.iter().map(|source| source.draws as u64).fold(0, u64::saturating_add);
+        ensure!(
+            epoch_length <= LONGEST_EPOCH,
+            "the weights of the data make an epoch of {epoch_length} sequences: expected at most {LONGEST_EPOCH}; \
+             give smaller weights"
+        );
         Ok(Self { sources, config, epoch_length, order: Mutex::new(None) })
     }
 

@@ -1,8 +1,11 @@
 //! The model's tokenizer and the token that stands between documents.
 
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Error, Result, bail, ensure};
+use dynamoe_model::files::read_file;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -16,12 +19,15 @@ use tokenizers::Tokenizer;
 /// A missing or broken file; a token of the vocabulary itself whose id lies beyond the embedding.
 pub fn load_tokenizer(dir: &Path, vocab_size: usize) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
-    let bytes = std::fs::read(&path).with_context(|| {
+    let bytes = read_file(&path).with_context(|| {
         format!("{}: cannot be read; a model folder needs its tokenizer.json", path.display())
     })?;
-    let mut tokenizer = Tokenizer::from_bytes(bytes)
-        .map_err(Error::from_boxed)
-        .with_context(|| format!("{}: not a tokenizer", path.display()))?;
+    let mut tokenizer = without_panic(|| {
+        let tokenizer = Tokenizer::from_bytes(bytes).map_err(Error::from_boxed)?;
+        try_out(&tokenizer)?;
+        Ok(tokenizer)
+    })
+    .with_context(|| format!("{}: not a tokenizer", path.display()))?;
     let largest = tokenizer.get_vocab(false).into_values().max();
     let largest = largest.with_context(|| format!("{}: no tokens", path.display()))?;
     ensure!(
@@ -42,6 +48,37 @@ pub(crate) fn named_ends(dir: &Path, tokenizer: &Tokenizer) -> [Option<u32>; 2] 
     ["bos_token", "eos_token"].map(|key| {
         let token = config.get(key)?;
         tokenizer.token_to_id(token.get("content").unwrap_or(token).as_str()?)
+    })
+}
+
+/// Reads and writes a little text of many kinds: a file may parse and yet break the tokenizer that it describes.
+fn try_out(tokenizer: &Tokenizer) -> Result<()> {
+    for text in [
+        "",
+        " ",
+        "The quick brown fox, 3.14!\n",
+        "na\u{ef}ve caf\u{e9} \u{4e2d}\u{6587} \u{1f600}\u{200d}",
+        "<s>",
+    ] {
+        let ids = tokenizer.encode_fast(text, true).map_err(Error::from_boxed)?;
+        tokenizer.decode(ids.get_ids(), false).map_err(Error::from_boxed)?;
+        tokenizer.decode(ids.get_ids(), true).map_err(Error::from_boxed)?;
+    }
+    Ok(())
+}
+
+/// Runs code of the tokenizers' library, which panics on some broken files: a panic is an error here, and is not shown.
+fn without_panic<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    static HOOK: Mutex<()> = Mutex::new(());
+    let _alone = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+    let shown = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = std::panic::catch_unwind(AssertUnwindSafe(run));
+    std::panic::set_hook(shown);
+    result.unwrap_or_else(|panic| {
+        let told = panic.downcast_ref::<String>().map(String::as_str);
+        let told = told.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+        bail!("it breaks the tokenizers library ({told}); use the tokenizer.json that came with the model")
     })
 }
 

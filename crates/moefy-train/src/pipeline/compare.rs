@@ -16,6 +16,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::lab::Lab;
+use super::lock::OutputLock;
 use super::recipe::{Publication, Recipe, TrainJob, Training, write_model};
 use super::run::model_name;
 use super::table::{Cell, Table};
@@ -127,6 +128,9 @@ pub fn compare(lab: &Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Opt
     }
     let longest = comparison.variants.iter().map(|v| v.recipe.train.sequence_length).max();
     let held_out = lab.held_out(longest.unwrap_or(256), comparison.eval_tokens)?;
+    fs::create_dir_all(out)
+        .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
+    let _lock = OutputLock::take(out, out)?;
     let bench = Bench { lab, comparison, held_out, out };
     let (mut cells, mut table) = (Vec::new(), None);
     for &seed in &comparison.seeds {

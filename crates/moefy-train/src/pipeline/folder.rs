@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::lock::{LOCK, OutputLock};
 use crate::train::state::differences;
 use dynamoe_model::ModelConfig;
 use dynamoe_model::checkpoint::{refuse_overlap, write_atomic};
@@ -30,6 +31,8 @@ pub struct Existing {
 pub struct RunFolder {
     out: PathBuf,
     created: bool,
+    /// Of the folder of intermediate results.
+    _lock: OutputLock,
 }
 
 impl RunFolder {
@@ -78,7 +81,9 @@ impl RunFolder {
     pub fn prepare(out: &Path, existing: Existing, inputs: &[&Path], settings: &Value) -> Result<Self> {
         Self::check(out, existing, inputs)?;
         let Existing { force, resume } = existing;
-        let path = out.join(TRAINING).join(JOB);
+        let training = out.join(TRAINING);
+        let lock = OutputLock::of_existing(&training, out)?;
+        let path = training.join(JOB);
         if resume && path.is_file() {
             let was = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
             let was: Value =
@@ -94,9 +99,14 @@ impl RunFolder {
         if (force || (!resume && unused(out))) && out.exists() {
             fs::remove_dir_all(out).with_context(|| format!("removing {}", out.display()))?;
         }
-        let folder = Self { out: out.to_owned(), created: !out.exists() };
-        fs::create_dir_all(out.join(TRAINING))
+        let created = !out.exists();
+        fs::create_dir_all(&training)
             .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
+        let lock = match lock {
+            Some(lock) if !created => lock,
+            _ => OutputLock::take(&training, out)?,
+        };
+        let folder = Self { out: out.to_owned(), created, _lock: lock };
         if !path.is_file() {
             write_atomic(&path, &serde_json::to_vec_pretty(settings)?)?;
         }
@@ -138,7 +148,7 @@ impl Drop for RunFolder {
     }
 }
 
-/// Whether a run folder holds nothing but [`JOB`], whole or, after a kill, in part.
+/// Whether a run folder holds nothing but its lock and [`JOB`], whole or, after a kill, in part.
 fn unused(out: &Path) -> bool {
     let all = |dir: &Path, known: &dyn Fn(&str) -> bool| {
         fs::read_dir(dir)
@@ -148,5 +158,5 @@ fn unused(out: &Path) -> bool {
     let training = out.join(TRAINING);
     training.is_dir()
         && all(out, &|name| name == TRAINING)
-        && all(&training, &|name| name == JOB || name.starts_with(&partial))
+        && all(&training, &|name| name == JOB || name == LOCK || name.starts_with(&partial))
 }

@@ -7,6 +7,7 @@
 pub mod compare;
 mod folder;
 mod lab;
+mod lock;
 pub mod pretrain;
 mod recipe;
 pub mod run;

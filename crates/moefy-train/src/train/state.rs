@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
@@ -19,6 +20,8 @@ const PARAMS: &str = "params.safetensors";
 const MOMENTS: &str = "moments.safetensors";
 const STATE: &str = "state.json";
 const PREFIX: &str = "step-";
+/// In front of the name of a checkpoint that is being removed.
+const LEAVING: &str = ".leaving-";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
@@ -29,6 +32,9 @@ struct State {
     /// What the objective has learnt.
     #[serde(default)]
     objective: Vec<f32>,
+    /// SHA-256 of the other files, by name.
+    #[serde(default)]
+    checksums: BTreeMap<String, String>,
 }
 
 /// What a checkpoint holds, besides the settings.
@@ -64,6 +70,10 @@ pub fn save(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: &Saved<'
             config: config.clone(),
             fingerprint: fingerprint.to_owned(),
             objective: objective.state(),
+            checksums: [PARAMS, MOMENTS]
+                .into_iter()
+                .map(|name| Ok((name.to_owned(), checksum(&partial.join(name))?)))
+                .collect::<Result<_>>()?,
         };
         fs::write(partial.join(STATE), serde_json::to_vec_pretty(&state)?)?;
         for name in [PARAMS, MOMENTS, STATE] {
@@ -81,8 +91,11 @@ pub fn save(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: &Saved<'
     }
     let steps = list(dir)?;
     for (_, old) in steps.iter().rev().skip(2) {
-        remove(old)?;
+        // renamed first: a kill must not leave half a checkpoint under a whole one's name
+        let leaving = dir.join(format!("{LEAVING}{}", old.file_name().unwrap_or_default().display()));
+        fs::rename(old, &leaving).with_context(|| format!("removing {}", old.display()))?;
     }
+    remove_leftovers(dir)?;
     Ok(target)
 }
 
@@ -103,6 +116,10 @@ pub fn restore(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: Saved
         let same = TrainConfig { save_every: config.save_every, tuning, ..state.config };
         let other = differences(&serde_json::to_value(same)?, &serde_json::to_value(config)?);
         ensure!(other.is_empty(), "it was started with other options: {}", other.join(", "));
+        for (name, expected) in &state.checksums {
+            let found = checksum(&folder.join(name))?;
+            ensure!(&found == expected, "{name} is damaged: its SHA-256 is not the one in {STATE}");
+        }
         let weights = candle_core::safetensors::load(folder.join(PARAMS), &Device::Cpu).context(PARAMS)?;
         for (name, var) in params.iter() {
             let found = weights.get(name).with_context(|| format!("no tensor {name}"))?;
@@ -137,6 +154,17 @@ pub fn differences(was: &Value, now: &Value) -> Vec<String> {
     keys.into_iter().flat_map(below).collect()
 }
 
+/// Removes checkpoints that are on their way out, also those that a killed process left there.
+fn remove_leftovers(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(LEAVING.as_bytes()) {
+            remove(&entry.path()).with_context(|| format!("removing {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Checkpoints under `dir`, oldest first.
 fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
@@ -150,6 +178,14 @@ fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// SHA-256 of a file, in hexadecimal.
+fn checksum(path: &Path) -> Result<String> {
+    let reading = || format!("reading {}", path.display());
+    let mut digest = Sha256::new();
+    std::io::copy(&mut File::open(path).with_context(reading)?, &mut digest).with_context(reading)?;
+    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn remove(folder: &Path) -> std::io::Result<()> {
