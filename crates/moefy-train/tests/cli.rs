@@ -570,6 +570,20 @@ fn what_is_not_trained_stays_bit_for_bit() {
 }
 
 #[test]
+fn a_run_that_only_adds_is_the_dense_model_at_full_width() {
+    let lab = Lab::new();
+    lab.ok(&run_args("out", "1280", &["--train", "added"]));
+    let report = lab.json("out/report.json");
+    let full = report["curves"][0]["points"].as_array().unwrap().last().unwrap().clone();
+    assert_eq!(full["mean_width"], 1.0);
+    // neurons stand in another order, so sums are rounded otherwise
+    let difference = full["loss"].as_f64().unwrap() - report["dense_loss"].as_f64().unwrap();
+    assert!(difference.abs() < 1e-5, "{difference}");
+    let names: Vec<_> = report["curves"].as_array().unwrap().iter().map(|c| c["name"].clone()).collect();
+    assert_eq!(names, ["DynaMoE", "dense fine-tuned", "static nested", "random routing"]);
+}
+
+#[test]
 fn a_folder_is_one_processs_at_a_time() {
     let lab = Lab::new();
     let tokens = (4000 * STEP).to_string();

@@ -68,8 +68,7 @@ impl CompareArgs {
         methods.retain(|method| *method != common.train.method);
         methods.push(common.train.method);
         let variant = |method: Method| {
-            let mut recipe = common.clone();
-            recipe.train.method = method;
+            let recipe = Recipe { train: common.train.by(method), ..common.clone() };
             Variant { name: method.label().to_owned(), recipe }
         };
         Ok(methods.into_iter().map(variant).collect())

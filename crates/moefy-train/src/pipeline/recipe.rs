@@ -20,7 +20,7 @@ use crate::evaluate::curve::Probe;
 use crate::methods::Method;
 use crate::prepare::{self, ExpertConfig};
 use crate::report::results::{Curve, TrainMetrics};
-use crate::train::{Outcome, TrainConfig, TrainModel, Trainer};
+use crate::train::{Outcome, TrainConfig, TrainModel, Trained, Trainer};
 
 /// All that decides a checkpoint besides the model and the text.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -35,7 +35,7 @@ pub struct Recipe {
 pub struct TrainJob<'a> {
     /// The checkpoint to train.
     pub source: &'a Checkpoint,
-    /// Its dense origin, where distillation asks for it.
+    /// Its dense origin, where distillation asks for it and the source's own dense weights are trained.
     pub teacher: Option<&'a RoutedModel>,
     /// Training batches.
     pub batches: &'a Batches,
@@ -100,11 +100,14 @@ impl Recipe {
             job.source.tensor(name, shape, DType::F32, lab.device)
         })?;
         ensure!(!model.params().is_empty(), "nothing to train with these options");
+        // a model whose dense weights stay as they are is its own teacher: no second copy of them is needed
+        let itself = (self.train.train == Trained::Added).then(|| model.routed()).transpose()?;
+        let teacher = itself.as_ref().or(job.teacher);
         let (outcome, metrics) = Trainer {
             config: &self.train,
             model: &model,
             batches: job.batches,
-            teacher: job.teacher.filter(|_| self.train.has_teacher()),
+            teacher: teacher.filter(|_| self.train.has_teacher()),
             state_dir: Some(job.state_dir),
             fingerprint: &job.source.fingerprint()?,
             stop: lab.stop,

@@ -163,8 +163,7 @@ impl<'a> Run<'a> {
         if let Ok(bytes) = fs::read(&done) {
             return serde_json::from_slice(&bytes).with_context(|| format!("reading {}", done.display()));
         }
-        let mut recipe = self.recipe.clone();
-        recipe.train.method = method;
+        let recipe = Recipe { train: self.recipe.train.by(method), ..self.recipe.clone() };
         let state = folder.training(&format!("{method}-state"));
         let Training::Finished(model, metrics) = self.train(&recipe, source, teacher, &state)? else {
             return Ok(None);

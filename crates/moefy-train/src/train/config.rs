@@ -89,6 +89,15 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
+    /// The same training by another method. Where the method cannot train only some of the weights, it trains all.
+    pub fn by(&self, method: Method) -> Self {
+        let other = Self { method, ..self.clone() };
+        match other.validate() {
+            Ok(()) => other,
+            Err(_) => Self { train: Trained::All, ..other },
+        }
+    }
+
     /// Sequences computed at a time.
     pub fn micro_batch(&self) -> usize {
         self.micro_batch.unwrap_or(self.batch_size)
@@ -233,5 +242,19 @@ mod tests {
             assert!(wrong.validate().is_err(), "{wrong:?}");
         }
         TrainConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn a_baseline_trains_what_its_method_can() {
+        for (train, method, expected) in [
+            (Trained::Added, Method::Static, Trained::Added),
+            (Trained::Added, Method::Dense, Trained::All),
+            (Trained::Routers, Method::Similarity, Trained::Routers),
+            (Trained::Routers, Method::Static, Trained::All),
+        ] {
+            let config = TrainConfig { train, ..TrainConfig::default() }.by(method);
+            assert_eq!((config.method, config.train), (method, expected));
+            config.validate().unwrap();
+        }
     }
 }
