@@ -144,6 +144,21 @@ fn documents_are_split_on_the_marker_and_trimmed() {
 }
 
 #[test]
+fn what_editors_on_windows_add_is_no_text() {
+    let fixture = Fixture::new();
+    let documents = |name: &str, content: &[u8]| read(&fixture.file(name, content), &TextFormat::default());
+    let read = |name: &str, content: &str| documents(name, content.as_bytes()).unwrap();
+    let plain = read("plain.txt", "one\ntwo\n<|endoftext|>\nthree\n");
+    assert_eq!(plain, ["one\ntwo", "three"]);
+    assert_eq!(read("mark.txt", "\u{feff}one\ntwo\n<|endoftext|>\nthree\n"), plain);
+    assert_eq!(read("lines.txt", "one\r\ntwo\r\n<|endoftext|>\r\nthree\r\n"), plain);
+    assert_eq!(read("mark.jsonl", "\u{feff}{\"text\": \"a\\r\\nb\"}\r\n"), ["a\r\nb"]);
+    // a mark elsewhere is a character of the text
+    assert_eq!(read("inside.txt", "a\u{feff}b"), ["a\u{feff}b"]);
+    assert!(message(documents("x.txt", b"\xef\xbb\xbf\xff")).contains("at byte 3"));
+}
+
+#[test]
 fn bad_text_is_refused_with_its_place() {
     let fixture = Fixture::new();
     let format = TextFormat::default();

@@ -29,7 +29,7 @@ use super::source::{DataSource, Documents, TextFormat, open_text};
 use super::tokenizer::{Framing, largest_id};
 
 const MAGIC: &[u8; 8] = b"DYNATOKS";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 96;
 /// Bytes of text tokenized in one parallel batch.
 const BATCH_BYTES: usize = 4 << 20;

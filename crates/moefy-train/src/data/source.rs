@@ -60,7 +60,8 @@ impl Default for TextFormat {
     }
 }
 
-/// The documents of a file in order, each trimmed of white space at both ends; empty ones are left out.
+/// The documents of a file in order, each trimmed of white space at both ends; empty ones are left out. A byte-order mark
+/// is skipped, and the lines of a `.txt` file may end as on Windows.
 pub struct Documents {
     inner: Box<dyn Iterator<Item = Result<String>>>,
 }
@@ -99,7 +100,9 @@ impl Iterator for Documents {
 fn split_on_marker(path: &Path, marker: &str) -> Result<impl Iterator<Item = Result<String>> + use<>> {
     ensure!(!marker.is_empty(), "the marker between documents must not be empty");
     let mut pieces = Pieces::open(path, marker)?;
-    Ok(std::iter::from_fn(move || pieces.next_piece().transpose()))
+    // Windows ends lines with two characters; models know one
+    let lines = |text: String| if text.contains('\r') { text.replace("\r\n", "\n") } else { text };
+    Ok(std::iter::from_fn(move || Some(pieces.next_piece().transpose()?.map(lines))))
 }
 
 fn json_field(path: &Path, field: &str) -> Result<impl Iterator<Item = Result<String>> + use<>> {
@@ -154,6 +157,9 @@ impl Iterator for JsonLines {
     }
 }
 
+/// U+FEFF in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// What stands between the occurrences of a separator; only one piece is in memory at a time.
 struct Pieces {
     path: PathBuf,
@@ -165,12 +171,12 @@ struct Pieces {
 
 impl Pieces {
     fn open(path: &Path, separator: &str) -> Result<Self> {
-        Ok(Self {
-            path: path.to_owned(),
-            reader: BufReader::with_capacity(1 << 20, open_text(path)?),
-            separator: separator.as_bytes().to_vec(),
-            offset: 0,
-        })
+        let mut reader = BufReader::with_capacity(1 << 20, open_text(path)?);
+        // the mark that some editors put in front of UTF-8 is no text
+        let start = reader.fill_buf().with_context(|| format!("{}: cannot be read", path.display()))?;
+        let offset = if start.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
+        reader.consume(offset);
+        Ok(Self { path: path.to_owned(), reader, separator: separator.as_bytes().to_vec(), offset })
     }
 
     fn next_piece(&mut self) -> Result<Option<String>> {
