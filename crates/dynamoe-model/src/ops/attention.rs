@@ -7,10 +7,10 @@ use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 
-use super::attention_cpu::Kernel;
+use super::attention_cpu::{Kernel, Saved};
 use super::cpu::{fusable, read, slice};
 
-/// How rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)` are to be read.
+/// The meaning of rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionShape {
     /// B: sequences.
@@ -23,7 +23,7 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// d: numbers in a head.
     pub head_dim: usize,
-    /// How many keys a query sees at most, itself included; none: all before it.
+    /// Largest number of keys that a query sees, its own included. None: all up to its own.
     pub window: Option<usize>,
 }
 
@@ -65,7 +65,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> R
     attention_composed(q, k, v, shape)
 }
 
-/// [`attention`] out of candle's operations; keeps `(B, H, T, T)` tensors for the backward pass.
+/// [`attention`], composed of candle's operations. The backward pass keeps tensors `(B, H, T, T)`.
 ///
 /// # Errors
 /// As [`attention`].
@@ -94,10 +94,10 @@ fn mask(shape: AttentionShape) -> Vec<f32> {
     (0..t * t).map(|at| if visible(at / t, at % t) { 0.0 } else { f32::NEG_INFINITY }).collect()
 }
 
-/// The operation of one forward and one backward pass.
+/// The operation, for one forward and one backward pass.
 struct Attention {
     kernel: Kernel,
-    /// Of the forward pass, for the backward pass.
+    /// The forward pass leaves them for the backward pass.
     log_sums: OnceLock<Vec<Vec<f32>>>,
 }
 
@@ -138,7 +138,9 @@ impl CustomOp3 for Attention {
         let Some(log_sums) = self.log_sums.get() else {
             bail!("attention: expected the forward pass to run first");
         };
-        let gradients = read([q, k, v, o, g], |inputs| Ok(self.kernel.backward(inputs, log_sums)))?;
+        let gradients = read([q, k, v, o, g], |[q, k, v, o, g]| {
+            Ok(self.kernel.backward(Saved { q, k, v, o, log_sums }, g))
+        })?;
         let tensor = |of: &Tensor, values| Tensor::from_vec(values, of.shape(), of.device()).map(Some);
         Ok((tensor(q, gradients.q)?, tensor(k, gradients.k)?, tensor(v, gradients.v)?))
     }

@@ -1,9 +1,8 @@
 //! Attention on the CPU in f32, one task for each sequence and key/value head.
 //!
-//! [`LANES`] queries (or keys, for the gradients) are computed at once, one in each lane, so that loops vectorise
-//! however small `d` is and no sum runs across lanes. Their scores stand in `T` rows of lanes, which fit the
-//! cache. The backward pass computes them again from the log-sum-exp of each query. With
-//! `P = softmax`, `δ_i = g_i·o_i`:
+//! [`LANES`] queries (or keys, for the gradients) are computed at once, one in each lane. So loops vectorise for any `d`,
+//! and no sum runs across lanes. Scores are `T` rows of lanes, which fit the cache. The backward pass computes them again
+//! from the log-sum-exp of each query. With `P = softmax` and `δ_i = g_i·o_i`:
 //!
 //! ```text
 //! dS_ij = P_ij (g_i·v_j - δ_i) / √d     dq_i = Σ_j dS_ij k_j     dk_j = Σ_i dS_ij q_i     dv_j = Σ_i P_ij g_i
@@ -16,23 +15,22 @@ use rayon::prelude::*;
 use super::AttentionShape;
 use super::cpu::{dot, exp, larger, mul_add, rows_per_task};
 
-/// Queries or keys that are computed at once: two registers, as there are half as many of AVX2.
+/// Queries or keys that are computed at once: two registers of AVX-512, or of AVX2, which has half as many registers.
 const LANES: usize = if cfg!(target_feature = "avx512f") { 32 } else { 16 };
 /// Rows of scores, or columns of a head, whose sums are kept in registers at once.
 const ROWS: usize = 4;
-
 /// Numbers of a head that are computed at once; a multiple of [`ROWS`].
 const COLUMNS: usize = 8;
 
 /// One number for each lane.
 type Lanes = [f32; LANES];
 
-/// The attention of one shape over row-major slices: q, o and their gradients `(B·T, H·d)`, k, v and theirs
+/// Attention of one shape over row-major slices. q, o and their gradients are `(B·T, H·d)`; k, v and their gradients are
 /// `(B·T, K·d)`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Kernel(pub AttentionShape);
 
-/// What the forward pass gives.
+/// The results of the forward pass.
 pub(super) struct Output {
     /// `(B·T, H·d)`
     pub o: Vec<f32>,
@@ -40,11 +38,27 @@ pub(super) struct Output {
     pub log_sums: Vec<Vec<f32>>,
 }
 
-/// Gradients by q, k and v; of a task: `(H / K, T, d)`, `(T, d)`, `(T, d)`.
-pub(super) struct Gradients {
+/// What the backward pass reads: inputs and results of the forward pass.
+#[derive(Clone, Copy)]
+pub(super) struct Saved<'a> {
+    pub q: &'a [f32],
+    pub k: &'a [f32],
+    pub v: &'a [f32],
+    pub o: &'a [f32],
+    pub log_sums: &'a [Vec<f32>],
+}
+
+/// Gradients with respect to q, k and v. Those of a task are `(H / K, T, d)`, `(T, d)` and `(T, d)`.
+pub(super) struct AttentionGradients {
     pub q: Vec<f32>,
     pub k: Vec<f32>,
     pub v: Vec<f32>,
+}
+
+/// Where the rows of one head stand in a row-major matrix: `start`, `start + stride`, …
+struct Place {
+    start: usize,
+    stride: usize,
 }
 
 /// The rows of one head, `(T, d)`, with `d` padded by zeros to whole blocks of [`COLUMNS`].
@@ -60,17 +74,20 @@ struct Panels {
 }
 
 impl Head {
-    /// Takes `factor · x` of a head whose rows `x[start..start + d]` stand `stride` apart.
-    fn new(x: &[f32], (start, stride): (usize, usize), (t, d): (usize, usize), factor: f32) -> Self {
+    /// Copies a head out of `x`.
+    fn new(x: &[f32], place: &Place, shape: &AttentionShape) -> Self {
+        let d = shape.head_dim;
         let width = d.next_multiple_of(COLUMNS);
-        let mut rows = vec![0f32; t * width];
-        for (to, from) in rows.chunks_exact_mut(width).zip(x[start..].chunks(stride)) {
+        let mut rows = vec![0f32; shape.positions * width];
+        for (to, from) in rows.chunks_exact_mut(width).zip(x[place.start..].chunks(place.stride)) {
             copy(&from[..d], &mut to[..d]);
         }
-        if factor != 1.0 {
-            rows.iter_mut().for_each(|x| *x *= factor);
-        }
         Self { rows, width }
+    }
+
+    fn scaled(mut self, factor: f32) -> Self {
+        self.rows.iter_mut().for_each(|x| *x *= factor);
+        self
     }
 
     fn panels(&self) -> Panels {
@@ -85,7 +102,7 @@ impl Head {
         Panels { numbers, width: self.width }
     }
 
-    /// The positions from `first` on, one in each lane: `(d)`, zeros behind T.
+    /// The positions from `first` on, one in each lane: `(d)`. Lanes beyond T are zeros.
     fn lanes(&self, first: usize) -> Vec<Lanes> {
         let mut lanes = vec![[0f32; LANES]; self.width];
         for (l, row) in self.rows.chunks_exact(self.width).skip(first).take(LANES).enumerate() {
@@ -95,7 +112,7 @@ impl Head {
     }
 }
 
-/// Copies a head's few numbers without a call.
+/// Copies a head's few numbers, inlined: a call of memcpy would take longer.
 #[inline(always)]
 fn copy(from: &[f32], to: &mut [f32]) {
     let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<COLUMNS>(), to.as_chunks_mut::<COLUMNS>());
@@ -103,7 +120,7 @@ fn copy(from: &[f32], to: &mut [f32]) {
     from_rest.iter().zip(to_rest).for_each(|(from, to)| *to = *from);
 }
 
-/// `sums_r + Σ a_r b` over pairs of `a` and `b`. Written so that the sums stay in registers.
+/// `sums_r + Σ a_r b` over pairs of `a` and `b`. The four sums are variables of their own, so that they stay in registers.
 #[inline(always)]
 fn add_products<'a, const N: usize>(
     sums: [[f32; N]; ROWS],
@@ -121,15 +138,15 @@ fn add_products<'a, const N: usize>(
     [s0, s1, s2, s3]
 }
 
-/// `out_r = Σ_c a_rc b_c` for the rows of `a` in `range`, whose ends are multiples of [`ROWS`] or T. `out` is made
-/// long enough; it starts at the first of the rows.
+/// `out_r = Σ_c a_rc b_c` for the rows of `a` in `range`, whose ends are multiples of [`ROWS`] or T. `out` is resized and
+/// starts at the first of these rows.
 #[inline(always)]
 fn multiply(a: &Panels, range: &Range<usize>, b: &[Lanes], out: &mut Vec<Lanes>) {
     out.resize(range.len().next_multiple_of(ROWS), [0f32; LANES]);
     let panels = &a.numbers[range.start / ROWS * a.width..range.end.div_ceil(ROWS) * a.width];
     for (panel, out) in panels.chunks_exact(a.width).zip(out.as_chunks_mut::<ROWS>().0) {
         let sums = add_products([[0f32; LANES]; ROWS], panel.iter().copied().zip(b));
-        // one by one: the whole would be copied by a call
+        // one by one: copying the whole array would call memcpy
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
     }
 }
@@ -172,7 +189,7 @@ fn scatter(from: &[Lanes], first: usize, to: &mut [f32], d: usize) {
     }
 }
 
-/// Puts `value` into all lanes but those of `visible`.
+/// Puts `value` into all lanes outside `visible`.
 #[inline(always)]
 fn hide(row: &mut Lanes, visible: &Range<usize>, value: f32) {
     if visible.len() < LANES {
@@ -182,7 +199,7 @@ fn hide(row: &mut Lanes, visible: &Range<usize>, value: f32) {
 }
 
 impl Kernel {
-    /// H / K: query heads of a task.
+    /// H / K: query heads in a task.
     fn group(&self) -> usize {
         self.0.heads / self.0.kv_heads
     }
@@ -195,42 +212,42 @@ impl Kernel {
         self.0.window.unwrap_or(usize::MAX)
     }
 
-    /// Lanes whose query, the first being at `first`, sees the key at `j`: `j ≤ i < j + window`.
+    /// Lanes whose query sees the key at `j`, `j ≤ i < j + window`. Lane 0 is the query at `first`.
     fn queries_seeing(&self, j: usize, first: usize) -> Range<usize> {
         let start = j.saturating_sub(first).min(LANES);
         let end = j.saturating_add(self.window()).saturating_sub(first).min(LANES);
         start..end.max(start)
     }
 
-    /// Lanes whose key, the first being at `first`, the query at `i` sees: `i - window < j ≤ i`.
+    /// Lanes whose key the query at `i` sees, `i - window < j ≤ i`. Lane 0 is the key at `first`.
     fn keys_seen(&self, i: usize, first: usize) -> Range<usize> {
         let start = (i + 1).saturating_sub(self.window()).saturating_sub(first).min(LANES);
         let end = (i + 1).saturating_sub(first).min(LANES);
         start..end.max(start)
     }
 
-    /// A head of q, or of what has its shape.
-    fn query_head(&self, x: &[f32], task: usize, head: usize, factor: f32) -> Head {
+    /// A task's head of q, o or their gradients.
+    fn query_head(&self, x: &[f32], task: usize, head: usize) -> Head {
         let AttentionShape { positions, heads, kv_heads, head_dim: d, .. } = self.0;
         let column = (task % kv_heads) * self.group() + head;
         let start = (task / kv_heads * positions * heads + column) * d;
-        Head::new(x, (start, heads * d), (positions, d), factor)
+        Head::new(x, &Place { start, stride: heads * d }, &self.0)
     }
 
-    /// A head of k or v.
+    /// A task's head of k or v.
     fn key_head(&self, x: &[f32], task: usize) -> Head {
         let AttentionShape { positions, kv_heads, head_dim: d, .. } = self.0;
         let start = (task / kv_heads * positions * kv_heads + task % kv_heads) * d;
-        Head::new(x, (start, kv_heads * d), (positions, d), 1.0)
+        Head::new(x, &Place { start, stride: kv_heads * d }, &self.0)
     }
 
-    /// Keys that one of the queries from `first` on sees, in whole blocks.
+    /// Keys that any of the queries from `first` on sees, in whole blocks.
     fn keys_of(&self, first: usize) -> Range<usize> {
         let start = (first + 1).saturating_sub(self.window());
         start / ROWS * ROWS..(first + LANES).min(self.0.positions)
     }
 
-    /// Queries that see one of the keys from `first` on, in whole blocks.
+    /// Queries that see any of the keys from `first` on, in whole blocks.
     fn queries_of(&self, first: usize) -> Range<usize> {
         let end = (first + LANES - 1).saturating_add(self.window());
         first / ROWS * ROWS..end.checked_next_multiple_of(ROWS).unwrap_or(end).min(self.0.positions)
@@ -240,7 +257,7 @@ impl Kernel {
         self.0.sequences * self.0.kv_heads
     }
 
-    /// `(B·T, columns·d)` from each task's `(columns / K, T, d)`.
+    /// Joins the parts of all tasks, each `(columns / K, T, d)`, to `(B·T, columns·d)`.
     fn assemble<P: AsRef<[f32]> + Sync>(&self, parts: &[P]) -> Vec<f32> {
         let AttentionShape { sequences, positions, kv_heads, head_dim: d, .. } = self.0;
         let per_task = parts.first().map_or(0, |part| part.as_ref().len() / (positions * d).max(1));
@@ -268,16 +285,14 @@ impl Kernel {
         Output { o: self.assemble(&outputs), log_sums }
     }
 
-    /// Gradients by q, k and v from that by o.
-    pub(super) fn backward(&self, [q, k, v, o, g]: [&[f32]; 5], log_sums: &[Vec<f32>]) -> Gradients {
-        let parts: Vec<Gradients> = (0..self.tasks())
-            .into_par_iter()
-            .map(|task| self.backward_task([q, k, v, o, g], &log_sums[task], task))
-            .collect();
-        let gradient = |part: fn(&Gradients) -> &Vec<f32>| {
+    /// Gradients with respect to q, k and v; `g` is that with respect to o.
+    pub(super) fn backward(&self, saved: Saved<'_>, g: &[f32]) -> AttentionGradients {
+        let tasks = (0..self.tasks()).into_par_iter();
+        let parts: Vec<AttentionGradients> = tasks.map(|task| self.backward_task(saved, g, task)).collect();
+        let gradient = |part: fn(&AttentionGradients) -> &Vec<f32>| {
             self.assemble(&parts.iter().map(|gradients| part(gradients).as_slice()).collect::<Vec<_>>())
         };
-        Gradients { q: gradient(|g| &g.q), k: gradient(|g| &g.k), v: gradient(|g| &g.v) }
+        AttentionGradients { q: gradient(|g| &g.q), k: gradient(|g| &g.k), v: gradient(|g| &g.v) }
     }
 
     /// Output `(H / K, T, d)` and log-sum-exp `(H / K, T)` of a task.
@@ -289,7 +304,7 @@ impl Kernel {
         let mut scores = Vec::with_capacity(positions + ROWS);
         let heads = output.chunks_exact_mut(positions * d).zip(log_sums.chunks_exact_mut(positions));
         for (head, (output, log_sums)) in heads.enumerate() {
-            let queries = self.query_head(q, task, head, self.scale());
+            let queries = self.query_head(q, task, head).scaled(self.scale());
             for first in (0..positions).step_by(LANES) {
                 let range = self.keys_of(first);
                 multiply(&keys, &range, &queries.lanes(first), &mut scores);
@@ -306,7 +321,7 @@ impl Kernel {
         (output, log_sums)
     }
 
-    /// Scores of the queries from `first` on to `e^(score - max)`, 0 for hidden keys; maximum and sum.
+    /// Turns scores of the queries from `first` on into `e^(score - max)`, 0 for hidden keys. Returns maximum and sum.
     fn softmax(&self, scores: &mut [Lanes], range: &Range<usize>, first: usize) -> (Lanes, Lanes) {
         let (mut max, mut sum) = ([f32::NEG_INFINITY; LANES], [0f32; LANES]);
         for (row, j) in scores.iter_mut().zip(range.clone()) {
@@ -329,14 +344,14 @@ impl Kernel {
         (max, sum)
     }
 
-    fn backward_task(&self, [q, k, v, o, g]: [&[f32]; 5], log_sums: &[f32], task: usize) -> Gradients {
+    fn backward_task(&self, saved: Saved<'_>, g: &[f32], task: usize) -> AttentionGradients {
         let AttentionShape { positions, head_dim: d, .. } = self.0;
-        let (keys, values) = (self.key_head(k, task), self.key_head(v, task));
+        let (keys, values) = (self.key_head(saved.k, task), self.key_head(saved.v, task));
         let mut dq = Vec::with_capacity(self.group() * positions * d);
         let (mut dk, mut dv) = (vec![0f32; positions * d], vec![0f32; positions * d]);
         for head in 0..self.group() {
-            let [queries, outputs, grads] = [(q, self.scale()), (o, 1.0), (g, 1.0)]
-                .map(|(x, factor)| self.query_head(x, task, head, factor));
+            let queries = self.query_head(saved.q, task, head).scaled(self.scale());
+            let [outputs, grads] = [saved.o, g].map(|x| self.query_head(x, task, head));
             let rows = outputs.rows.chunks_exact(outputs.width).zip(grads.rows.chunks_exact(grads.width));
             let deltas: Vec<f32> = rows.map(|(o, g)| dot(o, g)).collect();
             let head = BackwardHead {
@@ -345,18 +360,18 @@ impl Kernel {
                 keys: &keys,
                 values: &values,
                 grads: &grads,
-                log_sums: &log_sums[head * positions..][..positions],
+                log_sums: &saved.log_sums[task][head * positions..][..positions],
                 deltas: &deltas,
             };
             for row in head.run(&mut dk, &mut dv).chunks_exact(keys.width).take(positions) {
                 dq.extend(row[..d].iter().map(|dq| self.scale() * dq));
             }
         }
-        Gradients { q: dq, k: dk, v: dv }
+        AttentionGradients { q: dq, k: dk, v: dv }
     }
 }
 
-/// What the backward pass of one query head reads; queries are scaled.
+/// What the backward pass of one query head reads. Queries are scaled by `1 / √d`.
 struct BackwardHead<'a> {
     kernel: &'a Kernel,
     queries: &'a Head,
@@ -368,8 +383,8 @@ struct BackwardHead<'a> {
 }
 
 impl BackwardHead<'_> {
-    /// Adds the gradients by keys and values, a key in each lane. Returns that by the queries over the scale, with
-    /// rows as wide as a [`Head`]'s.
+    /// Adds the gradients with respect to keys and values, a key in each lane. Returns that with respect to the scaled
+    /// queries, with rows as wide as a [`Head`]'s.
     fn run(&self, dk: &mut [f32], dv: &mut [f32]) -> Vec<f32> {
         let AttentionShape { positions, head_dim: d, .. } = self.kernel.0;
         let (queries, grads) = (self.queries.panels(), self.grads.panels());

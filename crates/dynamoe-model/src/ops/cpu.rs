@@ -1,10 +1,10 @@
-//! What the fused operations share: access to f32 tensors on the CPU and inner loops that vectorise.
+//! What the fused operations share: access to f32 tensors on the CPU, and inner loops that the compiler vectorises.
 //!
-//! Sums run in a fixed order over fixed blocks, whatever the number of threads: results repeat bit for bit.
+//! Sums run in a fixed order over fixed blocks, so results do not depend on the number of threads.
 
 use std::cell::Cell;
 use std::ops::Deref;
-use std::sync::RwLockReadGuard;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLockReadGuard};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 pub(super) use dynamoe::math::{exp, mul_add};
@@ -12,27 +12,32 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-/// Numbers that an inner loop handles at once: two AVX-512 registers, four of AVX2.
+/// Numbers that an inner loop handles at once: two registers of AVX-512, four of AVX2.
 pub(super) const LANES: usize = 32;
 
-/// Numbers that one task of the thread pool should handle at least.
+/// Minimum of numbers in a task of the thread pool.
 const TASK: usize = 16384;
 
 thread_local! {
-    /// Whether this thread does without fused operations.
+    /// Whether fused operations are off for this thread.
     static COMPOSED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `body` without fused operations, as on a device that has none: what a GPU will compute, on a CPU. Gradients
-/// have to be taken within `body` too.
+/// Runs `body` without fused operations: what a GPU computes, on a CPU. Gradients have to be taken within `body` too. For
+/// tests.
+#[doc(hidden)]
 pub fn composed<T>(body: impl FnOnce() -> T) -> T {
-    let before = COMPOSED.replace(true);
-    let result = body();
-    COMPOSED.set(before);
-    result
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            COMPOSED.set(self.0);
+        }
+    }
+    let _restore = Restore(COMPOSED.replace(true)); // also after a panic
+    body()
 }
 
-/// Whether fused operations apply: every tensor is f32 on the CPU.
+/// Whether fused operations can be used: every tensor is f32 on the CPU.
 pub(super) fn fusable(tensors: &[&Tensor]) -> bool {
     !COMPOSED.get() && tensors.iter().all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
 }
@@ -42,8 +47,8 @@ pub(super) fn rows_per_task(width: usize) -> usize {
     TASK.div_ceil(width.max(1))
 }
 
-/// Rows that go through several operations at once: few enough for the cache, and for all threads to have some;
-/// many enough for matrix products.
+/// Rows that go through several operations at once. Few, so that they stay in the cache and every thread gets some; but
+/// enough for a fast matrix product.
 pub(super) fn rows_per_block(rows: usize) -> usize {
     (rows / 8).clamp(32, 128)
 }
@@ -56,13 +61,13 @@ pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
     }
 }
 
-/// The numbers of a contiguous f32 tensor on the CPU.
+/// Derefs to the numbers of a tensor: see [`host`].
 pub(super) struct Host<'a> {
     storage: RwLockReadGuard<'a, Storage>,
     range: (usize, usize),
 }
 
-/// Gives access to a tensor's numbers.
+/// The numbers of a contiguous f32 tensor on the CPU.
 pub(super) fn host(tensor: &Tensor) -> Result<Host<'_>> {
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
@@ -82,7 +87,7 @@ impl Deref for Host<'_> {
     }
 }
 
-/// Reads `N` f32 tensors on the CPU.
+/// Hands the numbers of `N` f32 tensors on the CPU to `body`.
 pub(crate) fn read<const N: usize, T>(
     tensors: [&Tensor; N],
     body: impl FnOnce([&[f32]; N]) -> Result<T>,
@@ -97,7 +102,7 @@ pub(crate) fn read<const N: usize, T>(
     body(slices)
 }
 
-/// A row-major matrix of so many columns.
+/// A row-major matrix with this number of columns.
 pub(super) fn matrix(x: &[f32], columns: usize) -> MatRef<'_, f32> {
     MatRef::from_row_major_slice(x, x.len() / columns.max(1), columns)
 }
@@ -107,8 +112,7 @@ pub(super) fn multiply(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b: MatRe
     matmul(MatMut::from_row_major_slice_mut(c, a.nrows(), b.ncols()), accum, a, b, 1.0, Par::Seq);
 }
 
-/// [`multiply`] with blocks of rows in parallel. Blocks do not depend on the number of threads, hence neither do
-/// the results.
+/// [`multiply`] with blocks of rows in parallel. Neither the blocks nor the results depend on the number of threads.
 pub(super) fn multiply_blocks(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
     let (rows, columns) = (a.nrows(), b.ncols());
     let block = (rows / 4).clamp(32, 128);
@@ -117,7 +121,7 @@ pub(super) fn multiply_blocks(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b
     });
 }
 
-/// Cuts row-major buffers of so many columns each into blocks of `rows` rows.
+/// Cuts row-major buffers, each given with its number of columns, into blocks of `rows` rows. All have `total` rows.
 pub(super) fn blocks<const K: usize>(
     buffers: [(&mut [f32], usize); K],
     rows: usize,
@@ -135,6 +139,11 @@ pub(super) fn blocks<const K: usize>(
         .collect()
 }
 
+/// Locks `mutex`. One that a panic poisoned is locked too: what operations keep in a mutex is replaced as a whole.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// `to = Σ parts` or `to += Σ parts`, in their order.
 pub(super) fn add_parts<P: AsRef<[f32]>>(parts: &[P], to: &mut [f32], accum: Accum) {
     if let Accum::Replace = accum {
@@ -143,13 +152,13 @@ pub(super) fn add_parts<P: AsRef<[f32]>>(parts: &[P], to: &mut [f32], accum: Acc
     parts.iter().for_each(|part| axpy(to, 1.0, part.as_ref()));
 }
 
-/// The first of two numbers if it is larger, else the second: one instruction, unlike [`f32::max`].
+/// The first number if it is larger, else the second. One instruction, unlike [`f32::max`], which looks for NaN.
 #[inline(always)]
 pub(super) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-/// Halves the lanes until one is left.
+/// Combines the lanes by halves until one is left.
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
@@ -175,7 +184,7 @@ pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     fold(lanes, |a, b| a + b) + rest.iter().map(|&x| f(x)).sum::<f32>()
 }
 
-/// `Σ a b` in [`LANES`] partial sums; the two are equally long.
+/// `Σ a b` in [`LANES`] partial sums, for slices of one length.
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
@@ -192,7 +201,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     fold(lanes, |a, b| a + b) + rest
 }
 
-/// The largest number, -∞ for none.
+/// The largest number; -∞ if there is none.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
     let (blocks, rest) = x.as_chunks::<LANES>();
@@ -216,6 +225,14 @@ pub(crate) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_does_not_leave_fused_operations_off() {
+        let x = Tensor::zeros(1, DType::F32, &candle_core::Device::Cpu).unwrap();
+        let panicked = std::panic::catch_unwind(|| composed(|| panic!("on purpose")));
+        assert!(panicked.is_err() && fusable(&[&x]));
+        assert!(!composed(|| fusable(&[&x])));
+    }
 
     #[test]
     fn reductions_take_every_number_once() {

@@ -1,4 +1,4 @@
-//! Weighted cross entropy of each token: `weight · (logsumexp(logits) - logits[target])`; its gradient by the
+//! Weighted cross entropy of each token: `weight · (logsumexp(logits) - logits[target])`. Its gradient with respect to the
 //! logits is `weight · (softmax - onehot)`.
 
 use std::sync::OnceLock;
@@ -40,7 +40,7 @@ pub(super) fn check((n, v): (usize, usize), targets: &Tensor, weights: &Tensor) 
     }
 }
 
-/// [`cross_entropy`] out of candle's operations.
+/// [`cross_entropy`], composed of candle's operations.
 ///
 /// # Errors
 /// As [`cross_entropy`].
@@ -50,10 +50,11 @@ pub fn cross_entropy_composed(logits: &Tensor, targets: &Tensor, weights: &Tenso
     losses.mul(&weights.detach().to_dtype(DType::F32)?)
 }
 
+/// The operation, for one forward and one backward pass.
 struct CrossEntropy {
     targets: Vec<u32>,
     weights: Vec<f32>,
-    /// `logsumexp` of each row, kept for the gradient.
+    /// `logsumexp` of each row. The forward pass leaves it for the backward pass.
     log_sums: OnceLock<Vec<f32>>,
 }
 

@@ -1,4 +1,4 @@
-//! Rows of the embedding table, `x_n = table[tokens_n]`; the gradient of a row is the sum over its tokens.
+//! Rows of the embedding table: `x_n = table[tokens_n]`. A row's gradient is the sum over the tokens that take it.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use faer::Accum;
@@ -22,6 +22,7 @@ pub fn embedding(table: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     table.contiguous()?.apply_op1(Embedding { tokens })
 }
 
+/// The operation.
 struct Embedding {
     tokens: Vec<u32>,
 }

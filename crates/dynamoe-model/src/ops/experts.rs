@@ -1,4 +1,4 @@
-//! The FFN as served, `y = W_down[:, :w] (silu(W_gate[:w] x) ∘ (W_up[:w] x))`, with a width for each row.
+//! The FFN as it is served: `y = W_down[:, :w] (silu(W_gate[:w] x) ∘ (W_up[:w] x))`, each row with its own width `w`.
 
 use candle_core::{Result, Tensor, bail};
 use dynamoe::math::sigmoid;
@@ -7,8 +7,8 @@ use rayon::prelude::*;
 
 use super::cpu::{fusable, matrix, multiply, read, rows_per_block};
 
-/// Rows `x (N, D)`, widest expert first, through prefixes of `[gate (I, D), up (I, D), down (D, I)]`; `reach[s]`
-/// rows have expert `s` or a wider one. Without a gradient. None where the tensors are not f32 on the CPU.
+/// Runs rows `x (N, D)`, widest expert first, through prefixes of `[gate (I, D), up (I, D), down (D, I)]`. `reach[s]` rows
+/// have expert `s` or a wider one. There is no gradient. None if the tensors are not f32 on the CPU.
 ///
 /// # Errors
 /// Shapes that do not fit.
@@ -45,10 +45,11 @@ pub(crate) fn expert_rows(
         }
         tasks.into_par_iter().for_each(|(width, x, y)| {
             let x = matrix(x, d);
-            let [mut h, mut by_up] = [(); 2].map(|()| vec![0f32; x.nrows() * width]);
+            let mut h = vec![0f32; x.nrows() * width];
+            let mut up_x = vec![0f32; x.nrows() * width];
             multiply(&mut h, Accum::Replace, x, matrix(&gate[..width * d], d).transpose());
-            multiply(&mut by_up, Accum::Replace, x, matrix(&up[..width * d], d).transpose());
-            h.iter_mut().zip(&by_up).for_each(|(h, up)| *h = *h * sigmoid(*h) * up);
+            multiply(&mut up_x, Accum::Replace, x, matrix(&up[..width * d], d).transpose());
+            h.iter_mut().zip(&up_x).for_each(|(h, up)| *h = *h * sigmoid(*h) * up);
             let down = matrix(down, i).subcols(0, width);
             multiply(y, Accum::Replace, matrix(&h, width), down.transpose());
         });

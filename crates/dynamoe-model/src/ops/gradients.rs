@@ -1,41 +1,64 @@
 //! Gradients of parameters, summed in place.
 //!
-//! candle's backward pass fills a tensor with zeros for every first gradient and makes a new one for every sum.
-//! For weights on the CPU, the fused operations of [`crate::ops`] add to buffers instead that live as long as the
-//! training does: while [`Gradients::add`] runs the backward pass, its thread holds them.
+//! candle's backward pass allocates a tensor for every first gradient and another one for every sum. The fused operations
+//! of [`crate::ops`] add to buffers instead, which live as long as the training, for weights on the CPU. candle has no way
+//! to pass buffers to an operation, so [`Gradients::add`] leaves them in a thread-local while it runs a backward pass.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use candle_core::{Result, Tensor, TensorId, Var};
+use candle_core::{Result, Tensor, TensorId, Var, bail};
 use faer::Accum;
 use rayon::prelude::*;
 
-use super::cpu::{axpy, read, sum};
+use super::cpu::{add_parts, axpy, matrix, multiply_blocks, read, sum};
 use crate::params::Params;
 
 /// The sum of a parameter's gradients.
 #[derive(Debug)]
 pub enum Gradient {
-    /// In the memory of a CPU; row-major.
+    /// Of a parameter on the CPU; row-major.
     Host(Vec<f32>),
-    /// On another device.
+    /// Of a parameter on another device.
     Device(Tensor),
 }
 
-/// The gradients of parameters over one or more batches. Not to be used from within a task of rayon's pool, whose
-/// threads may take up other work meanwhile.
+/// The gradients of parameters over one or more batches. A task of rayon's pool must not use it: while the task waits, its
+/// thread may take up other work.
 #[derive(Debug, Default)]
 pub struct Gradients {
     sums: Sums,
 }
 
-/// By parameter: whether there is a gradient yet, and the gradient. Buffers without one are kept for the next.
-type Sums = HashMap<TensorId, (bool, Gradient)>;
+/// The sum for each parameter.
+type Sums = HashMap<TensorId, Sum>;
+
+#[derive(Debug)]
+struct Sum {
+    gradient: Gradient,
+    /// Whether the buffer holds a gradient; else it is kept for the next one.
+    filled: bool,
+}
 
 thread_local! {
-    /// The sums of the backward pass that this thread runs.
+    /// The sums that this thread's backward pass adds to.
     static RUNNING: RefCell<Option<Sums>> = const { RefCell::new(None) };
+}
+
+/// Lends sums to the backward pass of this thread. They come back when this is dropped, also after a panic.
+struct Lent<'a>(&'a mut Sums);
+
+impl<'a> Lent<'a> {
+    fn new(sums: &'a mut Sums) -> Self {
+        RUNNING.set(Some(std::mem::take(sums)));
+        Self(sums)
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        *self.0 = RUNNING.take().unwrap_or_default();
+    }
 }
 
 impl Gradients {
@@ -46,20 +69,17 @@ impl Gradients {
 
     /// Forgets all gradients, but keeps their memory.
     pub fn clear(&mut self) {
-        self.sums.values_mut().for_each(|(some, _)| *some = false);
+        self.sums.values_mut().for_each(|sum| sum.filled = false);
     }
 
-    /// Adds the gradients of `loss`, a scalar, by `params`.
-    ///
-    /// # Errors
-    /// candle's.
+    /// Adds the gradients of `loss`, a scalar, with respect to `params`.
     pub fn add(&mut self, loss: &Tensor, params: &Params) -> Result<()> {
-        RUNNING.set(Some(std::mem::take(&mut self.sums)));
+        let lent = Lent::new(&mut self.sums);
         let store = loss.backward();
-        self.sums = RUNNING.take().unwrap_or_default();
+        drop(lent);
         let mut store = store?;
         for (_, var) in params.iter() {
-            // what reached the parameter through other operations than ours
+            // operations other than ours give their gradients to candle
             if let Some(gradient) = store.remove(var) {
                 self.add_tensor(var, &gradient)?;
             }
@@ -69,40 +89,35 @@ impl Gradients {
 
     fn add_tensor(&mut self, var: &Var, gradient: &Tensor) -> Result<()> {
         if var.device().is_cpu() {
-            let (some, sum) = host(&mut self.sums, var);
-            read([gradient], |[gradient]| {
-                if *some {
+            let (filled, sum) = host(&mut self.sums, var);
+            return read([gradient], |[gradient]| {
+                if std::mem::replace(filled, true) {
                     axpy(sum, 1.0, gradient)
                 } else {
                     sum.copy_from_slice(gradient)
                 }
-                *some = true;
                 Ok(())
-            })
-        } else {
-            let sum = match self.sums.remove(&var.id()) {
-                Some((true, Gradient::Device(sum))) => (sum + gradient)?,
-                _ => gradient.clone(),
-            };
-            self.sums.insert(var.id(), (true, Gradient::Device(sum.detach())));
-            Ok(())
+            });
         }
+        let sum = match self.sums.remove(&var.id()) {
+            Some(Sum { gradient: Gradient::Device(sum), filled: true }) => (sum + gradient)?,
+            _ => gradient.clone(),
+        };
+        self.set(var, Gradient::Device(sum.detach()));
+        Ok(())
     }
 
-    /// The gradient by `var`, if one reached it.
+    /// The gradient with respect to `var`, if one reached it.
     pub fn get(&self, var: &Var) -> Option<&Gradient> {
-        self.sums.get(&var.id()).filter(|(some, _)| *some).map(|(_, gradient)| gradient)
+        self.sums.get(&var.id()).filter(|sum| sum.filled).map(|sum| &sum.gradient)
     }
 
-    /// Replaces the gradient by `var`.
+    /// Replaces the gradient with respect to `var`.
     pub fn set(&mut self, var: &Var, gradient: Gradient) {
-        self.sums.insert(var.id(), (true, gradient));
+        self.sums.insert(var.id(), Sum { gradient, filled: true });
     }
 
     /// The euclidean norm over all parameters.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn norm(&self, params: &Params) -> Result<f64> {
         let mut squares = 0.0;
         for (_, var) in params.iter() {
@@ -120,20 +135,21 @@ impl Gradients {
     }
 }
 
-/// The buffer of a parameter on the CPU, of the parameter's size.
+/// The buffer of a parameter on the CPU, of the parameter's size, and whether it is filled.
 fn host<'a>(sums: &'a mut Sums, var: &Tensor) -> (&'a mut bool, &'a mut Vec<f32>) {
-    let (some, gradient) = sums.entry(var.id()).or_insert_with(|| (false, Gradient::Host(Vec::new())));
-    if let Gradient::Device(_) = gradient {
-        (*some, *gradient) = (false, Gradient::Host(Vec::new()));
+    let empty = || Sum { gradient: Gradient::Host(Vec::new()), filled: false };
+    let sum = sums.entry(var.id()).or_insert_with(empty);
+    if let Gradient::Device(_) = sum.gradient {
+        *sum = empty();
     }
-    let Gradient::Host(values) = gradient else { unreachable!("just made") };
+    let Gradient::Host(values) = &mut sum.gradient else { unreachable!("just made") };
     values.resize(var.elem_count(), 0.0);
-    (some, values)
+    (&mut sum.filled, values)
 }
 
-/// Hands the gradient by `weight`, a tensor on the CPU, to `write`, which replaces or adds to all of its numbers.
-/// It is that of the backward pass that runs on this thread, or else a new one, which is returned for candle's own
-/// sums. Nothing happens where the weight is not trained.
+/// Lets `write` fill in the gradient with respect to `weight`, a tensor on the CPU: it replaces all numbers of a buffer or
+/// adds to them. The buffer is that of the [`Gradients::add`] that runs on this thread. Where none runs, it is a new one,
+/// which is returned for candle to add up. A weight that is not trained is skipped.
 pub(super) fn add_gradient(weight: &Tensor, write: impl FnOnce(&mut [f32], Accum)) -> Result<Option<Tensor>> {
     if !weight.track_op() {
         return Ok(None);
@@ -141,19 +157,95 @@ pub(super) fn add_gradient(weight: &Tensor, write: impl FnOnce(&mut [f32], Accum
     // The sums are put back before `write` runs, whose tasks might run other operations on this thread.
     let held = RUNNING.with_borrow_mut(|running| {
         let sums = running.as_mut().filter(|_| weight.is_variable())?;
-        let (some, values) = host(sums, weight);
-        Some((std::mem::replace(some, true), std::mem::take(values)))
+        let (filled, values) = host(sums, weight);
+        Some((std::mem::replace(filled, true), std::mem::take(values)))
     });
-    let Some((some, mut values)) = held else {
+    let Some((filled, mut values)) = held else {
         let mut values = vec![0f32; weight.elem_count()];
         write(&mut values, Accum::Replace);
         return Tensor::from_vec(values, weight.shape(), weight.device()).map(Some);
     };
-    write(&mut values, if some { Accum::Add } else { Accum::Replace });
+    write(&mut values, if filled { Accum::Add } else { Accum::Replace });
     RUNNING.with_borrow_mut(|running| {
         if let Some(sums) = running {
             *host(sums, weight).1 = values;
         }
     });
     Ok(None)
+}
+
+/// As [`add_gradient`], for a weight that is no input of `operation` in candle's graph.
+///
+/// # Errors
+/// No [`Gradients::add`] runs: candle has no place for the gradient.
+pub(super) fn hand_over(
+    operation: &str,
+    weight: &Tensor,
+    write: impl FnOnce(&mut [f32], Accum),
+) -> Result<()> {
+    match add_gradient(weight, write)? {
+        None => Ok(()),
+        Some(_) => bail!("{operation}: expected the backward pass to be run by Gradients::add"),
+    }
+}
+
+/// Hands over the gradient with respect to a matrix `(out, in)`: `gᵀ x` for `g (N, out)` and `x (N, in)`.
+pub(super) fn hand_over_matrix(operation: &str, weight: &Tensor, g: &[f32], x: &[f32]) -> Result<()> {
+    let (out, from) = weight.dims2()?;
+    hand_over(operation, weight, |dw, accum| {
+        multiply_blocks(dw, accum, matrix(g, out).transpose(), matrix(x, from));
+    })
+}
+
+/// Hands over the gradient with respect to a bias `(out)`: the sum of the rows of `g (N, out)`.
+pub(super) fn hand_over_bias(operation: &str, bias: &Tensor, g: &[f32]) -> Result<()> {
+    let rows: Vec<&[f32]> = g.chunks_exact(bias.elem_count()).collect();
+    hand_over(operation, bias, |db, accum| add_parts(&rows, db, accum))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape};
+
+    use super::*;
+    use crate::ops::linear;
+
+    struct Panics;
+
+    impl CustomOp1 for Panics {
+        fn name(&self) -> &'static str {
+            "panics"
+        }
+
+        fn cpu_fwd(&self, x: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
+            Ok((x.clone(), at.shape().clone()))
+        }
+
+        fn bwd(&self, _x: &Tensor, _y: &Tensor, _g: &Tensor) -> Result<Option<Tensor>> {
+            panic!("on purpose")
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_backward_pass_loses_nothing() {
+        let mut params = Params::new();
+        let w = params.insert("w", &Tensor::ones((1, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let x = Tensor::new(&[[3f32, 4.0]], &Device::Cpu).unwrap();
+        let loss = || linear(&x, &w).unwrap().sum_all().unwrap(); // its gradient is x
+        let mut gradients = Gradients::new();
+        gradients.add(&loss(), &params).unwrap();
+        let broken = loss().apply_op1(Panics).unwrap();
+        assert!(catch_unwind(AssertUnwindSafe(|| gradients.add(&broken, &params))).is_err());
+        let value = |gradients: &Gradients| match gradients.get(&w) {
+            Some(Gradient::Host(values)) => values.clone(),
+            found => panic!("{found:?}"),
+        };
+        assert_eq!(value(&gradients), [3.0, 4.0]);
+        // another backward pass on this thread does not add to sums that were left behind
+        loss().backward().unwrap();
+        gradients.add(&loss(), &params).unwrap();
+        assert_eq!(value(&gradients), [6.0, 8.0]);
+    }
 }

@@ -1,9 +1,8 @@
-//! The output matrix and the loss in one: `cross_entropy(x Wᵀ, targets, weights)`.
+//! The output matrix and the loss as one operation: `cross_entropy(x Wᵀ, targets, weights)`.
 //!
-//! A small vocabulary goes row by row: a block's logits become their gradient while they are in the cache. For a
-//! large one the logits `(N, V)` are by far the largest tensor of a step and `W` by far the largest weight, so
-//! that all rows meet some columns at a time. Logits are kept for the gradients up to [`KEPT`] numbers; the rest
-//! is computed once more.
+//! A small vocabulary is computed by rows: a block's logits become their gradient while they are in the cache. With a
+//! large vocabulary, the logits `(N, V)` are the largest tensor of a step and `W` is the largest weight. So it is computed
+//! by columns, each for all rows. Up to [`KEPT`] logits are kept for the backward pass, which computes the others again.
 
 use std::sync::{Mutex, OnceLock};
 
@@ -12,22 +11,22 @@ use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use super::cpu::{
-    add_parts, exp, fusable, matrix, max, multiply, multiply_blocks, read, rows_per_block, slice, sum,
+    add_parts, exp, fusable, lock, matrix, max, multiply, multiply_blocks, read, rows_per_block, slice, sum,
 };
 use super::cross_entropy::{check, cross_entropy};
 use super::gradients::add_gradient;
 use super::linear::linear;
 
-/// Vocabularies from this size on go column by column.
+/// Vocabularies from this size on are computed by columns.
 const LARGE: usize = 4096;
-/// Logits of a token that are computed at once.
+/// Columns that are computed at once.
 const CHUNK: usize = 512;
-/// Tasks of a large vocabulary; each holds a part of the gradient of `x`.
+/// Tasks of a large vocabulary. Each computes a part of the gradient with respect to `x`.
 const TASKS: usize = 16;
-/// Logits that are kept for the backward pass: 256 MB.
+/// Logits that are kept for the backward pass at most: 256 MB.
 const KEPT: usize = 1 << 26;
 
-/// `x (N, D)`, `w (V, D)`, `targets (N)` u32, `weights (N)` → losses `(N)` in nats. The weights get no gradient.
+/// `x (N, D)`, `w (V, D)`, `targets (N)` u32, `weights (N)` → losses `(N)` in nats. `weights` get no gradient.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit, a target outside the vocabulary.
@@ -50,7 +49,7 @@ pub fn linear_cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: &
     }
 }
 
-/// What is known of each row.
+/// Targets and weights of the rows.
 struct Tokens {
     targets: Vec<u32>,
     weights: Vec<f32>,
@@ -61,12 +60,12 @@ struct ByRows {
     tokens: Tokens,
     /// Whether there may be a backward pass.
     keep: bool,
-    /// The losses' gradient by the logits, `(N, V)`.
+    /// The losses' gradient with respect to the logits, `(N, V)`.
     gradient: Mutex<Option<Vec<f32>>>,
 }
 
 impl ByRows {
-    /// Turns rows of logits into their gradients; fills in the losses.
+    /// Turns rows of logits into their gradients and fills in the losses.
     fn losses(&self, first: usize, logits: &mut [f32], v: usize, losses: &mut [f32]) {
         for ((n, row), loss) in (first..).zip(logits.chunks_exact_mut(v)).zip(losses) {
             let (target, weight) = (self.tokens.targets[n] as usize, self.tokens.weights[n]);
@@ -108,7 +107,7 @@ impl CustomOp2 for ByRows {
                 logits(x, to);
                 self.losses(task * rows, to, v, losses);
             });
-            *self.gradient.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(gradient);
+            *lock(&self.gradient) = Some(gradient);
         } else {
             tasks.for_each(|(task, (losses, x))| {
                 let mut to = vec![0f32; losses.len() * v];
@@ -127,8 +126,7 @@ impl CustomOp2 for ByRows {
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let ((n, d), v) = (x.dims2()?, w.dim(0)?);
-        let gradient = self.gradient.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        let Some(mut gradient) = gradient else {
+        let Some(mut gradient) = lock(&self.gradient).take() else {
             bail!("linear_cross_entropy: expected one forward pass, then one backward pass");
         };
         read([x, w, g], |[x_values, w_values, g]| {
@@ -157,24 +155,25 @@ struct ByColumns {
     saved: OnceLock<Saved>,
 }
 
-/// What the backward pass needs of the forward pass.
+/// What the forward pass leaves for the backward pass.
 struct Saved {
     /// `logsumexp` of each row.
     log_sums: Vec<f32>,
-    /// Of each task: the logits of its first chunks.
+    /// The logits of each task's first chunks.
     logits: Vec<Mutex<Vec<Vec<f32>>>>,
 }
 
 /// What some columns contribute to each row.
 struct Part {
+    /// The largest logit.
     max: Vec<f32>,
     /// `Σ e^(logit - max)`
     sum: Vec<f32>,
-    /// The target's logit where it is among the columns, else 0.
+    /// The target's logit if it is among the columns, else 0.
     target: Vec<f32>,
 }
 
-/// Rows of the matrix that one task takes.
+/// Rows of `W`, the columns of the logits, that one task takes.
 fn rows_of_task(v: usize) -> usize {
     v.div_ceil(TASKS)
 }
@@ -187,12 +186,12 @@ fn logits(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Vec<f32> {
 }
 
 impl ByColumns {
-    /// The column of row `n`'s target, if it is among `columns` columns from `first` on.
+    /// The column of row `n`'s target, counted from `first`, if it is among the next `columns` columns.
     fn target(&self, n: usize, first: usize, columns: usize) -> Option<usize> {
         (self.tokens.targets[n] as usize).checked_sub(first).filter(|&column| column < columns)
     }
 
-    /// What columns from `first` on contribute.
+    /// What the `columns` columns from `first` on contribute.
     fn part(&self, logits: &[f32], columns: usize, first: usize) -> Part {
         let rows = || logits.chunks_exact(columns);
         let max: Vec<f32> = rows().map(max).collect();
@@ -201,7 +200,7 @@ impl ByColumns {
         Part { sum, target: rows().enumerate().map(target).collect(), max }
     }
 
-    /// One task: its parts, and the logits that are kept.
+    /// A task's parts, and the logits that it keeps.
     fn forward_task(&self, x: MatRef<'_, f32>, w: &[f32], first: usize) -> (Vec<Part>, Vec<Vec<f32>>) {
         let (mut parts, mut kept) = (Vec::new(), Vec::new());
         for (chunk, w) in w.chunks(CHUNK * x.ncols()).enumerate() {
@@ -214,13 +213,47 @@ impl ByColumns {
         }
         (parts, kept)
     }
+}
 
-    /// Logits from column `first` on to their gradient.
-    fn gradient(&self, logits: &mut [f32], columns: usize, first: usize, scales: &[f32], log_sums: &[f32]) {
+/// What all tasks of the backward pass read.
+struct Backward<'a> {
+    op: &'a ByColumns,
+    saved: &'a Saved,
+    x: MatRef<'a, f32>,
+    /// The gradient with respect to each loss, times the token's weight.
+    scales: Vec<f32>,
+    /// Rows of `W` in a task.
+    rows: usize,
+}
+
+impl Backward<'_> {
+    /// A task's part of the gradient with respect to `x`. `dw` takes the gradient with respect to the task's rows of `W`,
+    /// if `W` is trained.
+    fn run(&self, task: usize, w: &[f32], mut dw: Option<(&mut [f32], Accum)>) -> Vec<f32> {
+        let d = self.x.ncols();
+        let mut dx = vec![0f32; self.x.nrows() * d];
+        let kept = std::mem::take(&mut *lock(&self.saved.logits[task]));
+        let mut kept = kept.into_iter();
+        for (chunk, w) in w.chunks(CHUNK * d).enumerate() {
+            let (w, first) = (matrix(w, d), task * self.rows + chunk * CHUNK);
+            let mut gradient = kept.next().unwrap_or_else(|| logits(self.x, w));
+            self.turn_into_gradient(&mut gradient, w.nrows(), first);
+            let gradient = matrix(&gradient, w.nrows());
+            multiply(&mut dx, Accum::Add, gradient, w);
+            if let Some((dw, accum)) = &mut dw {
+                let dw = &mut dw[chunk * CHUNK * d..][..w.nrows() * d];
+                multiply(dw, *accum, gradient.transpose(), self.x);
+            }
+        }
+        dx
+    }
+
+    /// Turns logits of the `columns` columns from `first` on into their gradient.
+    fn turn_into_gradient(&self, logits: &mut [f32], columns: usize, first: usize) {
         for (n, row) in logits.chunks_exact_mut(columns).enumerate() {
-            let (scale, log_sum) = (scales[n], log_sums[n]);
+            let (scale, log_sum) = (self.scales[n], self.saved.log_sums[n]);
             row.iter_mut().for_each(|x| *x = scale * exp(*x - log_sum));
-            if let Some(at) = self.target(n, first, columns) {
+            if let Some(at) = self.op.target(n, first, columns) {
                 row[at] -= scale;
             }
         }
@@ -271,35 +304,17 @@ impl CustomOp2 for ByColumns {
             bail!("linear_cross_entropy: expected the forward pass to run first");
         };
         read([x, w, g], |[x_values, w_values, g]| {
-            let scales: Vec<f32> = g.iter().zip(&self.tokens.weights).map(|(g, weight)| g * weight).collect();
-            let x_rows = matrix(x_values, d);
+            let scales = g.iter().zip(&self.tokens.weights).map(|(g, weight)| g * weight).collect();
             let rows = rows_of_task(v);
-            // The part of one task: of `dx`, and of `dw` if it is trained.
-            let run = |task: usize, w: &[f32], mut dw: Option<(&mut [f32], Accum)>| {
-                let mut dx = vec![0f32; n * d];
-                let kept = std::mem::take(&mut *saved.logits[task].lock().unwrap_or_else(|p| p.into_inner()));
-                let mut kept = kept.into_iter();
-                for (chunk, w) in w.chunks(CHUNK * d).enumerate() {
-                    let (w, first) = (matrix(w, d), task * rows + chunk * CHUNK);
-                    let mut gradient = kept.next().unwrap_or_else(|| logits(x_rows, w));
-                    self.gradient(&mut gradient, w.nrows(), first, &scales, &saved.log_sums);
-                    let gradient = matrix(&gradient, w.nrows());
-                    multiply(&mut dx, Accum::Add, gradient, w);
-                    if let Some((dw, accum)) = &mut dw {
-                        let dw = &mut dw[chunk * CHUNK * d..][..w.nrows() * d];
-                        multiply(dw, *accum, gradient.transpose(), x_rows);
-                    }
-                }
-                dx
-            };
-            let mut parts: Vec<Vec<f32>> = Vec::new();
+            let backward = Backward { op: self, saved, x: matrix(x_values, d), scales, rows };
             let tasks = w_values.par_chunks(rows * d).enumerate();
+            let mut parts: Vec<Vec<f32>> = Vec::new();
             let dw = add_gradient(w, |dw, accum| {
                 let tasks = tasks.clone().zip(dw.par_chunks_mut(rows * d));
-                parts = tasks.map(|((task, w), dw)| run(task, w, Some((dw, accum)))).collect();
+                parts = tasks.map(|((task, w), dw)| backward.run(task, w, Some((dw, accum)))).collect();
             })?;
-            if parts.is_empty() {
-                parts = tasks.map(|(task, w)| run(task, w, None)).collect();
+            if !w.track_op() {
+                parts = tasks.map(|(task, w)| backward.run(task, w, None)).collect();
             }
             let mut dx = vec![0f32; n * d];
             let block = rows_per_block(n) * d;

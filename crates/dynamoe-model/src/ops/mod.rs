@@ -1,8 +1,8 @@
 //! Differentiable operations on token-major activations.
 //!
-//! Each has a composition of candle's own operations, `*_composed`, which runs on any device and is what the
-//! tests compare with, and a fused form for f32 on the CPU, chosen by itself where it applies. The large ones, which
-//! cover many weights each, hand the weights' gradients to [`Gradients`] instead of candle.
+//! Each has two implementations. `*_composed` is a composition of candle's operations for any device, and the reference of
+//! the tests. The other one is fused, for f32 on the CPU, and is used wherever it can be. The larger operations contain
+//! many weights each; they hand the gradients with respect to these to [`Gradients`] instead of candle.
 
 mod attention;
 mod attention_cpu;

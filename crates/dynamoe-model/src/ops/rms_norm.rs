@@ -1,6 +1,6 @@
 //! Root mean square norm (arXiv 1910.07467): `y = x r ∘ w` with `r = 1 / sqrt(mean(x²) + eps)`, row by row.
 //!
-//! With `n = x r` and the gradient `g`: `dw = Σ_rows g ∘ n`, `dx = r (g ∘ w - n mean(g ∘ w ∘ n))`.
+//! With `n = x r` and the gradient `g` with respect to `y`: `dw = Σ_rows g ∘ n`, `dx = r (g ∘ w - n mean(g ∘ w ∘ n))`.
 
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -22,7 +22,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     rms_norm_composed(x, w, eps)
 }
 
-/// [`rms_norm`] out of candle's operations.
+/// [`rms_norm`], composed of candle's operations.
 ///
 /// # Errors
 /// Shapes that do not fit.
@@ -46,7 +46,8 @@ pub(super) fn norm_rows(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     }
 }
 
-/// Turns the gradient `g` of some rows into that by `x`, and adds their gradient by `w` to `dw`.
+/// Turns `g`, the gradient with respect to the result of some rows, into that with respect to `x`. Adds the gradient with
+/// respect to `w` to `dw`.
 pub(super) fn norm_rows_backward(x: &[f32], w: &[f32], eps: f32, g: &mut [f32], dw: &mut [f32]) {
     let d = w.len();
     for (x, g) in x.chunks_exact(d).zip(g.chunks_exact_mut(d)) {
@@ -62,6 +63,7 @@ pub(super) fn norm_rows_backward(x: &[f32], w: &[f32], eps: f32, g: &mut [f32], 
     }
 }
 
+/// The operation.
 struct RmsNorm {
     eps: f32,
 }

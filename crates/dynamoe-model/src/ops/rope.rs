@@ -1,5 +1,5 @@
 //! Rotary position embedding, half-split as in Hugging Face's models: pair `i` of a head is
-//! `(x[i], x[i + d/2])`. The gradient is turned back by the same angles.
+//! `(x[i], x[i + d/2])`. The backward pass turns the gradient back by the same angles.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -7,10 +7,10 @@ use rayon::prelude::*;
 use super::cpu::{fusable, mul_add, read, rows_per_task, slice};
 use super::rotary::Rotary;
 
-/// Turns the heads of `x (N, heads·d)`, whose row `n` is at position `n mod T`; the tables give `T` and `d`.
+/// Turns the heads of `x (N, heads·d)`. Row `n` is at position `n mod T`; `T` and `d` are those of the tables.
 ///
 /// # Errors
-/// A width that is no multiple of `d`, or `N` that is no multiple of `T`.
+/// Columns that are no multiple of `d`, or `N` that is no multiple of `T`.
 pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     let (positions, half) = rotary.cos.dims2()?;
     let (n, width) = x.dims2()?;
@@ -27,7 +27,7 @@ pub fn rope(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     rope_composed(x, rotary)
 }
 
-/// [`rope`] out of candle's operations.
+/// [`rope`], composed of candle's operations.
 ///
 /// # Errors
 /// As [`rope`].
@@ -43,30 +43,50 @@ pub fn rope_composed(x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
     Tensor::cat(&[turned_a, turned_b], D::Minus1)?.reshape((n, width))
 }
 
-/// Turns the heads of some rows in place; `first` is the first row's number, `direction` is 1 or -1.
-pub(super) fn turn_rows(
-    x: &mut [f32],
-    width: usize,
-    first: usize,
-    (cos, sin): (&[f32], &[f32]),
-    (half, direction): (usize, f32),
-) {
-    let positions = cos.len() / half;
-    for (row, x) in x.chunks_exact_mut(width).enumerate() {
-        let at = (first + row) % positions * half;
-        let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
-        for head in x.chunks_exact_mut(2 * half) {
-            turn_head(head, cos, sin, direction);
+/// Which way heads are turned.
+#[derive(Clone, Copy)]
+pub(super) enum Direction {
+    /// As the embedding says.
+    Forward,
+    /// Back, as the gradient is.
+    Back,
+}
+
+/// The angles of all positions.
+#[derive(Clone, Copy)]
+pub(super) struct Rotation<'a> {
+    /// Cosines, `(T, d/2)`.
+    pub cos: &'a [f32],
+    /// Sines, `(T, d/2)`.
+    pub sin: &'a [f32],
+    /// `d/2`
+    pub half: usize,
+}
+
+impl Rotation<'_> {
+    /// Turns the heads of rows of `width` numbers in place. The first row is number `first` of all.
+    pub(super) fn turn(&self, x: &mut [f32], width: usize, first: usize, direction: Direction) {
+        let positions = self.cos.len() / self.half;
+        for (row, x) in x.chunks_exact_mut(width).enumerate() {
+            let at = (first + row) % positions * self.half;
+            let (cos, sin) = (&self.cos[at..][..self.half], &self.sin[at..][..self.half]);
+            for head in x.chunks_exact_mut(2 * self.half) {
+                turn_head(head, cos, sin, direction);
+            }
         }
     }
 }
 
 /// `(a, b)` → `(a cos - b sin, b cos + a sin)` for the pairs of one head.
 #[inline(always)]
-fn turn_head(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
+fn turn_head(x: &mut [f32], cos: &[f32], sin: &[f32], direction: Direction) {
+    let sign = match direction {
+        Direction::Forward => 1.0,
+        Direction::Back => -1.0,
+    };
     let (a, b) = x.split_at_mut(cos.len());
     for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-        let sin = direction * sin;
+        let sin = sign * sin;
         (*a, *b) = (mul_add(*a, *cos, -(*b * sin)), mul_add(*b, *cos, *a * sin));
     }
 }
@@ -77,13 +97,14 @@ struct Rope {
 
 impl Rope {
     /// Turns every head of `x (N, width)`.
-    fn turn(&self, x: &[f32], width: usize, direction: f32) -> Result<Vec<f32>> {
+    fn turn(&self, x: &[f32], width: usize, direction: Direction) -> Result<Vec<f32>> {
         let half = self.rotary.cos.dim(1)?;
         let rows = rows_per_task(width);
         let mut y = x.to_vec();
         read([&self.rotary.cos, &self.rotary.sin], |[cos, sin]| {
+            let rotation = Rotation { cos, sin, half };
             let tasks = y.par_chunks_mut(rows * width).enumerate();
-            tasks.for_each(|(task, y)| turn_rows(y, width, task * rows, (cos, sin), (half, direction)));
+            tasks.for_each(|(task, y)| rotation.turn(y, width, task * rows, direction));
             Ok(())
         })?;
         Ok(y)
@@ -96,12 +117,12 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_at: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = self.turn(slice(x, x_at)?, x_at.shape().dims2()?.1, 1.0)?;
+        let y = self.turn(slice(x, x_at)?, x_at.shape().dims2()?.1, Direction::Forward)?;
         Ok((CpuStorage::F32(y), x_at.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
-        let dx = read([g], |[g]| self.turn(g, x.dim(1)?, -1.0))?;
+        let dx = read([g], |[g]| self.turn(g, x.dim(1)?, Direction::Back))?;
         Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
     }
 }

@@ -17,9 +17,6 @@ pub struct Rotary {
 
 impl Rotary {
     /// The tables of the first `positions` positions on `device`.
-    ///
-    /// # Errors
-    /// Those of the copy to the device.
     pub fn new(config: &ModelConfig, positions: usize, device: &Device) -> Result<Self> {
         let (frequencies, factor) =
             RopeScaling::frequencies(config.rope_theta, config.head_dim, config.rope_scaling.as_ref());

@@ -1,4 +1,4 @@
-//! A router's logits, `W₂ silu(W₁ x + b₁) + b₂`, in one. Gradients of the weights go straight into
+//! A router's logits, `W₂ silu(W₁ x + b₁) + b₂`, as one operation. Gradients with respect to the weights go straight into
 //! [`super::Gradients`].
 
 use std::sync::OnceLock;
@@ -8,10 +8,8 @@ use dynamoe::math::sigmoid;
 use faer::Accum;
 use rayon::prelude::*;
 
-use super::cpu::{
-    add_parts, axpy, blocks, fusable, host, matrix, multiply, multiply_blocks, read, rows_per_block, slice,
-};
-use super::gradients::add_gradient;
+use super::cpu::{axpy, blocks, fusable, host, matrix, multiply, read, rows_per_block, slice};
+use super::gradients::{hand_over_bias, hand_over_matrix};
 use super::linear;
 
 /// The weights of one layer's router.
@@ -33,8 +31,8 @@ impl RouterWeights {
         if !(fusable(&weights) && fusable(&[x]) && weights.iter().all(|weight| weight.is_contiguous())) {
             return self.logits_composed(x);
         }
-        let ((r, d), (narrower, from)) = (self.fc1[0].dims2()?, self.fc2[0].dims2()?);
-        if x.dims2()?.1 != d || from != r || self.fc1[1].dims() != [r] || self.fc2[1].dims() != [narrower] {
+        let ((r, d), (scores, from)) = (self.fc1[0].dims2()?, self.fc2[0].dims2()?);
+        if x.dims2()?.1 != d || from != r || self.fc1[1].dims() != [r] || self.fc2[1].dims() != [scores] {
             bail!(
                 "router: expected rows of {d} numbers and weights that fit, found {:?} and {self:?}",
                 x.dims()
@@ -44,7 +42,7 @@ impl RouterWeights {
         x.contiguous()?.apply_op2(trained, Fused { weights: self.clone(), hidden: OnceLock::new() })
     }
 
-    /// [`RouterWeights::logits`] out of smaller operations.
+    /// [`RouterWeights::logits`], composed of smaller operations.
     ///
     /// # Errors
     /// Shapes that do not fit.
@@ -54,7 +52,7 @@ impl RouterWeights {
     }
 }
 
-/// One forward and one backward pass.
+/// The operation, for one forward and one backward pass.
 struct Fused {
     weights: RouterWeights,
     /// `W₁ x + b₁`, `(N, R)`.
@@ -76,19 +74,19 @@ impl CustomOp2 for Fused {
         let ((n, d), x) = (x_at.shape().dims2()?, slice(x, x_at)?);
         let [w1, b1, w2, b2] = self.tensors().map(host);
         let (w1, b1, w2, b2) = (w1?, b1?, w2?, b2?);
-        let (r, narrower, rows) = (b1.len(), b2.len(), rows_per_block(n));
-        let (mut hidden, mut logits) = (vec![0f32; n * r], vec![0f32; n * narrower]);
-        let out = blocks([(&mut hidden[..], r), (&mut logits[..], narrower)], rows, n);
+        let (r, scores, rows) = (b1.len(), b2.len(), rows_per_block(n));
+        let (mut hidden, mut logits) = (vec![0f32; n * r], vec![0f32; n * scores]);
+        let out = blocks([(&mut hidden[..], r), (&mut logits[..], scores)], rows, n);
         out.into_par_iter().zip(x.par_chunks(rows * d)).for_each(|([hidden, logits], x)| {
             multiply(hidden, Accum::Replace, matrix(x, d), matrix(&w1, d).transpose());
             hidden.chunks_exact_mut(r).for_each(|row| axpy(row, 1.0, &b1));
             let active: Vec<f32> = hidden.iter().map(|&x| x * sigmoid(x)).collect();
             multiply(logits, Accum::Replace, matrix(&active, r), matrix(&w2, r).transpose());
-            logits.chunks_exact_mut(narrower).for_each(|row| axpy(row, 1.0, &b2));
+            logits.chunks_exact_mut(scores).for_each(|row| axpy(row, 1.0, &b2));
         });
         // An operation runs forward once.
         let _ = self.hidden.set(hidden);
-        Ok((CpuStorage::F32(logits), Shape::from((n, narrower))))
+        Ok((CpuStorage::F32(logits), Shape::from((n, scores))))
     }
 
     fn bwd(
@@ -103,35 +101,26 @@ impl CustomOp2 for Fused {
         };
         read([x, g], |[x_values, g]| {
             let ((n, d), [w1, b1, w2, b2]) = (x.dims2()?, self.tensors());
-            let (r, narrower, rows) = (b1.elem_count(), b2.elem_count(), rows_per_block(n));
+            let (r, scores, rows) = (b1.elem_count(), b2.elem_count(), rows_per_block(n));
             let mut dx = vec![0f32; n * d];
-            let (mut by_hidden, mut active) = (vec![0f32; n * r], vec![0f32; n * r]);
+            let (mut d_hidden, mut active) = (vec![0f32; n * r], vec![0f32; n * r]);
             {
                 let (w1, w2) = (host(w1)?, host(w2)?);
-                let out = blocks([(&mut dx[..], d), (&mut by_hidden, r), (&mut active, r)], rows, n);
-                let inputs = hidden.par_chunks(rows * r).zip(g.par_chunks(rows * narrower));
-                out.into_par_iter().zip(inputs).for_each(|([dx, by_hidden, active], (hidden, g))| {
-                    multiply(by_hidden, Accum::Replace, matrix(g, narrower), matrix(&w2, r));
-                    for ((by, active), &x) in by_hidden.iter_mut().zip(active).zip(hidden) {
+                let out = blocks([(&mut dx[..], d), (&mut d_hidden, r), (&mut active, r)], rows, n);
+                let inputs = hidden.par_chunks(rows * r).zip(g.par_chunks(rows * scores));
+                out.into_par_iter().zip(inputs).for_each(|([dx, d_hidden, active], (hidden, g))| {
+                    multiply(d_hidden, Accum::Replace, matrix(g, scores), matrix(&w2, r));
+                    for ((d_hidden, active), &x) in d_hidden.iter_mut().zip(active).zip(hidden) {
                         let sigma = sigmoid(x);
                         *active = x * sigma;
-                        *by *= sigma + x * sigma * (1.0 - sigma);
+                        *d_hidden *= sigma + x * sigma * (1.0 - sigma);
                     }
-                    multiply(dx, Accum::Replace, matrix(by_hidden, r), matrix(&w1, d));
+                    multiply(dx, Accum::Replace, matrix(d_hidden, r), matrix(&w1, d));
                 });
             }
-            let mut lost = false;
-            for (weight, bias, g, x) in [(w1, b1, &by_hidden[..], x_values), (w2, b2, g, &active)] {
-                let (to, from) = weight.dims2()?;
-                let product = |dw: &mut [f32], accum| {
-                    multiply_blocks(dw, accum, matrix(g, to).transpose(), matrix(x, from));
-                };
-                lost |= add_gradient(weight, product)?.is_some();
-                let rows: Vec<&[f32]> = g.chunks_exact(to).collect();
-                lost |= add_gradient(bias, |db, accum| add_parts(&rows, db, accum))?.is_some();
-            }
-            if lost {
-                bail!("router: expected the backward pass to be run by Gradients::add");
+            for (weight, bias, g, x) in [(w1, b1, &d_hidden[..], x_values), (w2, b2, g, &active)] {
+                hand_over_matrix("router", weight, g, x)?;
+                hand_over_bias("router", bias, g)?;
             }
             Ok((Some(Tensor::from_vec(dx, (n, d), x.device())?), None))
         })

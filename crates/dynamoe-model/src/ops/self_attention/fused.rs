@@ -1,0 +1,331 @@
+//! [`SelfAttention`] for f32 on the CPU. Each block of rows goes through norm, projections and rotation while it is in the
+//! cache. The backward pass does the same. Gradients with respect to weights go straight into
+//! [`crate::ops::Gradients`].
+
+use std::sync::OnceLock;
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use faer::Accum;
+use rayon::prelude::*;
+
+use super::{Projection, SelfAttention};
+use crate::ops::attention_cpu::{AttentionGradients, Kernel, Output, Saved};
+use crate::ops::cpu::{Host, add_parts, axpy, blocks, host, matrix, multiply, read, rows_per_block, slice};
+use crate::ops::gradients::{hand_over, hand_over_bias, hand_over_matrix};
+use crate::ops::rms_norm::{norm_rows, norm_rows_backward};
+use crate::ops::rope::{Direction, Rotation};
+use crate::ops::{AttentionShape, Rotary};
+
+/// The operation's name in errors.
+const NAME: &str = "self_attention";
+
+/// Inputs of the attention and what they were made from, row-major, a row for each token.
+struct Projected {
+    normed: Vec<f32>,
+    /// Before the norms of heads; empty where the model has none.
+    raw_q: Vec<f32>,
+    raw_k: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+/// What the forward pass leaves for the backward pass.
+struct Kept {
+    projected: Projected,
+    attention: Output,
+}
+
+/// The operation, for one forward and one backward pass.
+pub(super) struct Fused {
+    layer: SelfAttention,
+    rotary: Rotary,
+    shape: AttentionShape,
+    keep: bool,
+    kept: OnceLock<Kept>,
+}
+
+/// A projection's numbers.
+struct Matrix<'a> {
+    weight: Host<'a>,
+    bias: Option<Host<'a>>,
+    from: usize,
+    to: usize,
+}
+
+impl<'a> Matrix<'a> {
+    fn new(projection: &'a Projection) -> Result<Self> {
+        let (to, from) = projection.weight.dims2()?;
+        let bias = projection.bias.as_ref().map(host).transpose()?;
+        Ok(Self { weight: host(&projection.weight)?, bias, from, to })
+    }
+
+    /// `y = x Wᵀ + b` or `y += …`.
+    fn forward(&self, x: &[f32], y: &mut [f32], accum: Accum) {
+        multiply(y, accum, matrix(x, self.from), matrix(&self.weight, self.from).transpose());
+        if let Some(bias) = &self.bias {
+            y.chunks_exact_mut(self.to).for_each(|y| axpy(y, 1.0, bias));
+        }
+    }
+
+    /// `dx = g W` or `dx += …`.
+    fn backward(&self, g: &[f32], dx: &mut [f32], accum: Accum) {
+        multiply(dx, accum, matrix(g, self.to), matrix(&self.weight, self.from));
+    }
+}
+
+/// What happens to the heads of q or k between projection and attention: norm and rotation.
+struct RotateHeads<'a> {
+    norm: Option<Host<'a>>,
+    eps: f32,
+    cos: Host<'a>,
+    sin: Host<'a>,
+    /// `heads · d`
+    width: usize,
+    /// `d / 2`
+    half: usize,
+}
+
+impl<'a> RotateHeads<'a> {
+    fn new(op: &'a Fused, norm: Option<&'a Tensor>, heads: usize) -> Result<Self> {
+        Ok(Self {
+            norm: norm.map(host).transpose()?,
+            eps: op.layer.eps as f32,
+            cos: host(&op.rotary.cos)?,
+            sin: host(&op.rotary.sin)?,
+            width: heads * op.shape.head_dim,
+            half: op.shape.head_dim / 2,
+        })
+    }
+
+    fn rotation(&self) -> Rotation<'_> {
+        Rotation { cos: &self.cos, sin: &self.sin, half: self.half }
+    }
+
+    /// Norms and turns rows in place. The first row is number `first` of all. If the heads are normed, `raw` becomes a
+    /// copy of `x` as it was before.
+    fn forward(&self, x: &mut [f32], first: usize, raw: &mut [f32]) {
+        if let Some(norm) = &self.norm {
+            raw.copy_from_slice(x);
+            norm_rows(raw, norm, self.eps, x);
+        }
+        self.rotation().turn(x, self.width, first, Direction::Forward);
+    }
+
+    /// Turns the gradient with respect to the result of [`RotateHeads::forward`] into that with respect to its input.
+    /// Adds the gradient with respect to the norm's weights to `d_norm`.
+    fn backward(&self, g: &mut [f32], first: usize, raw: &[f32], d_norm: &mut [f32]) {
+        self.rotation().turn(g, self.width, first, Direction::Back);
+        if let Some(norm) = &self.norm {
+            norm_rows_backward(raw, norm, self.eps, g, d_norm);
+        }
+    }
+}
+
+/// Gradients with respect to the weights of the norms, from a block of rows.
+struct NormGradients {
+    input: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+}
+
+/// All that the backward pass computes from rows.
+struct RowGradients {
+    /// With respect to the projections' results.
+    projected: AttentionGradients,
+    /// With respect to `x`.
+    x: Vec<f32>,
+    /// Of each block of rows.
+    norms: Vec<NormGradients>,
+}
+
+impl Fused {
+    /// `keep` says whether there may be a backward pass.
+    pub(super) fn new(layer: SelfAttention, rotary: Rotary, shape: AttentionShape, keep: bool) -> Self {
+        Self { layer, rotary, shape, keep, kept: OnceLock::new() }
+    }
+
+    /// Columns of `raw_q` and of `raw_k` in [`Projected`].
+    fn raw_widths(&self) -> [usize; 2] {
+        let AttentionShape { heads, kv_heads, head_dim: d, .. } = self.shape;
+        let width = |norm: &Option<Tensor>, heads| if norm.is_some() { heads * d } else { 0 };
+        [width(&self.layer.q_norm, heads), width(&self.layer.k_norm, kv_heads)]
+    }
+
+    fn rotate_q(&self) -> Result<RotateHeads<'_>> {
+        RotateHeads::new(self, self.layer.q_norm.as_ref(), self.shape.heads)
+    }
+
+    fn rotate_k(&self) -> Result<RotateHeads<'_>> {
+        RotateHeads::new(self, self.layer.k_norm.as_ref(), self.shape.kv_heads)
+    }
+
+    /// Norm, projections and rotation.
+    fn project(&self, x: &[f32], d: usize) -> Result<Projected> {
+        let layer = &self.layer;
+        let n = x.len() / d;
+        let [q, k, v] = [Matrix::new(&layer.q)?, Matrix::new(&layer.k)?, Matrix::new(&layer.v)?];
+        let (rotate_q, rotate_k) = (self.rotate_q()?, self.rotate_k()?);
+        let norm = host(&layer.norm)?;
+        let [raw_q, raw_k] = self.raw_widths();
+        let zeros = |columns: usize| vec![0f32; n * columns];
+        let mut all = Projected {
+            normed: zeros(d),
+            raw_q: zeros(raw_q),
+            raw_k: zeros(raw_k),
+            q: zeros(q.to),
+            k: zeros(k.to),
+            v: zeros(v.to),
+        };
+        let out = [
+            (&mut all.normed[..], d),
+            (&mut all.raw_q, raw_q),
+            (&mut all.raw_k, raw_k),
+            (&mut all.q, q.to),
+            (&mut all.k, k.to),
+            (&mut all.v, v.to),
+        ];
+        let rows = rows_per_block(n);
+        blocks(out, rows, n).into_par_iter().zip(x.par_chunks(rows * d)).enumerate().for_each(
+            |(block, ([normed, raw_q, raw_k, to_q, to_k, to_v], x))| {
+                norm_rows(x, &norm, layer.eps as f32, normed);
+                q.forward(normed, to_q, Accum::Replace);
+                rotate_q.forward(to_q, block * rows, raw_q);
+                k.forward(normed, to_k, Accum::Replace);
+                rotate_k.forward(to_k, block * rows, raw_k);
+                v.forward(normed, to_v, Accum::Replace);
+            },
+        );
+        Ok(all)
+    }
+
+    /// `x + W_o o`.
+    fn output(&self, x: &[f32], d: usize, o: &[f32]) -> Result<Vec<f32>> {
+        let matrix = Matrix::new(&self.layer.o)?;
+        let rows = rows_per_block(x.len() / d);
+        let mut y = x.to_vec();
+        y.par_chunks_mut(rows * d)
+            .zip(o.par_chunks(rows * matrix.from))
+            .for_each(|(y, o)| matrix.forward(o, y, Accum::Add));
+        Ok(y)
+    }
+
+    fn backward(&self, x: &[f32], g: &[f32], kept: &Kept) -> Result<RowGradients> {
+        let layer = &self.layer;
+        let norm = host(&layer.norm)?;
+        let (d, head_dim) = (norm.len(), self.shape.head_dim);
+        let n = x.len() / d;
+        let rows = rows_per_block(n);
+        let [q, k, v, o] = [&layer.q, &layer.k, &layer.v, &layer.o].map(Matrix::new);
+        let (q, k, v, o) = (q?, k?, v?, o?);
+        let mut d_o = vec![0f32; n * o.from];
+        d_o.par_chunks_mut(rows * o.from)
+            .zip(g.par_chunks(rows * d))
+            .for_each(|(d_o, g)| o.backward(g, d_o, Accum::Replace));
+        let Kept { projected, attention } = kept;
+        let saved = Saved {
+            q: &projected.q,
+            k: &projected.k,
+            v: &projected.v,
+            o: &attention.o,
+            log_sums: &attention.log_sums,
+        };
+        let mut gradients = Kernel(self.shape).backward(saved, &d_o);
+
+        let (rotate_q, rotate_k) = (self.rotate_q()?, self.rotate_k()?);
+        let mut dx = vec![0f32; n * d];
+        let out =
+            [(&mut dx[..], d), (&mut gradients.q, q.to), (&mut gradients.k, k.to), (&mut gradients.v, v.to)];
+        let [raw_q, raw_k] = self.raw_widths();
+        let norms = blocks(out, rows, n).into_par_iter().enumerate().map(|(block, [dx, dq, dk, dv])| {
+            let first = block * rows;
+            let last = n.min(first + rows);
+            let raw_q = &projected.raw_q[first * raw_q..last * raw_q];
+            let raw_k = &projected.raw_k[first * raw_k..last * raw_k];
+            let (x, g) = (&x[first * d..last * d], &g[first * d..last * d]);
+            let mut norms =
+                NormGradients { input: vec![0f32; d], q: vec![0f32; head_dim], k: vec![0f32; head_dim] };
+            rotate_q.backward(dq, first, raw_q, &mut norms.q);
+            rotate_k.backward(dk, first, raw_k, &mut norms.k);
+            q.backward(dq, dx, Accum::Replace);
+            k.backward(dk, dx, Accum::Add);
+            v.backward(dv, dx, Accum::Add);
+            norm_rows_backward(x, &norm, layer.eps as f32, dx, &mut norms.input);
+            axpy(dx, 1.0, g);
+            norms
+        });
+        let norms = norms.collect();
+        Ok(RowGradients { projected: gradients, x: dx, norms })
+    }
+
+    /// Hands over the gradients with respect to the weights.
+    fn hand_over_weights(&self, g: &[f32], kept: &Kept, gradients: &RowGradients) -> Result<()> {
+        let layer = &self.layer;
+        let (normed, rows) = (&kept.projected.normed, &gradients.projected);
+        for (projection, g, x) in [
+            (&layer.q, &rows.q[..], normed),
+            (&layer.k, &rows.k, normed),
+            (&layer.v, &rows.v, normed),
+            (&layer.o, g, &kept.attention.o),
+        ] {
+            hand_over_matrix(NAME, &projection.weight, g, x)?;
+            if let Some(bias) = &projection.bias {
+                hand_over_bias(NAME, bias, g)?;
+            }
+        }
+        let parts =
+            |part: fn(&NormGradients) -> &Vec<f32>| gradients.norms.iter().map(part).collect::<Vec<_>>();
+        for (weight, parts) in [
+            (Some(&layer.norm), parts(|norms| &norms.input)),
+            (layer.q_norm.as_ref(), parts(|norms| &norms.q)),
+            (layer.k_norm.as_ref(), parts(|norms| &norms.k)),
+        ] {
+            if let Some(weight) = weight {
+                hand_over(NAME, weight, |dw, accum| add_parts(&parts, dw, accum))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl CustomOp2 for Fused {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_at: &Layout,
+        _trained: &CpuStorage,
+        _trained_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, d) = (slice(x, x_at)?, x_at.shape().dims2()?.1);
+        let projected = self.project(x, d)?;
+        let attention = Kernel(self.shape).forward(&projected.q, &projected.k, &projected.v);
+        let y = self.output(x, d, &attention.o)?;
+        if self.keep {
+            // An operation runs forward once.
+            let _ = self.kept.set(Kept { projected, attention });
+        }
+        Ok((CpuStorage::F32(y), x_at.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _trained: &Tensor,
+        _y: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Some(kept) = self.kept.get() else {
+            bail!("self_attention: expected the forward pass to run first");
+        };
+        let dx = read([x, g], |[x, g]| {
+            let gradients = self.backward(x, g, kept)?;
+            self.hand_over_weights(g, kept, &gradients)?;
+            Ok(gradients.x)
+        })?;
+        Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), None))
+    }
+}

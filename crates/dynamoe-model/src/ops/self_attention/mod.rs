@@ -1,0 +1,130 @@
+//! The attention sublayer as one operation: `y = x + W_o · attention(rope(W_q n), rope(W_k n), W_v n)` with
+//! `n = rms_norm(x)`, and with biases and norms of heads where the model has them.
+//!
+//! [`fused`] is the implementation for f32 on the CPU.
+
+mod fused;
+
+use candle_core::{Result, Tensor, bail};
+
+use super::cpu::fusable;
+use super::rotary::Rotary;
+use super::{AttentionShape, attention, linear, rms_norm, rope};
+use fused::Fused;
+
+/// A projection with an optional bias.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    /// `(out, in)`
+    pub weight: Tensor,
+    /// `(out)`
+    pub bias: Option<Tensor>,
+}
+
+impl Projection {
+    /// `x (N, in)` → `(N, out)`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = linear(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// The weights of an attention sublayer.
+#[derive(Debug, Clone)]
+pub struct SelfAttention {
+    /// `(D)`
+    pub norm: Tensor,
+    /// `(H·d, D)`
+    pub q: Projection,
+    /// `(K·d, D)`
+    pub k: Projection,
+    /// `(K·d, D)`
+    pub v: Projection,
+    /// `(D, H·d)`
+    pub o: Projection,
+    /// Norm of each query head, `(d)`.
+    pub q_norm: Option<Tensor>,
+    /// Norm of each key head, `(d)`.
+    pub k_norm: Option<Tensor>,
+    /// Added to the mean square in every norm.
+    pub eps: f64,
+}
+
+impl SelfAttention {
+    /// `x (B·T, D)` → `(B·T, D)`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward(&self, x: &Tensor, rotary: &Rotary, shape: AttentionShape) -> Result<Tensor> {
+        let mut tensors = self.weights();
+        let trained = tensors.iter().copied().find(|weight| weight.track_op()).unwrap_or(&self.norm);
+        tensors.extend([&rotary.cos, &rotary.sin]);
+        if fusable(&tensors) && tensors.iter().all(|tensor| tensor.is_contiguous()) && fusable(&[x]) {
+            self.check(x, rotary, shape)?;
+            let keep = x.track_op() || trained.track_op();
+            let op = Fused::new(self.clone(), rotary.clone(), shape, keep);
+            // candle runs a backward pass only if an input is trained: so a trained weight is one
+            return x.contiguous()?.apply_op2(trained, op);
+        }
+        self.forward_composed(x, rotary, shape)
+    }
+
+    /// Checks what each of the smaller operations would check.
+    fn check(&self, x: &Tensor, rotary: &Rotary, shape: AttentionShape) -> Result<()> {
+        let AttentionShape { sequences, positions, heads, kv_heads, head_dim, .. } = shape;
+        shape.check()?;
+        let (n, d) = x.dims2()?;
+        let (q, k) = (heads * head_dim, kv_heads * head_dim);
+        let projections = [&self.q, &self.k, &self.v, &self.o];
+        let weights = projections.map(|projection| projection.weight.dims());
+        let fit = |x: &Option<Tensor>, len: usize| x.as_ref().is_none_or(|x| x.dims() == [len]);
+        if n != sequences * positions
+            || !projections.iter().zip([q, k, k, d]).all(|(projection, out)| fit(&projection.bias, out))
+            || !(fit(&self.q_norm, head_dim) && fit(&self.k_norm, head_dim))
+            || weights != [&[q, d], &[k, d], &[k, d], &[d, q]]
+            || self.norm.dims() != [d]
+            || rotary.cos.dims() != [positions, head_dim / 2]
+        {
+            bail!(
+                "self_attention: expected x (B·T, D), weights, biases and norms that fit {shape:?}, found x {:?}, \
+                 weights {weights:?}, rotary tables {:?}",
+                x.dims(),
+                rotary.cos.dims()
+            );
+        }
+        Ok(())
+    }
+
+    /// [`SelfAttention::forward`], composed of smaller operations.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn forward_composed(&self, x: &Tensor, rotary: &Rotary, shape: AttentionShape) -> Result<Tensor> {
+        let normed = rms_norm(x, &self.norm, self.eps)?;
+        let q = head_norm(self.q.forward(&normed)?, self.q_norm.as_ref(), self.eps)?; // (N, H·d)
+        let k = head_norm(self.k.forward(&normed)?, self.k_norm.as_ref(), self.eps)?; // (N, K·d)
+        let v = self.v.forward(&normed)?; // (N, K·d)
+        x + self.o.forward(&attention(&rope(&q, rotary)?, &rope(&k, rotary)?, &v, shape)?)?
+    }
+
+    fn weights(&self) -> Vec<&Tensor> {
+        let projections = [&self.q, &self.k, &self.v, &self.o];
+        let mut weights: Vec<&Tensor> = projections.iter().map(|projection| &projection.weight).collect();
+        weights.extend(projections.iter().filter_map(|projection| projection.bias.as_ref()));
+        weights.extend([&self.q_norm, &self.k_norm].into_iter().flatten());
+        weights.push(&self.norm);
+        weights
+    }
+}
+
+/// Norms each head of `x (N, heads·d)` with the weights `w (d)`, if there are any.
+fn head_norm(x: Tensor, w: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    let Some(w) = w else { return Ok(x) };
+    rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps)?.reshape(x.shape())
+}
