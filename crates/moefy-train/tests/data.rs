@@ -509,7 +509,7 @@ fn pairs_are_padded_and_compared() {
     assert_eq!(batches[1].items, [2, 3]);
     let scores = pairs.score(&[-1.0, -2.0, -3.0, -3.0]).unwrap();
     assert_eq!((scores.pairs, scores.accuracy), (2, 0.5));
-    assert_eq!(scores.by_field, BTreeMap::from([("x".to_owned(), 1.0)]));
+    assert_eq!(scores.by_field, [("x".to_owned(), 1.0)]);
     assert!(message(pairs.score(&[0.0])).contains("expected 4 log-likelihoods"));
     let refuse = |content: &str, positions| {
         message(Pairs::read(&fixture.file("bad.jsonl", content), &fixture.tokenizer, FRAMING, positions))

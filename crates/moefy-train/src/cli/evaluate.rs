@@ -132,7 +132,8 @@ fn store_budgets(
         );
     }
     let mut section = model.config().dynamoe.clone().context("only a DynaMoE checkpoint has budgets")?;
-    let found = budget::table(model, &subsample(text, SOLVE_TOKENS), &args.budget)?;
+    let text = subsample(text, SOLVE_TOKENS);
+    let found = budget::solver(model, &text)?.table(&args.budget)?;
     section.budgets.retain(|row| found.iter().all(|new| (new.width - row.width).abs() > 1e-6));
     section.budgets.extend(found);
     section.budgets.sort_by(|a, b| a.width.total_cmp(&b.width));

@@ -16,7 +16,7 @@ pub use batches::{Batch, Batches, BatchesConfig, Origin, Split, WeightedCache};
 pub use cache::{TokenCache, default_cache_dir};
 pub use documents::{DocumentBatches, DocumentLimits};
 pub use padded::{BATCH_TOKENS, PaddedBatch, subsample};
-pub use pairs::{PairScores, Pairs};
+pub use pairs::Pairs;
 pub use source::{DOCUMENT_MARKER, DataSource, TEXT_FIELD, TextFormat};
 pub use texts::{CALIBRATION_TOKENS, SampleShape, Scope, TextOptions, Texts, calibration_batches};
 pub use tokenizer::{Framing, load_tokenizer};

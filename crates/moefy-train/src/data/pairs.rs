@@ -1,44 +1,32 @@
-//! Minimal pairs (BLiMP): a model is right where it finds the good sentence more likely than the bad one.
+//! Minimal pairs (BLiMP): two sentences that differ in one word, a good one and a bad one. A model is right if it finds the
+//! good one more likely.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Error, Result, ensure};
-use serde::Serialize;
 use tokenizers::Tokenizer;
 
 use super::padded::{PaddedBatch, group_by_length};
 use super::source::{JsonLines, string_field};
 use super::tokenizer::Framing;
+use crate::report::results::PairsPoint;
 
 /// Tokenized minimal pairs.
 #[derive(Debug, Clone)]
 pub struct Pairs {
-    /// `boundary ids…`; item `2i` is the good sentence of pair `i`, item `2i + 1` the bad one.
+    /// Each is `boundary ids…`. Item `2i` is the good sentence of pair `i`, item `2i + 1` the bad one.
     sentences: Vec<Vec<u32>>,
-    /// The `field` of each pair, empty where it has none.
+    /// The `field` of each pair, empty if it has none.
     fields: Vec<String>,
-}
-
-/// How many pairs a model got right.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct PairScores {
-    /// Pairs.
-    pub pairs: usize,
-    /// Share of pairs whose good sentence was strictly more likely.
-    pub accuracy: f64,
-    /// Standard error of the accuracy.
-    pub stderr: f64,
-    /// Accuracy by the pairs' `field`, where they have one.
-    pub by_field: BTreeMap<String, f64>,
 }
 
 impl Pairs {
     /// Reads a `.jsonl` file whose objects hold `good`, `bad` and optionally `field`.
     ///
     /// # Errors
-    /// A missing or empty file, a line that is no JSON object with both sentences, a sentence without tokens or
-    /// with more than the model's `positions` (each with the line's number).
+    /// A missing or empty file; a line that is no JSON object with both sentences; a sentence without tokens or with more
+    /// than the model's `positions`. Errors of a line give its number.
     pub fn read(path: &Path, tokenizer: &Tokenizer, framing: Framing, positions: usize) -> Result<Self> {
         let mut pairs = Self { sentences: Vec::new(), fields: Vec::new() };
         for line in JsonLines::open(path)? {
@@ -87,11 +75,12 @@ impl Pairs {
         })
     }
 
-    /// Compares the total log-likelihoods of all sentences, indexed as the batches' `items`.
+    /// The model's accuracy, from the log-likelihoods of all sentences, indexed as the batches' `items`. The dial and the
+    /// width are left to the caller.
     ///
     /// # Errors
-    /// Not two values per pair.
-    pub fn score(&self, log_likelihoods: &[f64]) -> Result<PairScores> {
+    /// Not two values for each pair.
+    pub fn score(&self, log_likelihoods: &[f64]) -> Result<PairsPoint> {
         let expected = self.sentences.len();
         ensure!(
             log_likelihoods.len() == expected,
@@ -113,6 +102,6 @@ impl Pairs {
         let stderr = (accuracy * (1.0 - accuracy) / pairs as f64).sqrt();
         let by_field =
             by_field.into_iter().map(|(field, (hits, all))| (field, hits as f64 / all as f64)).collect();
-        Ok(PairScores { pairs, accuracy, stderr, by_field })
+        Ok(PairsPoint { pairs, accuracy, stderr, by_field, ..PairsPoint::default() })
     }
 }

@@ -13,11 +13,11 @@ use crate::report::results::{Curve, Point};
 /// Mean widths at which curves are measured, besides both ends of the dial.
 pub const WIDTHS: [f64; 9] = [0.3, 0.375, 0.45, 0.5, 0.55, 0.625, 0.75, 0.875, 0.95];
 
-/// Tokens on which the oracle searches: it takes tens of passes.
+/// Tokens on which the oracle searches: it makes tens of passes over them.
 const ORACLE_TOKENS: usize = 8_000;
-/// Improvements that the oracle tries for each batch.
+/// How often the oracle descends for each batch.
 const ORACLE_ROUNDS: usize = 6;
-/// Prices of a token's whole width, nats.
+/// Prices of a token's whole width, in nats: each gives a point of the oracle's curve.
 const ORACLE_PRICES: [f64; 5] = [0.2, 0.5, 1.0, 2.0, 4.0];
 
 /// A trained model and what its curve is measured with.
@@ -38,7 +38,7 @@ impl Probe<'_> {
         self.model.config().width_shares()
     }
 
-    /// Those of [`Probe::widths`] that are between the ends of the dial.
+    /// The ones of [`Probe::widths`] between the ends of the dial.
     pub fn widths_between(&self) -> impl Iterator<Item = f64> {
         let narrowest = self.width_shares()[0];
         self.widths.iter().copied().filter(move |&width| width > narrowest && width < 1.0)
@@ -70,10 +70,10 @@ impl Probe<'_> {
     }
 }
 
-/// What hindsight reaches with the same weights: the oracle's curve. `ffns` are the model's, first layer first.
+/// The oracle's curve: the same weights, routed with hindsight. `ffns` are the model's, first layer first.
 ///
-/// It is searched on the first documents only; its loss there, less the full-width loss there, is added to the
-/// full-width loss on all of `batches`, so that it compares with the other curves.
+/// The search takes long, so it runs on some of `batches` only. To compare with the other curves, its losses are moved by
+/// the difference that the full-width loss has between all batches and those.
 ///
 /// # Errors
 /// No tokens to score.
@@ -89,7 +89,7 @@ pub fn oracle_curve(model: &RoutedModel, ffns: &[TrainableFfn], batches: &[Padde
         let loss = point.loss + offset;
         Ok(Point { loss, perplexity: loss.exp(), ..point })
     });
-    let description = "The same weights routed with knowledge of the next token, by descent: a bound that a router \
-                       could aim for, not one it can reach.";
+    let description = "The same weights, routed by a search that knows the next token: no router can be expected to \
+                       reach this.";
     Ok(Curve::sorted("oracle routing", description, points.collect::<Result<_>>()?))
 }

@@ -1,8 +1,7 @@
 //! Loss, widths and cost of a model along its dial.
 //!
-//! [`mod@score`] measures one routing policy on padded batches; [`budget`] solves the dial for a mean width;
-//! [`oracle`] routes with hindsight; [`cost`] counts parameters and operations; [`curve`] and [`samples`] are what a report
-//! shows.
+//! [`mod@score`] measures one routing policy on padded batches. [`budget`] solves the dial for a mean width. [`oracle`]
+//! routes with hindsight. [`cost`] counts parameters and operations. [`curve`] and [`samples`] make what a report shows.
 
 pub mod budget;
 pub mod cost;
@@ -29,7 +28,7 @@ pub enum Dial {
     Budget(f64),
 }
 
-/// One dial value with the sensitivity of every layer that it stands for.
+/// A value of the dial and the sensitivity that each layer takes for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setting {
     /// The mean width asked for, if one was.
@@ -75,13 +74,13 @@ impl Setting {
 /// Measures one setting of the dial.
 ///
 /// # Errors
-/// candle's; no tokens to score.
+/// No tokens to score.
 pub fn point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) -> Result<Point> {
     let measured = score(model, batches, &Policy::Dial(&setting.sensitivity))?;
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
-/// Measures one setting of the dial with the widths of each layer exchanged among tokens ([`Policy::Shuffled`]).
+/// Measures one setting of the dial with each layer's widths shuffled among the tokens ([`Policy::Shuffled`]).
 ///
 /// # Errors
 /// As [`point`].
@@ -90,8 +89,8 @@ pub fn shuffled_point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Se
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
-/// A score as a row of results, without its dial.
-pub fn as_point(model: &RoutedModel, score: &Score) -> Point {
+/// A score as a row of results, without the dial that it was measured at.
+pub(crate) fn as_point(model: &RoutedModel, score: &Score) -> Point {
     let mean_width = score.mean_width();
     let cost = cost::Cost::of(model.config());
     Point {
@@ -109,9 +108,6 @@ pub fn as_point(model: &RoutedModel, score: &Score) -> Point {
 }
 
 /// Accuracy on minimal pairs at one setting of the dial.
-///
-/// # Errors
-/// candle's; no pairs.
 pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
     let parts: Vec<Score> = batches
@@ -125,13 +121,6 @@ pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Res
         tokens += part.tokens as f64;
         used += part.tokens as f64 * part.mean_width();
     }
-    let scores = pairs.score(&log_likelihoods)?;
-    Ok(PairsPoint {
-        sensitivity: setting.mean(),
-        accuracy: scores.accuracy,
-        stderr: scores.stderr,
-        pairs: scores.pairs,
-        mean_width: used / tokens.max(1.0),
-        by_field: scores.by_field.into_iter().collect(),
-    })
+    let accuracy = pairs.score(&log_likelihoods)?;
+    Ok(PairsPoint { sensitivity: setting.mean(), mean_width: used / tokens.max(1.0), ..accuracy })
 }

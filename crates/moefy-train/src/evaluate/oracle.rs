@@ -1,21 +1,22 @@
 //! Routing with hindsight: how far is a router from the best choice?
 //!
-//! The best of `E^(L·T)` routes cannot be searched. This oracle knows the true next tokens and descends: from the
-//! routers' own choice it takes the gradient of the loss with respect to each token's use of each shell,
+//! There are `E^(L·T)` ways to route, too many to try all. This oracle knows the true next tokens and descends from the
+//! routers' choice. It takes the gradient of the loss with respect to each token's use of each shell,
 //!
 //! ```text
 //! cost_e = Σ_{s ≤ e} ∂loss/∂reach_s + price · width_e
 //! ```
 //!
-//! and moves a random half of the (token, layer) pairs to their cheapest expert, keeping the routes whose loss
-//! plus price is lowest. What it finds is a loss that some routes really have, so a bound on what a router could
-//! reach, not the optimum.
+//! and moves a random half of all tokens in all layers to their cheapest expert, again and again. It keeps the routes with
+//! the lowest loss plus price. Its result is a loss that some routes have, so a perfect router reaches it too. The optimum
+//! may be lower still.
 
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 use dynamoe::swiglu::shell_ranges;
 use dynamoe::{Routes, TrainableFfn};
 use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::score::{BatchScore, Score, batch_score, combine, token_losses};
@@ -24,22 +25,21 @@ use crate::random::in_step;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::ops::{ffn, reach_of};
 
-/// An oracle over a model.
+/// The oracle of a model.
 pub struct Oracle<'a> {
     /// The model.
     pub model: &'a RoutedModel,
     /// The same FFNs in their differentiable form, first layer first.
     pub ffns: &'a [TrainableFfn],
-    /// Improvements tried for each batch.
+    /// How often it descends for each batch.
     pub rounds: usize,
 }
 
 impl Oracle<'_> {
-    /// The oracle's loss where a token's whole width costs `price` nats; the search starts from the routes at
-    /// `sensitivity`.
+    /// The oracle's loss if a token's whole width costs `price` nats. The search starts from the routes at `sensitivity`.
     ///
     /// # Errors
-    /// candle's.
+    /// No tokens to score.
     pub fn score(&self, batches: &[PaddedBatch], sensitivity: &[f64], price: f64) -> Result<Score> {
         let parts = batches
             .par_iter()
@@ -56,11 +56,11 @@ impl Oracle<'_> {
         let mut best = batch_score(self.model, batch, &losses, &routes);
         for round in 0..self.rounds as u64 {
             let gradients = self.gradients(&tokens, &targets, &weights, &routes)?;
-            self.improve(&mut routes, &gradients, price, (index, round));
+            self.improve(&mut routes, &gradients, price, &mut in_step(index, round, u64::MAX));
             let hidden = self.model.forward_with(&tokens, &routes)?;
             let losses = token_losses(self.model, &hidden, &targets, &weights)?;
             let found = batch_score(self.model, batch, &losses, &routes);
-            if charged(&found, price) < charged(&best, price) {
+            if loss_and_price(&found, price) < loss_and_price(&best, price) {
                 best = found;
             }
         }
@@ -93,19 +93,13 @@ impl Oracle<'_> {
         reach.iter().map(rows).collect()
     }
 
-    fn improve(
-        &self,
-        routes: &mut [Routes],
-        gradients: &[Vec<Vec<f32>>],
-        price: f64,
-        (index, round): (u64, u64),
-    ) {
+    /// Moves a random half of all tokens in all layers to their cheapest expert.
+    fn improve(&self, routes: &mut [Routes], gradients: &[Vec<Vec<f32>>], price: f64, rng: &mut ChaCha8Rng) {
         let full = self.model.config().intermediate_size as f64;
-        // a token's whole width is that of all its layers
+        // the price is that of all layers together
         let price = price / routes.len() as f64;
         let shells: Vec<f64> =
             shell_ranges(&self.model.widths()).map(|shell| price * shell.len() as f64 / full).collect();
-        let mut rng = in_step(index, round, u64::MAX);
         for (routes, gradients) in routes.iter_mut().zip(gradients) {
             for (route, gradient) in routes.0.iter_mut().zip(gradients) {
                 if rng.random::<bool>() {
@@ -116,7 +110,7 @@ impl Oracle<'_> {
     }
 }
 
-/// The expert whose shells cost least together.
+/// The expert whose shells together cost least.
 fn cheapest(gradient: &[f32], shells: &[f64]) -> usize {
     let (mut sum, mut best) = (0.0, (f64::INFINITY, 0));
     for (expert, (&gradient, shell)) in gradient.iter().zip(shells).enumerate() {
@@ -128,8 +122,8 @@ fn cheapest(gradient: &[f32], shells: &[f64]) -> usize {
     best.1
 }
 
-/// Loss plus price of a batch, nats.
-fn charged(batch: &BatchScore, price: f64) -> f64 {
+/// The loss of a batch plus the price of its width, nats.
+fn loss_and_price(batch: &BatchScore, price: f64) -> f64 {
     let loss: f64 = batch.items.iter().map(|item| item.loss).sum();
     loss + price * batch.widths.iter().sum::<f64>() / batch.widths.len().max(1) as f64
 }

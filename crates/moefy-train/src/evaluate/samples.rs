@@ -19,7 +19,7 @@ pub struct SampleLimits {
     pub tokens: usize,
 }
 
-/// Sample texts from the first rows of held-out batches, each at every one of `settings`.
+/// Sample texts from held-out batches, each at every one of `settings`.
 ///
 /// # Errors
 /// A batch without a document.
@@ -61,7 +61,7 @@ fn sample_tokens(pieces: &[String], routes: &[Routes], shares: &[f64], losses: &
     let tokens = pieces.iter().enumerate().map(|(at, text)| {
         let width_per_layer: Vec<f64> = routes.iter().map(|routes| shares[routes.0[at]]).collect();
         let width = width_per_layer.iter().sum::<f64>() / layers;
-        // a token's loss was measured where the one before it was read
+        // the model predicted the token when it read the one before
         let loss = at.checked_sub(1).map(|before| f64::from(losses[before]));
         SampleToken { text: text.clone(), width, width_per_layer, loss }
     });

@@ -5,30 +5,31 @@ use candle_core::{DType, Device, Tensor};
 use dynamoe::Routes;
 use rand::Rng;
 use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::data::PaddedBatch;
 use crate::random::{draw, in_step, widths_with_mean};
 use dynamoe_model::RoutedModel;
 
-/// How tokens are routed while measuring.
+/// How tokens get their widths.
 #[derive(Debug, Clone, Copy)]
 pub enum Policy<'a> {
-    /// By the model's routers, one sensitivity for each layer.
+    /// From the model's routers, at one sensitivity for each layer.
     Dial(&'a [f64]),
-    /// As [`Policy::Dial`], but within each batch and layer the tokens exchange their widths at random: what is
-    /// left when routers say how many tokens are wide, but not which.
+    /// As [`Policy::Dial`], then shuffled among the tokens of each batch and layer. Routers then decide how many tokens are
+    /// wide, but not which.
     Shuffled(&'a [f64]),
-    /// Each token of each layer draws its width; the mean is given.
+    /// Drawn at random for each token and layer.
     Random {
-        /// Mean width as a share of the dense width.
+        /// Their mean, as a share of the dense width.
         mean: f64,
         /// Seed of the draws.
         seed: u64,
     },
 }
 
-/// One document's (or sequence's, or sentence's) loss.
+/// The loss of one item: a document, a packed sequence or a sentence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ItemLoss {
     /// Which item, as [`PaddedBatch::items`] numbers it.
@@ -39,7 +40,7 @@ pub struct ItemLoss {
     pub tokens: usize,
 }
 
-/// What was measured.
+/// Loss and widths of a model on some text.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Score {
     /// Mean loss, nats per token.
@@ -61,19 +62,19 @@ impl Score {
     }
 }
 
-/// What one batch adds to a [`Score`].
+/// A batch's part of a [`Score`].
 #[derive(Debug, Clone)]
 pub struct BatchScore {
     /// Each row's loss.
     pub items: Vec<ItemLoss>,
-    /// For each layer, the sum over scored tokens of the width share.
+    /// For each layer: the sum of the widths, as shares of the dense width, over scored tokens.
     pub widths: Vec<f64>,
 }
 
-/// Measures `model` on `batches`. Batches run in parallel; the result does not depend on how.
+/// Measures `model` on `batches`. Batches run in parallel, which does not change the result.
 ///
 /// # Errors
-/// candle's; no tokens to score.
+/// No tokens to score.
 pub fn score(model: &RoutedModel, batches: &[PaddedBatch], policy: &Policy<'_>) -> Result<Score> {
     let parts = batches
         .par_iter()
@@ -83,10 +84,10 @@ pub fn score(model: &RoutedModel, batches: &[PaddedBatch], policy: &Policy<'_>) 
     combine(parts)
 }
 
-/// The mean width alone, which takes no output matrix and no loss.
+/// The mean width alone. It needs no logits, so it is faster than [`score`].
 ///
 /// # Errors
-/// candle's; no tokens to measure on.
+/// No tokens to measure on.
 pub fn mean_width(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f64]) -> Result<f64> {
     let parts = batches.par_iter().map(|batch| -> Result<BatchScore> {
         let (tokens, _, _) = batch.tensors(model.device())?;
@@ -99,7 +100,7 @@ pub fn mean_width(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f
 /// Adds batches up.
 ///
 /// # Errors
-/// No tokens at all.
+/// No tokens to score.
 pub fn combine(parts: Vec<BatchScore>) -> Result<Score> {
     let mut widths = vec![0.0; parts.first().map_or(0, |part| part.widths.len())];
     let mut items = Vec::new();
@@ -136,7 +137,8 @@ fn score_batch(
             (model.forward_with(&tokens, &routes)?, routes)
         }
         Policy::Random { mean, seed } => {
-            let routes = random_routes(model, batch.tokens.len(), *mean, (*seed, index));
+            let rng = |layer: usize| in_step(*seed, index, layer as u64);
+            let routes = random_routes(model, batch.tokens.len(), *mean, rng);
             (model.forward_with(&tokens, &routes)?, routes)
         }
     };
@@ -144,10 +146,7 @@ fn score_batch(
     Ok(batch_score(model, batch, &losses, &routes))
 }
 
-/// Loss of each token, 0 where its weight is.
-///
-/// # Errors
-/// candle's.
+/// The loss of each token, times its weight.
 pub fn token_losses(
     model: &RoutedModel,
     hidden: &Tensor,
@@ -165,11 +164,10 @@ pub fn batch_score(
     losses: &[f32],
     routes: &[Routes],
 ) -> BatchScore {
-    let widths = model.widths();
-    let full = model.config().intermediate_size as f64;
+    let shares = model.config().width_shares();
     let scored = |n: &usize| batch.weights[*n] > 0.0;
     let of_layer = |routes: &Routes| -> f64 {
-        (0..batch.weights.len()).filter(scored).map(|n| widths[routes.0[n]] as f64 / full).sum()
+        (0..batch.weights.len()).filter(scored).map(|n| shares[routes.0[n]]).sum()
     };
     let items = batch.items.iter().enumerate().map(|(row, &item)| {
         let range = row * batch.length..(row + 1) * batch.length;
@@ -179,7 +177,7 @@ pub fn batch_score(
     BatchScore { items: items.collect(), widths: routes.iter().map(of_layer).collect() }
 }
 
-/// Shuffles the entries whose weight is above 0: padding keeps its own.
+/// Shuffles the entries whose weight is above 0. Those of padding stay.
 fn shuffle_scored(routes: &mut [usize], weights: &[f32], rng: &mut impl Rng) {
     let scored: Vec<usize> = (0..weights.len()).filter(|&n| weights[n] > 0.0).collect();
     let mut values: Vec<usize> = scored.iter().map(|&n| routes[n]).collect();
@@ -187,16 +185,19 @@ fn shuffle_scored(routes: &mut [usize], weights: &[f32], rng: &mut impl Rng) {
     scored.into_iter().zip(values).for_each(|(n, value)| routes[n] = value);
 }
 
-fn random_routes(model: &RoutedModel, tokens: usize, mean: f64, (seed, index): (u64, u64)) -> Vec<Routes> {
-    let full = model.config().intermediate_size as f64;
-    let shares: Vec<f64> = model.widths().iter().map(|&w| w as f64 / full).collect();
-    let table = widths_with_mean(&shares, mean);
-    (0..model.config().num_hidden_layers as u64)
-        .map(|layer| {
-            let mut rng = in_step(seed, index, layer);
-            Routes((0..tokens).map(|_| draw(&table, &mut rng)).collect())
-        })
-        .collect()
+/// Random routes whose mean width is `mean`; `rng` gives each layer its generator.
+fn random_routes(
+    model: &RoutedModel,
+    tokens: usize,
+    mean: f64,
+    rng: impl Fn(usize) -> ChaCha8Rng,
+) -> Vec<Routes> {
+    let table = widths_with_mean(&model.config().width_shares(), mean);
+    let of_layer = |layer| {
+        let mut rng = rng(layer);
+        Routes((0..tokens).map(|_| draw(&table, &mut rng)).collect())
+    };
+    (0..model.config().num_hidden_layers).map(of_layer).collect()
 }
 
 #[cfg(test)]

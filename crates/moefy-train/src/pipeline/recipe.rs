@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::folder::RunFolder;
 use super::lab::Lab;
 use crate::data::{Batches, PaddedBatch};
-use crate::evaluate::budget;
+use crate::evaluate::budget::{self, DialScale};
 use crate::evaluate::curve::Probe;
 use crate::methods::Method;
 use crate::prepare::{self, ExpertConfig};
@@ -166,14 +166,15 @@ impl Publication<'_> {
     /// written.
     ///
     /// Routers trained with a price have their scores rescaled first, so that the dial's range is that of the widths
-    /// (see [`budget::dial_scale`]).
+    /// (see [`budget::Solver::dial_scale`]).
     ///
     /// # Errors
     /// The file system's; weights that are not finite.
     pub fn publish(&self, folder: &RunFolder) -> Result<RoutedModel> {
         if self.method.rescales_dial() {
-            match budget::dial_scale(&self.model.routed()?, self.calibration)? {
-                Some((scale, shift)) => self.model.rescale_routers(scale, shift)?,
+            let trained = self.model.routed()?;
+            match budget::solver(&trained, self.calibration)?.dial_scale()? {
+                Some(DialScale { scale, shift }) => self.model.rescale_routers(scale, shift)?,
                 None => {
                     tracing::warn!(
                         "the routers know few widths: the dial keeps the scale it was trained with"
@@ -195,7 +196,7 @@ impl Publication<'_> {
     pub fn with_budgets(&self, widths: &[f64]) -> Result<ModelConfig> {
         let mut config = self.model.config().clone();
         let dynamoe = config.dynamoe.as_mut().context("a trained model has a dynamoe section")?;
-        dynamoe.budgets = budget::table(&self.model.routed()?, self.calibration, widths)?;
+        dynamoe.budgets = budget::solver(&self.model.routed()?, self.calibration)?.table(widths)?;
         Ok(config)
     }
 
