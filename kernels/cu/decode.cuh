@@ -1,8 +1,10 @@
-// Decoding: a few tokens at a time, 1, 2, 4 or 8, bound by the bytes of the weights. A warp takes whole rows of a
-// matrix, 16 bytes a lane, with several loads in flight. Warps beyond the widest token leave at once: the grid
-// depends on shapes only, the work on what the router decided.
+// Decoding: 1, 2, 4 or 8 tokens at a time. Reading the weights takes the time. A warp takes whole rows of a matrix, 16
+// bytes a lane, with several loads in flight. The grid depends on shapes only; the router's decisions are on the device,
+// so warps beyond the widest token leave at once.
 //
-// h is 0 from a token's own width to that of the widest, so `down` needs no test for each token.
+// h is 0 between a token's own width and that of the widest token, so `down` need not look at widths.
+//
+// Plan `plan::decode`, reference `reference::Ffn`, test tests/decode.rs.
 #pragma once
 
 #include "device.cuh"
@@ -89,7 +91,7 @@ __device__ __forceinline__ void decode_gate_up(const FfnArgs& a) {
     }
 }
 
-// Adds what an expert but the largest adds for the neurons that it leaves out.
+// Adds the compensation of the token's expert; the largest expert has none.
 __device__ __forceinline__ float compensated(const FfnArgs& a, float y, uint32_t token, uint32_t column) {
     const uint32_t expert = a.experts[token];
     const bool narrow = a.compensation != nullptr && expert + 1 < a.expert_count;

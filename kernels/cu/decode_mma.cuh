@@ -1,9 +1,11 @@
-// Decoding 5 to 8 tokens in 16 bits. With so many tokens, multiplying on ordinary cores takes about as long as the
-// weights take to arrive; on tensor cores it is free. Weights come straight from memory into fragments of mma, 16
-// bytes a lane: a sum does not care for the order of its terms, so where mma wants columns 2q, 2q+1, 2q+8, 2q+9 of a
-// lane, it gets the lane's eight neighbours, of weights and activations alike.
+// Decoding 5 to 8 tokens in 16 bits. From 5 tokens on, multiplying on ordinary cores takes about as long as loading the
+// weights. Tensor cores multiply faster. Weights go from memory straight into fragments of mma, 16 bytes a lane. So a lane
+// holds eight neighbouring columns where mma has columns 2q, 2q+1, 2q+8 and 2q+9. Activations are permuted in the same way,
+// and the order of a sum's terms may be any.
 //
-// A block takes 16 rows of each matrix; its warps share the columns and add up at the end.
+// A block takes 16 rows of each matrix. Its warps share the columns and add up their sums at the end.
+//
+// Plan `plan::decode`, reference `reference::Ffn`, test tests/decode.rs.
 #pragma once
 
 #include "decode.cuh"
@@ -19,7 +21,7 @@ struct MmaShared {
 };
 
 // acc[m] += this warp's part of rows[m] · x: of each matrix, rows lane / 4 and lane / 4 + 8, against token lane / 4.
-// What is null counts as 0.
+// A null pointer counts as a row of zeros.
 template <class T, uint32_t MATRICES>
 __device__ __forceinline__ void mma_rows(const T* const (&rows)[MATRICES][2], const T* x, uint32_t length,
                                          float (&acc)[MATRICES][4]) {

@@ -1,4 +1,6 @@
 // What all kernels share: numbers, 16-byte loads, sums over a warp, shared memory, the instructions of tensor cores.
+//
+// Every kernel's test covers it.
 #pragma once
 
 #include "args.h"
@@ -8,7 +10,7 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-// At least `blocks` on a multiprocessor: left to itself, the compiler spills to make room for more.
+// At least `blocks` blocks run on a multiprocessor. Without this number, the compiler spills registers to fit more.
 #define DYNAMOE_KERNEL_OF(name, Args, threads, blocks, body) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args) { body(args); }
 #endif
@@ -118,7 +120,7 @@ __device__ __forceinline__ uint32_t widest(const uint32_t* widths, uint32_t coun
 
 // ---- asynchronous copies to shared memory ----
 
-// Copies 16 bytes, of which those from `bytes` (0 or 16) on are zero.
+// Fills 16 bytes of shared memory: the first `bytes`, 0 or 16, are copied, the others become zero.
 __device__ __forceinline__ void copy_async(void* to, const void* from, uint32_t bytes = 16) {
 #ifdef DYNAMOE_SIM
     sim::copy_async(to, from, bytes);
@@ -137,7 +139,7 @@ __device__ __forceinline__ void copy_commit() {
 #endif
 }
 
-// Waits for this thread's copies but those of the last LEAVE commits.
+// Waits for this thread's copies, except those of the last LEAVE commits.
 #ifdef DYNAMOE_SIM
 #define copy_wait(LEAVE) sim::copy_wait(SIM_SITE, LEAVE)
 #else

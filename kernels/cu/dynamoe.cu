@@ -1,4 +1,7 @@
 // All kernels, by the names under which they are launched. nvcc compiles this file for GPUs, kernels/sim for a CPU.
+//
+// Each .cuh names the function of src/plan.rs that launches its kernels, what they are compared with (src/reference.rs),
+// and the test in tests/ that does it.
 #include "decode.cuh"
 #include "decode_mma.cuh"
 #include "few.cuh"

@@ -1,10 +1,12 @@
-// 9 to 64 tokens in 16 bits: as in decoding the weights' bytes are what costs, but each is worth many products. Weights are
-// the rows of mma and tokens its columns, 16, 32 or 64 at a time, so that no tile is mostly empty. Both pass through a
-// ring of shared memory; a block's four warps share the columns of a stage and add up at the end.
+// 9 to 64 tokens in 16 bits. As in decoding, reading the weights takes the time, but each weight is multiplied with many
+// tokens. Weights are the rows of mma. Tokens are its columns, 16, 32 or 64 at a time, so that tiles are well filled. Both
+// pass through a ring of shared memory. A block's four warps share the columns of a stage and add up their sums at the end.
 //
-// A block takes 64 rows of weights, since tokens are read again for each: from the second-level cache, which delivers a
-// little more than memory does. down_proj has too few rows for that, so blocks also share the columns, and a launch of
-// its own adds up. What is beyond the widest token is not read.
+// A block takes 64 rows of weights. Each block reads the tokens again, from the second-level cache, which is little faster
+// than memory: hence many rows. down_proj has too few rows for that, so blocks also share its columns, and another launch
+// adds up. Nothing beyond the widest token is read.
+//
+// Plan `plan::few`, reference `reference::Ffn`, test tests/few.rs.
 #pragma once
 
 #include "prefill.cuh"
@@ -21,7 +23,7 @@ struct FewShared {
     Operand<FEW_ROWS> weights[FEW_STAGES];
 };
 
-// Where the ring was. Four more to a row put what a warp stores at once into different banks.
+// It takes the ring's place. Four floats more in each row put what a warp stores at once into different banks.
 template <uint32_t TOKENS>
 struct FewSums {
     float sums[FEW_WARPS][TOKENS][FEW_ROWS + 4];

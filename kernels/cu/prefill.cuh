@@ -1,10 +1,11 @@
-// Prefill: many tokens, bound by arithmetic. Rows come sorted by width, widest first, so the part of h that exists
-// is a staircase, and blocks whose tile lies outside leave at once. 16-bit tensor cores (mma.sync), operands in a
-// ring of shared memory that asynchronous copies fill.
+// Prefill: many tokens. Multiplying takes the time. Rows are sorted by width, widest first, so the part of h that exists is
+// a staircase, and blocks whose tile lies outside leave at once. Products run on 16-bit tensor cores (mma.sync), with
+// operands in a ring of shared memory that asynchronous copies fill.
 //
-// A block makes 128 rows × 128 columns, of which in `gate_up` 64 are of gate_proj and 64 of up_proj, so that the
-// thread that holds a gate holds its up too. Gathering the rows of x and scattering those of y is part of loading
-// and storing.
+// A block makes 128 rows × 128 columns. In `gate_up` 64 of them are of gate_proj and 64 of up_proj, so that the thread that
+// holds a gate holds its up too. Rows of x are gathered as they are loaded, rows of y scattered as they are stored.
+//
+// Plan `plan::prefill` with `Tile::Mma`, reference `reference::Ffn`, test tests/prefill.rs.
 #pragma once
 
 #include "decode.cuh"
@@ -95,7 +96,7 @@ __device__ __forceinline__ void multiply_all(Source& source, uint32_t steps, con
     }
 }
 
-// Rows of an operand, as this thread copies them. Beyond the matrix any row will do: its products are not stored.
+// Rows of an operand, as this thread copies them. Rows beyond the matrix may be any: their products are not stored.
 template <class T, uint32_t ROWS, uint32_t THREADS>
 struct Rows {
     const T* at[COPIES<ROWS, THREADS>];
@@ -183,7 +184,7 @@ struct Along {
         k = 0;
     }
 
-    // Leaves out the first `steps`, at the start.
+    // Skips the first `steps` steps.
     __device__ __forceinline__ void skip(uint32_t steps) {
         for (; has(s) && steps >= steps_over(length(s)); ++s) steps -= steps_over(length(s));
         k = steps * TILE_K;

@@ -1,6 +1,8 @@
-// Prefill with weights in GGUF's blocks: the tiles of prefill.cuh, on mma.sync, whose weights are unpacked into shared
-// memory as 16-bit floats. Weights of a step are loaded two steps before they are multiplied with, 16 bytes at a time, and
-// unpacked one before: two threads share a row, each unpacks 32 of a step's 64 columns.
+// Prefill with weights in GGUF's blocks: the tiles of prefill.cuh on mma.sync, with weights that are unpacked into shared
+// memory as 16-bit floats. Weights of a step are loaded two steps ahead, 16 bytes at a time, and unpacked one step ahead.
+// Two threads share a row; each unpacks 32 of a step's 64 columns.
+//
+// Plan `plan::prefill_quantized`, reference `reference::Ffn` on `reference::dequantize`, test tests/prefill_quantized.rs.
 #pragma once
 
 #include "prefill.cuh"
@@ -62,7 +64,7 @@ struct Raw<Q8_0> {
 
     __device__ __forceinline__ static uint32_t start(uint32_t step, uint32_t part) { return (step * 2 + part) * Q8_0::BYTES; }
 
-    // A row ends at a multiple of 16 bytes, but where its last block needs two chunks only, a third would lie beyond.
+    // A row ends at a multiple of 16 bytes. If its last block needs only two chunks, a third would lie beyond the row.
     __device__ __forceinline__ void load(const uint8_t* row, uint32_t step, uint32_t part) {
         const uint32_t first = start(step, part) / 16 * 16;
 #pragma unroll
@@ -75,7 +77,7 @@ struct Raw<Q8_0> {
         const uint32_t offset = start(step, part) % 16;
         uint32_t w[12];
         memcpy(w, chunks, sizeof(w));
-        // by as many words as the offset has, in two steps, as registers cannot be indexed
+        // shift by the offset's words, in two steps, since registers cannot be indexed
 #pragma unroll
         for (uint32_t i = 0; i < 10; ++i) w[i] = offset & 8 ? w[i + 2] : w[i];
 #pragma unroll

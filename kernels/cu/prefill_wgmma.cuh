@@ -1,6 +1,8 @@
-// Prefill on sm_90a: the tiles of prefill.cuh on wgmma. A block of two warpgroups makes 128 rows × N columns, a warpgroup 64
-// of the rows. Operands arrive by asynchronous copies in a ring of four stages: while products of one run and another's
-// are issued, a third arrives and a fourth is asked for.
+// Prefill on sm_90a: the tiles of prefill.cuh on wgmma. A block of two warpgroups makes 128 rows × N columns, each warpgroup
+// 64 of the rows. Operands arrive by asynchronous copies in a ring of four stages: the products of one stage run, those of
+// the next are issued, the third arrives, and copies of the fourth are issued.
+//
+// Plan `plan::prefill` with `Tile::Wgmma128` and `Tile::Wgmma256`, reference `reference::Ffn`, test tests/prefill.rs.
 #pragma once
 
 #include "prefill.cuh"

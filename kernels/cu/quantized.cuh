@@ -1,12 +1,15 @@
-// Decoding with weights in GGUF's blocks, as an engine holds them. Activations are quantized too, to 8 bits in blocks
-// of 32, as llama.cpp's and candle's kernels for the GPU do: four products are then one instruction (dp4a), where in
-// f32 unpacking 4-bit weights would cost more than reading them.
+// Decoding with weights in GGUF's blocks, as an engine holds them. Activations are quantized too, to 8 bits in blocks of
+// 32, as in llama.cpp's and candle's kernels for the GPU. Four products are then one instruction (dp4a). In f32, unpacking
+// 4-bit weights would take longer than reading them.
 //
 //     Q8_0: 32 weights in 34 bytes, d (f16), q[32]:           w = d · q
 //     Q4K:  256 weights in 144 bytes, d, dmin (f16), twelve bytes with 8 scales and 8 minima of 6 bits, 4-bit q:
 //           w = d · scale · q - dmin · minimum
 //
 // Columns are multiples of 256, so rows are whole 16 bytes.
+//
+// Plans `plan::quantize` and `plan::decode_quantized`, references `reference::quantize`, `reference::dequantize` and
+// `reference::Ffn`, test tests/quantized.rs.
 #pragma once
 
 #include "decode.cuh"

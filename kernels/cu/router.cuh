@@ -2,9 +2,10 @@
 //
 //     hidden = x · fc1ᵀ        logits = fc2 · silu(hidden + b1) + b2        expert = first e with logit_e ≥ threshold
 //
-// `route` (few tokens): one block for each neuron of the router, so that its weights stream over the whole device;
-// the last block to finish decides for all tokens, which saves a launch. `decide` (many tokens): hidden comes from a
-// library GEMM.
+// `route`, for few tokens: one block for each neuron of the router, so that the whole device reads its weights. The last
+// block to finish decides for all tokens, which saves a launch. `decide`, for many tokens: hidden comes from a library GEMM.
+//
+// Plans `plan::route` and `plan::decide`, reference `reference::Route`, test tests/router.rs.
 #pragma once
 
 #include "device.cuh"
@@ -21,7 +22,7 @@ __device__ void decide_token(const RouteArgs& a, uint32_t token) {
         const float* weights = a.fc2 + size_t(expert) * a.router_size;
         float sum = 0;
         for (uint32_t r = lane_id(); r < a.router_size; r += WARP) sum += weights[r] * silu(hidden[r] + a.fc1_bias[r]);
-        // what is not a number reaches no threshold
+        // NaN reaches no threshold
         if (warp_sum(sum) + a.fc2_bias[expert] >= threshold) break;
     }
     if (lane_id() == 0) {

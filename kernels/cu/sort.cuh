@@ -1,5 +1,7 @@
-// Stable counting sort of the tokens by expert, widest first, in one block: rows of a tile then are about as wide as
-// each other, and the tiles that exist form a staircase.
+// Stable counting sort of the tokens by expert, widest first, in one block. The rows of a tile then have about the same
+// width, and the tiles that exist form a staircase.
+//
+// Plan `plan::sort`, reference `reference::sort`, test tests/prefill.rs.
 #pragma once
 
 #include "device.cuh"

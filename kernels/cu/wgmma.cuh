@@ -1,20 +1,22 @@
-// The asynchronous tensor cores of Hopper (sm_90a). A warpgroup, four warps, multiplies operands in shared memory while
-// its threads go on; what they may touch meanwhile is for fences and waits to say.
+// The asynchronous tensor cores of Hopper (sm_90a). A warpgroup, four warps, multiplies operands in shared memory while its
+// threads go on. Fences and waits tell when the threads may touch operands and accumulators.
+//
+// Used by prefill_wgmma.cuh; sim/wgmma.cpp does the same on a CPU. Test tests/prefill.rs.
 #pragma once
 
 #include "device.cuh"
 
 constexpr uint32_t WARPGROUP = 128;
 
-// What this thread wrote to shared memory, asynchronous copies included once they are waited for, is visible to wgmma
-// of whoever passes the next barrier with it.
+// Makes this thread's writes to shared memory visible to wgmma, of all threads that pass the next barrier with it. That
+// includes asynchronous copies that it has waited for.
 #ifdef DYNAMOE_SIM
 #define proxy_fence() sim::proxy_fence(SIM_SITE)
 #else
 #define proxy_fence() asm volatile("fence.proxy.async.shared::cta;" ::: "memory")
 #endif
 
-// Hands the accumulators' registers over, before the first product and after they were touched.
+// Hands the accumulators' registers to wgmma: before the first product, and after a thread has touched them.
 #ifdef DYNAMOE_SIM
 #define wgmma_fence() sim::wgmma_fence(SIM_SITE)
 #else
@@ -28,8 +30,8 @@ constexpr uint32_t WARPGROUP = 128;
 #define wgmma_commit() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
 #endif
 
-// Waits for the products of all groups but the last LEAVE: their operands may be overwritten, and of what is not in use
-// by later groups the registers are free.
+// Waits for the products of all groups except the last LEAVE. Their operands may then be overwritten, and registers that
+// later groups do not use are free.
 #ifdef DYNAMOE_SIM
 #define wgmma_wait(LEAVE) sim::wgmma_wait(SIM_SITE, LEAVE)
 #else

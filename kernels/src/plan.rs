@@ -1,4 +1,4 @@
-//! Which kernel runs with how many blocks: functions of shapes alone, never of what the router decides.
+//! Which kernel runs, and with how many blocks. Plans depend on shapes only, so the host need not know the routes.
 
 /// Type of activations, and of weights that are not quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
-/// Tokens that decoding takes at a time; more are taken in groups.
+/// Tokens that decoding takes at a time. More tokens are divided into groups.
 pub const DECODE_TOKENS: usize = 8;
 
 /// Router and decision in one launch, for few tokens.
@@ -71,12 +71,12 @@ pub fn decode(float: Float, tokens: usize, hidden_size: usize, intermediate_size
     })
 }
 
-/// Tokens by expert, widest first, for prefill.
+/// Sorts tokens by expert, widest first, for prefill.
 pub fn sort() -> Launch {
     Launch { kernel: "sort".into(), grid: [1, 1], threads: 512, shared_bytes: 16 * 4 + 16 * 16 * 4 }
 }
 
-/// What a block of prefill makes: 128 rows, and so many columns with these tensor cores.
+/// The tile that a block of prefill makes: 128 rows, a number of columns, and the instruction of the tensor cores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tile {
     /// 128 columns by mma.sync: sm_80 and later.
@@ -92,7 +92,7 @@ impl Tile {
         if self == Self::Wgmma256 { 256 } else { 128 }
     }
 
-    /// Stages of the ring that operands pass through, and what names end with.
+    /// Stages of the ring that operands pass through, and the suffix of kernels' names.
     fn kernel(self) -> (usize, &'static str) {
         match self {
             Self::Mma => (3, ""),
@@ -101,17 +101,17 @@ impl Tile {
         }
     }
 
-    /// Tiles of runs of neurons, of which each is a column of gate_proj's and one of up_proj's.
+    /// Tiles for runs of neurons. A neuron takes two columns: one of gate_proj and one of up_proj.
     fn of_neurons(self, segments: &[usize]) -> usize {
         segments.iter().map(|neurons| neurons.div_ceil(self.columns() / 2)).sum()
     }
 }
 
-/// Multiprocessors of an H100 or H200: so many blocks keep it busy.
+/// Multiprocessors of an H100 or H200: as many blocks keep it busy.
 const HOPPER_BLOCKS: usize = 132;
 
-/// The tiles of both halves of [`prefill`] on a device of compute capability `major`.x: with wgmma the large ones where
-/// there are enough of them.
+/// The tiles of both halves of [`prefill`] on a device of compute capability `major`.x. With wgmma, a half takes the large
+/// tile if that makes enough blocks.
 pub fn tiles(major: i32, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Tile; 2] {
     if major != 9 {
         return [Tile::Mma; 2];
@@ -146,7 +146,7 @@ pub fn prefill(
     ]
 }
 
-/// Tokens from which on [`prefill`]'s tiles, of 128, are better filled than [`few`]'s, of 64 at most.
+/// Most tokens for [`few`], whose tiles have 64 tokens at most. More tokens fill [`prefill`]'s tiles of 128 better.
 pub const FEW_TOKENS: usize = 64;
 
 /// How more than [`DECODE_TOKENS`] tokens run in f16 or bf16.
@@ -158,7 +158,7 @@ pub enum Many {
     Tiles([Tile; 2]),
 }
 
-/// What is expected to be fastest on a device of compute capability `major`.x; no GPU has been asked yet.
+/// The kernels that should be fastest on a device of compute capability `major`.x. Not measured on a GPU yet.
 pub fn many(major: i32, tokens: usize, hidden_size: usize, segments: &[usize]) -> Many {
     match tokens {
         0..=FEW_TOKENS => Many::Few,
@@ -166,7 +166,7 @@ pub fn many(major: i32, tokens: usize, hidden_size: usize, segments: &[usize]) -
     }
 }
 
-/// Parts into which [`few`] divides the columns of down_proj, so that there are blocks enough to stream it.
+/// Parts into which [`few`] divides the columns of down_proj, so that enough blocks read it.
 pub fn few_splits(hidden_size: usize) -> usize {
     (2 * HOPPER_BLOCKS / hidden_size.div_ceil(64).max(1)).clamp(1, 8)
 }
@@ -221,7 +221,7 @@ impl Block {
     }
 }
 
-/// What the columns of quantized weights have to be a multiple of, in every matrix of every segment.
+/// Columns of quantized weights are multiples of this, in every matrix of every segment.
 pub const QUANTIZED_COLUMNS: usize = 256;
 
 /// Quantizes activations `(T, columns)` for quantized decoding.

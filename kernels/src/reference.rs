@@ -1,5 +1,5 @@
-//! What each kernel computes, in f64 and in plain loops. Kernels are tested against these, and so are their results
-//! on a GPU.
+//! What each kernel computes, in f64 and in plain loops. The tests compare kernels with these, in the simulation and on a
+//! GPU.
 
 use crate::plan::Block;
 
@@ -8,7 +8,7 @@ use crate::plan::Block;
 pub struct Matrix<'a> {
     /// The numbers; row `r` starts at `r · stride`.
     pub data: &'a [f64],
-    /// From one row to the next.
+    /// Numbers from one row to the next.
     pub stride: usize,
 }
 
@@ -23,11 +23,11 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// Between neighbouring numbers in f32, as a share of them. Tensor cores cut off what they cannot hold, so each sum may
-/// be off by all of it.
+/// The distance between neighbouring numbers in f32, relative to them. Tensor cores truncate, so each sum may be off by the
+/// whole distance.
 const F32_STEP: f64 = 1.0 / 8_388_608.0;
 
-/// By how much a dot product in f32 may be off.
+/// The largest error of a dot product in f32.
 fn sum_error(a: &[f64], b: &[f64]) -> f64 {
     (a.len() + 8) as f64 * F32_STEP * a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum::<f64>()
 }
@@ -70,7 +70,7 @@ impl Route<'_> {
     }
 }
 
-/// Tokens by expert, widest first, in their own order where equal.
+/// Tokens by expert, widest first. Tokens of one expert keep their order.
 pub fn sort(experts: &[u32]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..experts.len() as u32).collect();
     order.sort_by_key(|&token| std::cmp::Reverse(experts[token as usize]));
@@ -99,7 +99,7 @@ pub struct Ffn<'a> {
 }
 
 impl Ffn<'_> {
-    /// `h` of one token, as far as it is wide; `round` is what storing it does to a number.
+    /// `h` of one token, up to its width. `round` is the rounding of the type that stores it.
     pub fn hidden(&self, token: usize, round: &dyn Fn(f64) -> f64) -> Vec<f64> {
         let x = self.x.row(token, self.hidden_size);
         let neuron = |j: usize| {
@@ -109,8 +109,8 @@ impl Ffn<'_> {
         (0..self.expert_widths[self.experts[token] as usize]).map(neuron).collect()
     }
 
-    /// Between which numbers `h` of one token lies where sums are in f32, in any order, and `round` stores it: apart only
-    /// where what the sums may be off by reaches across a step of storing.
+    /// The smallest and the largest `h` of one token that f32 sums in any order may give, after `round`. They differ only
+    /// where the error of the sums crosses a step of the type that stores it.
     pub fn hidden_range(&self, token: usize, round: &dyn Fn(f64) -> f64) -> Vec<[f64; 2]> {
         let x = self.x.row(token, self.hidden_size);
         let neuron = |j: usize| {
@@ -126,8 +126,8 @@ impl Ffn<'_> {
         (0..self.expert_widths[self.experts[token] as usize]).map(neuron).collect()
     }
 
-    /// By how much `y` of one token may be off in column `d` for an `h` that is known, before it is stored: by the order of
-    /// its sum in f32.
+    /// The largest error of `y` of one token in column `d`, before it is stored, if `h` is exact: that of a sum in f32 in
+    /// any order.
     pub fn output_error(&self, d: usize, h: &[f64]) -> f64 {
         // compensation is one more term, of about its own size
         sum_error(h, self.down_proj.row(d, h.len())) + 4.0 * F32_STEP
@@ -154,7 +154,7 @@ pub struct QuantizedBlock {
     pub q: Vec<i8>,
 }
 
-/// What `quantize` makes of a block of 32, in the precision in which it does.
+/// What the kernel `quantize` makes of a block of 32, computed in the same precision.
 pub fn quantize(block: &[f64]) -> QuantizedBlock {
     let largest = block.iter().fold(0f32, |m, &x| m.max((x as f32).abs()));
     let scale = largest / 127.0;
@@ -171,7 +171,7 @@ pub fn requantize(row: &[f64]) -> Vec<f64> {
     row.chunks(32).flat_map(block).collect()
 }
 
-/// The weights that blocks of GGUF's stand for.
+/// The weights that GGUF's blocks stand for.
 pub fn dequantize(block: Block, bytes: &[u8]) -> Vec<f64> {
     let blocks = bytes.chunks_exact(block.bytes());
     match block {

@@ -210,7 +210,9 @@ impl Case {
             for (c, (&found, expected)) in y[token * d..].iter().zip(ffn.output(token, h)).enumerate() {
                 let row = matrix(&down, i).row(c, h.len());
                 let terms: f64 = h.iter().zip(row).map(|(h, w)| (h * w).abs()).sum();
-                // one h that rounds the other way is off by 1/127 of its block's largest
+                // f32 sums in another order: 1e-5 of the terms' sum covers some 80 steps of 2⁻²³. They may also round one
+                // number of h the other way: a step of its 8 bits is 1/127 of the largest number in its block, and y takes
+                // that times a weight.
                 let largest = |v: &[f64]| v.iter().fold(0f64, |m, x| m.max(x.abs()));
                 let tolerance = epsilon(self.float) * expected.abs()
                     + 1e-5

@@ -19,7 +19,7 @@ const SHAPES: [(&str, usize, usize); 3] =
 const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
 const EXPERTS: usize = 4;
 const ROUTER_SIZE: usize = 64;
-/// Bytes of weights that no cache holds: layers are taken in turn until a round is this large.
+/// Bytes of weights that exceed every cache: a round takes as many layers as make this many.
 const COLD_BYTES: usize = 512 << 20;
 const REPEATS: usize = 7;
 
@@ -93,7 +93,7 @@ pub fn run(device: &Device) -> Result<Vec<String>> {
         {
             let bench = Bench::new(device, cuda, &card, name, [d, i], format)?;
             for tokens in TOKENS {
-                // one that fails, say because the library's operation cannot be captured, does not end the others
+                // a failure, such as a library operation that cannot be captured, must not end the other measurements
                 if let Err(error) = bench.tokens(tokens, &mut lines) {
                     println!("{tokens:4}  not timed to the end: {error}");
                 }
@@ -103,7 +103,7 @@ pub fn run(device: &Device) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// What stands before a width where the kernels are not the default ones.
+/// The label in front of a width if the kernels are not the default ones.
 fn label(many: Option<Many>) -> &'static str {
     match many {
         None => "",

@@ -75,7 +75,7 @@ fn router(device: &Device, tokens: usize, dtype: DType) -> Result<()> {
     Ok(())
 }
 
-/// The kernels that may run so many tokens on this device; one, the default, where there is no choice.
+/// The kernels that can run this many tokens on this device: only the default one if there is no choice.
 pub fn kernels(device: &Device, tokens: usize, format: Format) -> Result<Vec<Option<Many>>> {
     let Device::Cuda(cuda) = device else { bail!("expected a CUDA device") };
     let halves = matches!(format, Format::Float(DType::F16 | DType::BF16));
@@ -102,7 +102,7 @@ struct Case {
 }
 
 impl Case {
-    /// Returns the largest error as a share of what is allowed.
+    /// Returns the largest error as a share of the bound.
     fn run(&self, device: &Device) -> Result<f64> {
         let &Self { tokens, format, mix, shells, many } = self;
         let quantized = matches!(format, Format::Blocks(_));
@@ -184,11 +184,13 @@ impl Case {
             }
             for (column, (found, expected)) in found.iter().zip(ffn.output(token, &h)).enumerate() {
                 let row = &down[column * i..][..h.len()];
-                // h that round the other way; of a quantized h, one by 1/127 of its block's largest
+                // A number of h may round the other way. If h is quantized to 8 bits, its step is 1/127 of the largest
+                // number in its block, and one such number, times its weight, is what y may be off by.
                 let largest = |v: &[f64]| v.iter().fold(0f64, |m, x| m.max(x.abs()));
-                let noise = match requantizes {
-                    true => largest(&h) * largest(row) / 127.0,
-                    false => ranges.iter().zip(row).map(|([low, high], w)| (high - low) * w.abs()).sum(),
+                let noise = if requantizes {
+                    largest(&h) * largest(row) / 127.0
+                } else {
+                    ranges.iter().zip(row).map(|([low, high], w)| (high - low) * w.abs()).sum()
                 };
                 let allowed = epsilon * expected.abs() + noise + ffn.output_error(column, &h);
                 let share = (found - expected).abs() / allowed;

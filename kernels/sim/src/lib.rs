@@ -1,6 +1,6 @@
-//! Runs the kernels of `kernels/cu` on a CPU: the very same source, each CUDA thread a fibre. It says nothing about
-//! speed, and a green run is no proof for a GPU: blocks run one after the other, and threads change places at
-//! barriers and exchanges only.
+//! Runs the kernels of `kernels/cu` on a CPU: the same source, with a fibre for each CUDA thread. It tells nothing about
+//! speed. It also cannot prove that a kernel is right on a GPU: blocks run one after the other, and threads take turns only
+//! at barriers and exchanges.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 
@@ -42,7 +42,7 @@ pub struct Launch<'a> {
     pub shared_bytes: u32,
     /// Decides the order of threads and blocks.
     pub seed: u64,
-    /// A barrier to leave out, by number: what tests plant to see it found.
+    /// The number of a barrier to leave out: tests do so to see that the simulation finds it.
     pub without_barrier: Option<u32>,
 }
 
@@ -50,7 +50,7 @@ impl Launch<'_> {
     /// Runs the kernel with its one argument and returns the number of barriers in its source that were met.
     ///
     /// # Safety
-    /// `args` must be laid out as the kernel's struct, and its pointers must be valid for what the kernel does.
+    /// `args` must be laid out as the kernel's struct, and its pointers must be valid for the kernel's reads and writes.
     ///
     /// # Errors
     /// An unknown kernel, an argument of another size, and what the simulation finds.
@@ -65,7 +65,7 @@ impl Launch<'_> {
         let mut sites = 0;
         let skipped = self.without_barrier.map_or(-1, |site| site as c_int);
         let args = std::ptr::from_ref(args).cast();
-        // SAFETY: the name and the grid live through the call; the argument is the caller's promise
+        // SAFETY: the name and the grid live through the call; the caller promises a valid argument
         let error = unsafe {
             sim_launch(
                 name.as_ptr(),

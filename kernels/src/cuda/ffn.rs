@@ -87,8 +87,8 @@ fn blocks(segments: &[Segment]) -> Result<Option<[Block; 2]>> {
     Ok(gate.zip(down).map(|(gate, down)| [gate, down]))
 }
 
-/// Why [`forward`] cannot run rows of type `dtype` through these segments, if it cannot: what the caller then
-/// has to do in another way. Depends on shapes and types only.
+/// The reason why [`forward`] cannot run rows of type `dtype` through these segments, or none if it can. It depends on
+/// shapes and types only.
 pub fn unsupported(dtype: DType, segments: &[Segment]) -> Option<String> {
     let why = || -> Result<Option<String>> {
         if segments.len() > MAX_SEGMENTS {
@@ -112,11 +112,11 @@ pub fn unsupported(dtype: DType, segments: &[Segment]) -> Option<String> {
     why().unwrap_or_else(|error| Some(error.to_string()))
 }
 
-/// The FFN: `x (T, D)` → `(T, D)`, each token as wide as it was routed. `compensation (E-1, D)` in f32 is what each
-/// expert but the largest adds.
+/// The FFN: `x (T, D)` → `(T, D)`, each token at the width of its route. `compensation (E-1, D)`, in f32, belongs to the
+/// experts without the largest.
 ///
 /// # Errors
-/// What [`unsupported`] says; shapes, types and strides that do not fit; candle's.
+/// The reason that [`unsupported`] gives; shapes, types and strides that do not fit.
 pub fn forward(
     x: &Tensor,
     segments: &[Segment],
@@ -126,7 +126,7 @@ pub fn forward(
     forward_as(x, segments, compensation, routed, None)
 }
 
-/// [`forward`] with kernels of the caller's choice, for measurements; they have to be of the device.
+/// [`forward`] with kernels that the caller chooses, for measurements. The device must be able to run them.
 ///
 /// # Errors
 /// [`forward`]'s; [`Many::Few`] with more than [`plan::FEW_TOKENS`].
@@ -219,16 +219,17 @@ impl Call {
         let (d, i) = (args.hidden_size as usize, args.intermediate_size as usize);
         let mut y = Scratch::<T>::new(&self.device, self.tokens * d)?;
         args.y = y.address();
-        // f32 has no tensor cores to prefill with: it decodes in groups
+        // tensor cores have no f32, so f32 decodes in groups instead of prefill
         let decodes = self.tokens <= plan::DECODE_TOKENS || self.float == Float::F32;
         if let (Some(blocks), true) = (self.blocks, decodes) {
             self.decode_quantized(blocks, &mut args)?;
         } else {
             let mut h = Scratch::<T>::new(&self.device, self.tokens * i)?;
             args.h = h.address();
-            match decodes {
-                true => self.launch_all(&plan::decode(self.float, self.tokens, d, i), &args)?,
-                false => self.many(&mut args)?,
+            if decodes {
+                self.launch_all(&plan::decode(self.float, self.tokens, d, i), &args)?;
+            } else {
+                self.many(&mut args)?;
             }
         }
         Ok(y.into_tensor(&self.device, (self.tokens, d)))
@@ -304,7 +305,7 @@ impl Call {
     }
 }
 
-/// Memory for quantized activations; the numbers of 8 bits take a quarter of as many words.
+/// Memory for quantized activations. Four numbers of 8 bits take a word.
 struct QuantizedScratch {
     q: Scratch<u32>,
     scales: Scratch<f32>,

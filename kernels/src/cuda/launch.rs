@@ -64,10 +64,10 @@ fn function(context: &Arc<CudaContext>, launch: &Launch) -> Result<CudaFunction>
     Ok(function)
 }
 
-/// Launches a kernel; a grid without blocks is nothing to do.
+/// Launches a kernel. Does nothing if the grid has no blocks.
 ///
 /// # Safety
-/// The addresses in `args` must be valid for what the kernel does until it has run.
+/// Until the kernel has run, the addresses in `args` must be valid for its reads and writes.
 pub(super) unsafe fn launch<A: Args>(device: &CudaDevice, launch: &Launch, args: &A) -> Result<()> {
     let [x, y] = launch.grid;
     if x == 0 || y == 0 {
@@ -86,7 +86,7 @@ pub(super) unsafe fn launch<A: Args>(device: &CudaDevice, launch: &Launch, args:
     let args = ByValue(*args);
     let mut builder = stream.launch_builder(&function);
     builder.arg(&args);
-    // SAFETY: the argument is the kernel's struct; its addresses are the caller's promise
+    // SAFETY: the argument is the kernel's struct, and the caller promises valid addresses
     unsafe { builder.launch(config) }.w()?;
     Ok(())
 }

@@ -1,8 +1,8 @@
-//! The kernels on candle's tensors: shapes, types and strides are checked, then kernels are launched. Nothing here
-//! waits for the device, and no launch depends on what the router decides.
+//! The kernels on candle's tensors: checks shapes, types and strides, then launches. Nothing here waits for the device, and
+//! launches do not depend on the routes.
 //!
-//! candle keeps one stream for each device, so kernels run in the order in which they are launched here, and memory
-//! that is dropped here is freed behind them.
+//! candle keeps one stream for each device. So kernels run in the order of their launches, and memory that is dropped here
+//! is freed after they have run.
 
 mod ffn;
 mod launch;

@@ -88,7 +88,7 @@ pub(super) struct Scratch<T>(CudaSlice<T>);
 
 impl<T: DeviceRepr + CudaDType> Scratch<T> {
     pub fn new(device: &CudaDevice, len: usize) -> Result<Self> {
-        // SAFETY: kernels write what others read of it
+        // SAFETY: a kernel writes every number that another one reads
         Ok(Self(unsafe { device.alloc::<T>(len) }?))
     }
 

@@ -7,7 +7,7 @@ use super::operand::{Scratch, contiguous, device_of, float_of, rows};
 use crate::args::RouteArgs;
 use crate::{MAX_EXPERTS, plan};
 
-/// Up to here a router's first layer is read once for each 8 tokens; beyond, a library's GEMM is used.
+/// Most tokens for `route`, which reads the router's first layer once for every 8 tokens. More tokens use a library's GEMM.
 const FUSED_TOKENS: usize = 32;
 
 /// A router's weights, all f32.
@@ -23,12 +23,12 @@ pub struct Router<'a> {
     pub fc2_bias: &'a Tensor,
 }
 
-/// What logits are compared with.
+/// The thresholds that logits are compared with.
 #[derive(Debug, Clone, Copy)]
 pub enum Thresholds<'a> {
-    /// One for all tokens. A captured graph keeps it.
+    /// One for all tokens. A captured graph keeps the value.
     All(f32),
-    /// One for each, `(T)` in f32 on the device. A captured graph reads it anew.
+    /// One for each token, `(T)` in f32 on the device. A captured graph reads them again in every run.
     Each(&'a Tensor),
 }
 
@@ -41,11 +41,11 @@ pub struct Routed {
     pub widths: Tensor,
 }
 
-/// The expert of every row of `x (T, D)`, the first whose logit reaches its threshold, else the largest;
-/// `expert_widths` are `H_e`.
+/// The expert of every row of `x (T, D)`: the first whose logit reaches the threshold, else the largest. `expert_widths`
+/// are `H_e`.
 ///
 /// # Errors
-/// Shapes, types and strides that do not fit, more than [`MAX_EXPERTS`]; candle's.
+/// Shapes, types and strides that do not fit; more than [`MAX_EXPERTS`] experts.
 pub fn route(
     x: &Tensor,
     router: &Router<'_>,

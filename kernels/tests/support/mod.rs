@@ -100,9 +100,8 @@ impl Strided {
     pub fn random(rng: &mut ChaCha8Rng, float: Float, shape: [usize; 2], scale: f64) -> Self {
         let [rows, columns] = shape;
         let stride = columns + 8 * rng.random_range(0..3);
-        let value = |at: usize, rng: &mut ChaCha8Rng| match at % stride < columns {
-            true => round(float, rng.random_range(-scale..scale)),
-            false => f64::NAN,
+        let value = |at: usize, rng: &mut ChaCha8Rng| {
+            if at % stride < columns { round(float, rng.random_range(-scale..scale)) } else { f64::NAN }
         };
         let values: Vec<f64> = (0..rows * stride).map(|at| value(at, rng)).collect();
         Self { memory: encode(float, &values), values, stride }
@@ -235,7 +234,7 @@ impl Layer {
         segments
     }
 
-    /// Everything but where `h` and `y` go.
+    /// Arguments without the addresses of `h` and `y`.
     pub fn args(&mut self, segments: &[Segment]) -> FfnArgs {
         let widths: Vec<u32> = self.experts.iter().map(|&e| self.widths[e as usize] as u32).collect();
         let compensation: Vec<f32> = self.compensation.iter().map(|&c| c as f32).collect();
@@ -270,11 +269,11 @@ impl Layer {
         }
     }
 
-    /// Compares `h (T, I)`, whose row `r` is of token `order[r]`, with the reference, and `y (T, D)` with what the reference
-    /// makes of that `h`; the error says where they part.
+    /// Compares `h (T, I)`, whose row `r` is that of token `order[r]`, with the reference's. Compares `y (T, D)` with what the
+    /// reference computes from that `h`. The error names the first difference.
     ///
-    /// Each half may differ by its own rounding only: storing a half in bf16 turns a sum in another order into a step of
-    /// 1/256 where it crosses a tie, too much to judge `y` by.
+    /// So each half is judged by its own rounding. Rounding `h` to bf16 may turn a sum in another order into a step of
+    /// 1/256; a bound for `y` that allows for that would be too wide.
     pub fn compare(&self, h: &[f64], y: &[f64], order: &[u32]) -> Result<(), String> {
         assert_eq!([h.len(), y.len()], [self.intermediate_size(), self.d].map(|n| self.tokens * n));
         let reference = self.reference();
