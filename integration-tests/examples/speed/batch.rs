@@ -6,7 +6,7 @@ use anyhow::Result;
 use futures::future::try_join_all;
 use mistralrs::Model;
 
-use dynamoe_model::models::{Models, Spread, prompt};
+use crate::models::{Models, Spread, prompt};
 
 const SIZES: [usize; 5] = [1, 2, 4, 8, 16];
 const PROMPT_TOKENS: usize = 8;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use mistralrs::Model;
 
-use dynamoe_model::models::{Models, Spread, prompt};
+use crate::models::{Models, Spread, prompt};
 
 const PROMPT_TOKENS: usize = 512;
 /// What stands before the tokens whose generation is timed.
