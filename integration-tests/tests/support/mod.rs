@@ -52,6 +52,7 @@ pub const FOR_K_QUANTS: Shape =
 pub struct Checkpoints {
     folder: TempDir,
     tensors: BTreeMap<String, Tensor>,
+    dense_config: Value,
     /// config.json of the DynaMoE checkpoint.
     pub config: Value,
 }
@@ -63,6 +64,16 @@ impl Checkpoints {
 
     pub fn dynamoe(&self) -> String {
         self.folder.path().join("dynamoe").display().to_string()
+    }
+
+    /// Writes the dense checkpoint once more, with other weights, and returns its folder.
+    pub fn write_dense(&self, name: &str, weight: impl Fn(&str, &Tensor) -> Tensor) -> String {
+        let is_dense = |name: &str| !["router", "compensation", "own."].iter().any(|part| name.contains(part));
+        let dense = self.tensors.iter().filter(|(name, _)| is_dense(name));
+        let tensors = dense.map(|(name, tensor)| (name.clone(), weight(name, tensor))).collect();
+        let folder = self.folder().join(name);
+        write(&folder, &self.dense_config, &tensors);
+        folder.display().to_string()
     }
 
     pub fn folder(&self) -> &Path {
@@ -165,7 +176,9 @@ impl Numbers {
 pub fn checkpoints(architecture: &str, shape: Shape, seed: u64) -> Checkpoints {
     let folder = TempDir::new().unwrap();
     let (tensors, config) = write_checkpoints(folder.path(), architecture, shape, seed);
-    Checkpoints { folder, tensors, config }
+    let dense_config = fs::read(folder.path().join("dense/config.json")).unwrap();
+    let dense_config = serde_json::from_slice(&dense_config).unwrap();
+    Checkpoints { folder, tensors, dense_config, config }
 }
 
 /// Writes both into `folder`, as `dense` and `dynamoe`, and returns the tensors and config.json of the latter.
