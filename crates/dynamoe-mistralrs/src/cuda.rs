@@ -8,7 +8,7 @@ use candle_core::{Result, quantized::GgmlDType};
 use dynamoe::{CudaSegment, CudaWeight};
 use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
-use crate::cpu::{Slot, ggml_blocks};
+use crate::{engine_blocks::EngineBlocks, projection::Slot};
 
 /// Where the matrices of a layer's shells lie on a CUDA device, while the kernels know all of them.
 #[derive(Default)]
@@ -17,7 +17,7 @@ pub(crate) struct CudaExperts(RwLock<Option<Vec<CudaSegment>>>);
 impl CudaExperts {
     /// Takes note of the shells in `slots` (gate, up and down projection of each, narrowest expert's first), which hold the
     /// same weights afterwards, in the memory that is used here. Returns whether there are kernels for them.
-    pub fn make(&self, slots: Vec<&mut Slot>) -> Result<bool> {
+    pub fn try_build(&self, slots: Vec<&mut Slot>) -> Result<bool> {
         let weights = slots.into_iter().map(weight).collect::<Result<Vec<_>>>()?;
         let weights: Option<Vec<_>> = weights.into_iter().collect();
         let segment = |w: &[CudaWeight]| CudaSegment {
@@ -36,7 +36,7 @@ impl CudaExperts {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    pub fn is_made(&self) -> bool {
+    pub fn is_built(&self) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
@@ -58,13 +58,12 @@ fn weight(slot: &mut Slot) -> Result<Option<CudaWeight>> {
         return Ok(None);
     }
     let device = slot.dtype_and_device().1;
-    let blocks = match slot.serialize() {
-        Ok(serialized) => ggml_blocks(&serialized, &device)?,
-        // a matrix that fits no blocks is kept in f32, which the engine does not serialize
-        Err(_) => None,
-    };
-    match blocks {
-        Some((weight, false)) if matches!(weight.dtype(), GgmlDType::Q4K | GgmlDType::Q8_0) => {
+    // a matrix that fits no blocks is kept in f32, which the engine does not serialize
+    let Ok(serialized) = slot.serialize() else { return Ok(None) };
+    match EngineBlocks::read(&serialized, &device)? {
+        Some(EngineBlocks { weight, bias: None })
+            if matches!(weight.dtype(), GgmlDType::Q4K | GgmlDType::Q8_0) =>
+        {
             let weight = Arc::new(weight);
             let config = QuantMethodConfig::Gguf { q_weight: Arc::clone(&weight), b: None };
             *slot = Arc::new(GgufMatMul::new(config)?);

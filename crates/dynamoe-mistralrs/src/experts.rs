@@ -9,8 +9,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::Activation;
 use dynamoe::{NestedExperts, PackedExperts, PrefixExperts, Shell, ShellExperts, cpu::PackedMatrix};
 
-use crate::cpu::{Slot, Taken, take, unquantized};
-use crate::weights::{Projection, fused_glu};
+use crate::projection::{Extracted, Projection, Slot, extract, fused_glu, unquantized};
 
 /// A layer's shells as the engine's projections, and their faster form while there is one.
 #[derive(Clone)]
@@ -96,17 +95,17 @@ impl FastExperts {
         self.experts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Makes it of the shells in `slots` (gate, up and down projection of each, narrowest expert's first, then those
+    /// Builds it from the shells in `slots` (gate, up and down projection of each, narrowest expert's first, then those
     /// that narrow experts have of their own), which hold the same weights afterwards, in the memory that is used
     /// here.
     ///
     /// Returns whether there is one: shells must all be on the CPU, and all of types that can be packed or all
     /// unquantized.
-    pub fn make(&self, mut slots: Vec<&mut Slot>) -> Result<bool> {
-        let taken = slots.iter_mut().map(|slot| take(slot)).collect::<Result<Vec<_>>>()?;
-        let Some(taken) = taken.into_iter().collect::<Option<Vec<_>>>() else { return Ok(false) };
-        let packed: Option<Vec<_>> = taken.iter().map(Taken::packed).collect();
-        let unquantized: Option<Vec<_>> = taken.iter().map(Taken::unquantized).collect();
+    pub fn try_build(&self, mut slots: Vec<&mut Slot>) -> Result<bool> {
+        let extracted = slots.iter_mut().map(|slot| extract(slot)).collect::<Result<Vec<_>>>()?;
+        let Some(extracted) = extracted.into_iter().collect::<Option<Vec<_>>>() else { return Ok(false) };
+        let packed: Option<Vec<_>> = extracted.iter().map(Extracted::packed).collect();
+        let unquantized: Option<Vec<_>> = extracted.iter().map(Extracted::unquantized).collect();
         let experts: Arc<dyn NestedExperts> = match (packed, unquantized) {
             (Some(matrices), _) => Arc::new(self.packed(&matrices)?),
             (_, Some(weights)) => self.prefixes(&mut slots, &weights)?,
@@ -218,7 +217,7 @@ mod tests {
     use mistralrs_quant::{IsqType, QuantizeOntoGuard};
 
     use super::*;
-    use crate::cpu::tests::{difference, plain, quantized, random};
+    use crate::projection::tests::{difference, plain, quantized, random};
 
     /// Shells of `widths` over fresh matrices, as `projection` makes them, `own` of them narrow experts' own too.
     fn experts(
@@ -260,7 +259,7 @@ mod tests {
         };
         let expected = run(&experts);
         let fast = Arc::clone(&experts.fast);
-        assert!(fast.make(experts.slots()).unwrap());
+        assert!(fast.try_build(experts.slots()).unwrap());
         let by_kernels = run(&experts);
         // what is left in the slots is the same, and can be quantized
         fast.release(experts.slots()).unwrap();
@@ -295,7 +294,7 @@ mod tests {
     fn shells_without_a_kernel_run_one_by_one() {
         let mut experts = experts(&[64, 128], 0, 64, |w| quantized(w, GgmlDType::Q4_1, None));
         let fast = Arc::clone(&experts.fast);
-        assert!(!fast.make(experts.slots()).unwrap());
+        assert!(!fast.try_build(experts.slots()).unwrap());
         assert_eq!(experts.forward(&random(2, 64), &[2, 1]).unwrap().dims(), [2, 64]);
     }
 }

@@ -12,9 +12,10 @@ use mistralrs_core::{
 };
 
 use crate::{
-    cpu::Slot,
-    dial::{LoadedModel, RequestDial},
+    dial::RequestDial,
     experts::{EngineExperts, FastExperts},
+    loaded::LoadedModel,
+    projection::Slot,
     weights::LayerWeights,
 };
 
@@ -31,32 +32,28 @@ pub struct SwappedFfns {
     fast: Vec<Arc<FastExperts>>,
     #[cfg(feature = "cuda")]
     cuda: Vec<Arc<crate::cuda::CudaExperts>>,
+    /// What layers have routed on a CUDA device in the forward that is running.
+    #[cfg(feature = "cuda")]
+    pub(crate) passes: Arc<crate::pending::Passes>,
 }
 
 impl SwappedFfns {
-    /// Runs FFNs that are on the CPU as one pass over all their shells: `mlps` are those that were swapped. To be
-    /// called when their projections are what they shall be, quantized or not; they can be changed again after
-    /// [`SwappedFfns::release_cpu_kernels`].
+    /// Runs FFNs that are on the CPU as one pass over all their shells; `mlps` are those that were swapped. Call this
+    /// after quantization, when the weights are final. [`SwappedFfns::release_cpu_kernels`] undoes it.
     ///
-    /// Returns how many of the FFNs do so; the others run shell by shell on the engine's projections, as all do
-    /// before.
-    ///
-    /// # Errors
-    /// candle's.
+    /// Returns how many of the FFNs run so. The others run shell by shell on the engine's projections, as all do
+    /// before this call.
     pub fn use_cpu_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<usize> {
-        let mut made = 0;
+        let mut built = 0;
         for (fast, mlp) in self.fast.iter().zip(mlps) {
-            made += usize::from(fast.make(mlp.get_isq_layers())?);
+            built += usize::from(fast.try_build(mlp.get_isq_layers())?);
         }
-        self.model.set_on_cpu_kernels(made);
-        Ok(made)
+        self.model.set_on_cpu_kernels(built);
+        Ok(built)
     }
 
-    /// Back to the engine's projections, shell by shell, each with memory of its own: candle quantizes all of the
-    /// memory that a tensor is a part of.
-    ///
-    /// # Errors
-    /// candle's.
+    /// Goes back to the engine's projections, shell by shell. Each gets memory of its own, because candle quantizes all
+    /// of the memory that a tensor is a part of.
     pub fn release_cpu_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<()> {
         for (fast, mlp) in self.fast.iter().zip(mlps) {
             fast.release(mlp.get_isq_layers())?;
@@ -66,39 +63,33 @@ impl SwappedFfns {
     }
 
     /// Runs FFNs whose shells are on a CUDA device, unquantized or in Q4K or Q8_0, on dynamoe's kernels, which route on
-    /// the device: `mlps` and the time to call this are as for [`SwappedFfns::use_cpu_kernels`].
+    /// the device. `mlps`, and when to call this, are as for [`SwappedFfns::use_cpu_kernels`].
     ///
-    /// Returns how many of the FFNs do so; the others run shell by shell, and wait for their routes.
-    ///
-    /// # Errors
-    /// candle's.
+    /// Returns how many of the FFNs run so. The others run shell by shell, and wait for their routes.
     #[cfg(feature = "cuda")]
     pub fn use_cuda_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<usize> {
-        let mut made = 0;
+        let mut built = 0;
         for (cuda, mlp) in self.cuda.iter().zip(mlps) {
             let is_silu = matches!(mlp.hidden_act(), Activation::Silu | Activation::Swish);
             let slots = mlp.get_isq_layers();
             // narrow experts' own shells have no kernel
             let known = is_silu && slots.len() == 3 * self.model.config().experts();
-            made += usize::from(known && cuda.make(slots)?);
+            built += usize::from(known && cuda.try_build(slots)?);
         }
-        Ok(made)
+        Ok(built)
     }
 
-    /// Back to the engine's projections, shell by shell, since it is about to change them.
+    /// Goes back to the engine's projections, shell by shell, because the engine is about to change them.
     #[cfg(feature = "cuda")]
     pub fn release_cuda_kernels(&self) {
         self.cuda.iter().for_each(|cuda| cuda.release());
     }
 
-    /// Counts what layers have routed on a CUDA device since the last call, which waits for the device: to be called
-    /// after each forward of the model.
-    ///
-    /// # Errors
-    /// candle's.
+    /// Counts what layers have routed on a CUDA device since the last call. This waits for the device. Call it after
+    /// each forward of the model.
     #[cfg(feature = "cuda")]
     pub fn count_passes(&self) -> candle_core::Result<()> {
-        self.model.passes().count(&self.model)
+        self.passes.count(&self.model)
     }
 }
 
@@ -119,6 +110,8 @@ pub fn swap_ffns(
     let (mut tensors, mut fast) = (Vec::new(), Vec::with_capacity(layers));
     #[cfg(feature = "cuda")]
     let mut cuda = Vec::with_capacity(layers);
+    #[cfg(feature = "cuda")]
+    let passes = Arc::new(crate::pending::Passes::default());
     for (layer, (mlp, weights)) in mlps.into_iter().zip(weights).enumerate() {
         let hidden_size = mlp.get_params().first().copied().unwrap_or(0);
         let activation = mlp.hidden_act();
@@ -130,6 +123,8 @@ pub fn swap_ffns(
         *mlp = Box::new(EngineFfn {
             ffn,
             model: Arc::clone(&model),
+            #[cfg(feature = "cuda")]
+            passes: Arc::clone(&passes),
             layer,
             params: [hidden_size, config.intermediate_size()],
             activation,
@@ -141,6 +136,8 @@ pub fn swap_ffns(
         fast,
         #[cfg(feature = "cuda")]
         cuda,
+        #[cfg(feature = "cuda")]
+        passes,
     })
 }
 
@@ -162,6 +159,8 @@ fn router_tensors<X: NestedExperts>(layer: usize, ffn: &DynaMoeFfn<X>) -> NamedT
 struct EngineFfn {
     ffn: DynaMoeFfn<EngineExperts>,
     model: Arc<LoadedModel>,
+    #[cfg(feature = "cuda")]
+    passes: Arc<crate::pending::Passes>,
     layer: usize,
     params: [usize; 2],
     activation: Activation,
@@ -189,16 +188,17 @@ impl MlpLayer for EngineFfn {
         let rows = row_data();
         // the engine's dummy runs have no requests
         let serving = rows.len() == batch;
-        let dials: Vec<Option<&RequestDial>> = match serving {
-            true => rows.iter().map(|row| RequestDial::of_row(row, self.model.layers())).collect(),
-            false => vec![None; batch],
+        let dials: Vec<Option<&RequestDial>> = if serving {
+            rows.iter().map(|row| RequestDial::of_row(row, self.model.layers())).collect()
+        } else {
+            vec![None; batch]
         };
         let sensitivities = self.sensitivities(&dials, x.dim(0)?);
         #[cfg(feature = "cuda")]
-        if self.ffn.experts().cuda.is_made() {
+        if self.ffn.experts().cuda.is_built() {
             let (y, routes) = self.ffn.forward_routed(&x, &sensitivities)?;
             if serving {
-                self.model.passes().push(self.layer, rows, routes);
+                self.passes.push(self.layer, rows, routes);
             }
             return y.reshape(xs.shape());
         }

@@ -12,26 +12,29 @@
 //! [`loaded`] hands out the models that are in memory; a [`LoadedModel`] holds the default dial, makes the dial of
 //! one request, and counts. docs/engine.md tells what the patched engine adds, docs/serving.md how to serve.
 
-mod checkpoint;
+mod base_config;
 mod counters;
-mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dial;
+mod engine_blocks;
 mod experts;
 mod ffn;
+mod loaded;
 mod loader;
 mod model;
 #[cfg(any(test, feature = "cuda"))]
 mod pending;
+mod projection;
 #[cfg(feature = "serve")]
 pub mod serve;
 mod stub;
 mod weights;
 
 pub use counters::{Counters, LayerCounts};
-pub use dial::{Dial, LoadedModel, RequestDial, loaded};
+pub use dial::{Dial, RequestDial};
 pub use ffn::{NamedTensors, SwappedFfns, swap_ffns};
+pub use loaded::{LoadedModel, loaded};
 pub use loader::DynaMoeLoader;
 pub use weights::LayerWeights;
 

@@ -15,9 +15,13 @@ use mistralrs_core::{
 use mistralrs_quant::ShardedVarBuilder;
 use regex::Regex;
 
-use crate::{checkpoint::Checkpoint, ffn::swap_ffns, model::DynaMoeModel, stub, weights::LayerWeights};
-
-pub(crate) const NO_ADAPTERS: &str = "LoRA and X-LoRA adapters on a DynaMoE model are not supported: merge them into the dense model, then convert";
+use crate::{
+    base_config::BaseConfig,
+    ffn::swap_ffns,
+    model::{DynaMoeModel, NO_ADAPTERS},
+    stub,
+    weights::LayerWeights,
+};
 
 /// The shells' projections, as [`LayerWeights`] names them for quantization while loading.
 const SHELLS: &str = r"layers\.(\d+)\.mlp\.(own\.)?shells\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$";
@@ -29,7 +33,7 @@ const SHELLS: &str = r"layers\.(\d+)\.mlp\.(own\.)?shells\.(\d+)\.(gate|up|down)
 pub struct DynaMoeLoader;
 
 fn base(config: &str) -> Result<String> {
-    Ok(Checkpoint::parse(config)?.base())
+    Ok(BaseConfig::parse(config)?.text())
 }
 
 impl NormalModelLoader for DynaMoeLoader {
@@ -40,7 +44,7 @@ impl NormalModelLoader for DynaMoeLoader {
         metadata: NormalLoadingMetadata,
         attention: AttentionImplementation,
     ) -> Result<Box<dyn NormalModel + Send + Sync>> {
-        let checkpoint = Checkpoint::parse(config)?;
+        let base = BaseConfig::parse(config)?;
         ensure!(
             metadata.matformer_slicing_config.is_none(),
             "a MatFormer slice of a DynaMoE model is not supported: set the dial instead"
@@ -56,11 +60,11 @@ impl NormalModelLoader for DynaMoeLoader {
                 device: mapper.device_for(layer, false).unwrap_or(&metadata.real_device).clone(),
             });
         }
-        let stub_config = checkpoint.base_of_width(stub::WIDTH)?;
-        let mut base = AutoNormalLoader.load(&stub_config, stub::without_ffns(&vb), metadata, attention)?;
-        let ffns = swap_ffns(base.get_mlps_mut(), &checkpoint.dynamoe, weights)
+        let stub_config = base.text_with_width(stub::WIDTH)?;
+        let mut dense = AutoNormalLoader.load(&stub_config, stub::without_ffns(&vb), metadata, attention)?;
+        let ffns = swap_ffns(dense.get_mlps_mut(), &base.dynamoe, weights)
             .context("cannot load the DynaMoE FFNs")?;
-        let mut model = DynaMoeModel::new(base, ffns);
+        let mut model = DynaMoeModel::new(dense, ffns);
         // what is quantized or filled after loading gets them then
         if !loading_isq {
             model.use_cpu_kernels()?;
@@ -134,14 +138,10 @@ impl DeviceMappedModelLoader for DynaMoeLoader {
         weight_pack_factor: usize,
         matformer: Option<&MatformerSliceConfig>,
     ) -> Result<Vec<usize>> {
-        let checkpoint = Checkpoint::parse(config)?;
-        let router = checkpoint.router_elements() * DType::F32.size_in_bytes();
-        let mut sizes = AutoNormalLoader.layer_sizes_in_bytes(
-            &checkpoint.base(),
-            dtype,
-            weight_pack_factor,
-            matformer,
-        )?;
+        let base = BaseConfig::parse(config)?;
+        let router = base.router_elements() * DType::F32.size_in_bytes();
+        let mut sizes =
+            AutoNormalLoader.layer_sizes_in_bytes(&base.text(), dtype, weight_pack_factor, matformer)?;
         sizes.iter_mut().for_each(|size| *size += router);
         Ok(sizes)
     }

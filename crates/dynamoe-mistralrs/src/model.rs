@@ -15,9 +15,11 @@ use mistralrs_core::{
 use mistralrs_quant::{CollectedImatrixData, IsqType};
 
 use crate::{
-    cpu::{Slot, speed_up},
     ffn::SwappedFfns,
+    projection::{Slot, speed_up},
 };
+
+pub(crate) const NO_ADAPTERS: &str = "LoRA and X-LoRA adapters on a DynaMoE model are not supported: merge them into the dense model, then convert";
 
 /// Passes everything on to the dense model, and adds what that does not know of: the tensors of the routers to
 /// what is written, the default dial to requests that bring none, and CPU kernels to what is on the CPU.
@@ -39,17 +41,17 @@ impl DynaMoeModel {
     /// Runs what is on the CPU on dynamoe's kernels, until the engine changes it.
     pub fn use_cpu_kernels(&mut self) -> Result<()> {
         let Inner { base, ffns } = &mut self.inner;
-        let made = ffns.use_cpu_kernels(base.get_mlps_mut())?;
+        let built = ffns.use_cpu_kernels(base.get_mlps_mut())?;
         let mut projections = 0;
         for (slot, _) in base.get_layers().0 {
             projections += usize::from(speed_up(slot)?);
         }
         let layers = ffns.model.layers();
-        tracing::info!("CPU kernels run {made} of {layers} FFNs and {projections} other projections");
+        tracing::info!("CPU kernels run {built} of {layers} FFNs and {projections} other projections");
         #[cfg(feature = "cuda")]
         {
-            let made = ffns.use_cuda_kernels(base.get_mlps_mut())?;
-            tracing::info!("CUDA kernels run {made} of {layers} FFNs");
+            let built = ffns.use_cuda_kernels(base.get_mlps_mut())?;
+            tracing::info!("CUDA kernels run {built} of {layers} FFNs");
         }
         Ok(())
     }
@@ -152,7 +154,7 @@ impl NormalModel for DynaMoeModel {
     ) -> Result<Tensor> {
         let base = &self.inner.base;
         #[cfg(feature = "cuda")]
-        self.inner.ffns.model.passes().clear();
+        self.inner.ffns.passes.clear();
         let logits =
             base.forward(input_ids, seqlen_offsets, context_lens, position_ids, metadata, flash_params)?;
         #[cfg(feature = "cuda")]
@@ -173,7 +175,7 @@ impl NormalModel for DynaMoeModel {
         _: &FlashParams,
         _: &FlashParams,
     ) -> Result<Tensor> {
-        candle_core::bail!("{}", crate::loader::NO_ADAPTERS)
+        candle_core::bail!("{NO_ADAPTERS}")
     }
 
     fn is_xlora(&self) -> bool {

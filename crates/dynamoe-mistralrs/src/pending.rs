@@ -9,7 +9,7 @@ use candle_core::Result;
 use dynamoe::PendingRoutes;
 use mistralrs_core::row_data::RowData;
 
-use crate::dial::{LoadedModel, RequestDial};
+use crate::{dial::RequestDial, loaded::LoadedModel};
 
 /// A row of the engine's batch.
 pub(crate) type Row = Option<Arc<dyn RowData>>;
@@ -24,12 +24,6 @@ struct Pass {
 /// Passes that are not counted yet.
 #[derive(Default)]
 pub(crate) struct Passes(Mutex<Vec<Pass>>);
-
-impl std::fmt::Debug for Passes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Passes")
-    }
-}
 
 impl Passes {
     /// Keeps the routes of a layer, of `rows` with equal shares of its tokens.
@@ -67,7 +61,7 @@ mod tests {
 
     #[test]
     fn a_forward_is_counted_when_it_is_over() {
-        let model = crate::dial::tests::model();
+        let model = crate::loaded::tests::model();
         let requests = [model.default_request(), model.default_request()];
         let rows = || requests.iter().map(|dial| Some(dial.clone() as Arc<dyn RowData>)).collect();
         let passes = Passes::default();

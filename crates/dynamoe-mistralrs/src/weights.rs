@@ -5,37 +5,17 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Activation, Linear, Module};
+use candle_nn::{Activation, Linear};
 use dynamoe::{DynaMoeConfig, DynaMoeFfn, Router, Shell, ShellExperts, names};
 use mistralrs_quant::{
-    DummyLayer, GluActivationType, IsqType, QuantMethod, QuantMethodConfig, Shard, ShardedVarBuilder,
-    UnquantLinear, apply_immediate_isq, immediate_isq_match,
+    DummyLayer, IsqType, QuantMethod, QuantMethodConfig, Shard, ShardedVarBuilder, UnquantLinear,
+    apply_immediate_isq, immediate_isq_match,
 };
 
-use crate::experts::{EngineExperts, FastExperts};
-
-/// One of the engine's projections, quantized or not, as a candle module over rows.
-#[derive(Debug, Clone)]
-pub(crate) struct Projection(pub Arc<dyn QuantMethod>);
-
-impl Module for Projection {
-    /// `x (rows, in)` → `(rows, out)`; the engine's projections expect a batch dimension.
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.0.forward_autocast(&x.unsqueeze(0)?)?.squeeze(0)
-    }
-}
-
-/// `act(gate) ∘ up` as the engine's own MLPs compute it.
-pub(crate) fn fused_glu(gate: &Tensor, up: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
-    let kind = match activation {
-        Activation::Silu | Activation::Swish => GluActivationType::Silu,
-        Activation::NewGelu | Activation::GeluPytorchTanh => GluActivationType::Gelu,
-        Activation::Gelu => GluActivationType::GeluErf,
-        Activation::Relu => GluActivationType::Relu,
-        other => return other.forward(gate)? * up,
-    };
-    mistralrs_quant::fused_glu(gate, up, kind)
-}
+use crate::{
+    experts::{EngineExperts, FastExperts},
+    projection::{Projection, fused_glu},
+};
 
 /// Where the FFN of one layer is read from.
 pub struct LayerWeights {
@@ -66,9 +46,10 @@ impl LayerWeights {
         };
         let mut get = |name: &str, shape: &[usize]| Ok(self.full_precision(name, shape)?);
         let router = Router::load(config, hidden_size, &mut get)?;
-        let compensation = match config.router.compensation && config.experts() > 1 {
-            true => Some(self.full_precision(names::COMPENSATION, &[config.experts() - 1, hidden_size])?),
-            false => None,
+        let compensation = if config.router.compensation && config.experts() > 1 {
+            Some(self.full_precision(names::COMPENSATION, &[config.experts() - 1, hidden_size])?)
+        } else {
+            None
         };
         Ok(DynaMoeFfn::new(experts, router, compensation, config.sensitivity)?)
     }

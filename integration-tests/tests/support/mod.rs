@@ -68,7 +68,8 @@ impl Checkpoints {
 
     /// Writes the dense checkpoint once more, with other weights, and returns its folder.
     pub fn write_dense(&self, name: &str, weight: impl Fn(&str, &Tensor) -> Tensor) -> String {
-        let is_dense = |name: &str| !["router", "compensation", "own."].iter().any(|part| name.contains(part));
+        let is_dense =
+            |name: &str| !["router", "compensation", "own."].iter().any(|part| name.contains(part));
         let dense = self.tensors.iter().filter(|(name, _)| is_dense(name));
         let tensors = dense.map(|(name, tensor)| (name.clone(), weight(name, tensor))).collect();
         let folder = self.folder().join(name);

@@ -24,7 +24,7 @@ use super::{
     App,
     error::{ApiError, ApiResult, in_words},
 };
-use crate::dial::{Dial, LoadedModel, RequestDial};
+use crate::{Dial, LoadedModel, RequestDial};
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
@@ -86,7 +86,7 @@ struct Usage {
 impl Usage {
     /// Puts the dial into the request.
     fn attach(app: &App, dial: Option<Dial>, request: &mut NormalRequest) -> ApiResult<Option<Self>> {
-        let Some(model) = app.model() else {
+        let Some(model) = app.model.clone() else {
             return match dial {
                 None => Ok(None),
                 Some(_) => {
@@ -189,9 +189,9 @@ fn without_last_word(before: Option<Value>, usage: Option<&Usage>) -> ApiResult<
 /// One of the engine's answers as JSON, and whether it is the last one.
 fn answer_json(answer: Answer, usage: Option<&Usage>) -> ApiResult<(Value, bool)> {
     // only the end of an answer knows its width
-    let chunk = |json: Value, finished: bool| match finished {
-        true => Ok((Usage::tell(usage, json)?, true)),
-        false => Ok((json, false)),
+    let chunk = |json: Value, finished: bool| {
+        let json = if finished { Usage::tell(usage, json)? } else { json };
+        Ok((json, finished))
     };
     match answer {
         Answer::Done(answer) => Ok((Usage::tell(usage, answer)?, true)),

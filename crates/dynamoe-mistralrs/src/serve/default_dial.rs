@@ -15,7 +15,7 @@ use super::{
     completions::take_dial,
     error::{ApiError, ApiResult},
 };
-use crate::dial::{Dial, LoadedModel};
+use crate::{Dial, LoadedModel};
 
 /// `GET /v1/dynamoe`.
 pub(super) async fn show(State(app): State<App>) -> ApiResult<Json<Value>> {
@@ -44,7 +44,9 @@ pub(super) async fn set(
 }
 
 fn model(app: &App) -> ApiResult<Arc<LoadedModel>> {
-    app.model().ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "the model is dense: it has no dial"))
+    app.model
+        .clone()
+        .ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "the model is dense: it has no dial"))
 }
 
 /// With a token, whoever presents it may set the dial; without, whoever is on this machine.

@@ -13,7 +13,7 @@ use axum::{
 };
 
 use super::App;
-use crate::dial::{Dial, LoadedModel};
+use crate::{Dial, LoadedModel};
 
 /// Answers so far, by route and status.
 #[derive(Default)]
@@ -41,8 +41,8 @@ pub(super) async fn show(State(app): State<App>) -> impl IntoResponse {
             *count as f64,
         );
     }
-    if let Some(model) = app.model() {
-        of_model(&mut text, &model);
+    if let Some(model) = app.model.as_deref() {
+        of_model(&mut text, model);
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
 }

@@ -31,22 +31,25 @@ use tracing_subscriber::EnvFilter;
 
 pub use options::Options;
 
-use crate::dial::{LoadedModel, loaded};
+use crate::{LoadedModel, loaded};
+
+/// A model that is loaded and can be served.
+#[derive(Clone)]
+pub struct Served {
+    /// The engine that runs it.
+    pub engine: SharedMistralRsState,
+    /// Its dial and its counters; none if it is dense.
+    pub model: Option<Arc<LoadedModel>>,
+}
 
 /// What the handlers share.
 #[derive(Clone)]
 struct App {
     engine: SharedMistralRsState,
+    model: Option<Arc<LoadedModel>>,
     /// Whoever presents it may set the default dial from anywhere.
     token: Option<Arc<str>>,
     requests: Arc<metrics::Requests>,
-}
-
-impl App {
-    /// The DynaMoE model that is served, if the model is one.
-    fn model(&self) -> Option<Arc<LoadedModel>> {
-        loaded().pop()
-    }
 }
 
 /// The whole of `dynamoe-serve`, from the command line to the exit code.
@@ -73,8 +76,8 @@ pub async fn run(options: Options) -> Result<()> {
         .await
         .with_context(|| format!("cannot listen at {}, port {}", options.host, options.port))?;
     let stop = stop_signal()?;
-    let engine = load(&options).await?;
-    let router = router(engine, &options).await?;
+    let served = load(&options).await?;
+    let router = router(served, &options).await?;
     println!("dynamoe-serve listens at http://{}", listener.local_addr()?);
     serve(listener, router, stop, Duration::from_secs(options.drain_seconds)).await
 }
@@ -83,7 +86,8 @@ pub async fn run(options: Options) -> Result<()> {
 ///
 /// # Errors
 /// Whatever keeps mistral.rs from loading it; a dial that the model does not have.
-pub async fn load(options: &Options) -> Result<SharedMistralRsState> {
+pub async fn load(options: &Options) -> Result<Served> {
+    let before = loaded();
     let engine = MistralRsForServerBuilder::new()
         .with_model(options.model_selected()?)
         .with_max_seqs(options.max_seqs)
@@ -95,7 +99,7 @@ pub async fn load(options: &Options) -> Result<SharedMistralRsState> {
         .build()
         .await
         .with_context(|| format!("cannot load {}", options.source()))?;
-    let model = loaded().pop();
+    let model = loaded().into_iter().find(|model| !before.iter().any(|other| Arc::ptr_eq(model, other)));
     match (&model, options.dial()) {
         (Some(model), Some(dial)) => model.set_dial(dial)?,
         (None, Some(_)) => {
@@ -105,25 +109,26 @@ pub async fn load(options: &Options) -> Result<SharedMistralRsState> {
         }
         (_, None) => {}
     }
-    if let Some(model) = model {
+    if let Some(model) = &model {
         // the engine's dummy run is no request
         model.counters().reset();
     }
-    Ok(engine)
+    Ok(Served { engine, model })
 }
 
 /// All routes over a loaded model.
 ///
 /// # Errors
 /// mistral.rs's, if it cannot build its own.
-pub async fn router(engine: SharedMistralRsState, options: &Options) -> Result<Router> {
+pub async fn router(served: Served, options: &Options) -> Result<Router> {
+    let Served { engine, model } = served;
     let limit = options.max_body_mib * 1024 * 1024;
     let upstream = MistralRsServerRouterBuilder::new()
         .with_mistralrs(Arc::clone(&engine))
         .with_max_body_limit(limit)
         .build()
         .await?;
-    let app = App { engine, token: options.token().map(Arc::from), requests: Arc::default() };
+    let app = App { engine, model, token: options.token().map(Arc::from), requests: Arc::default() };
     Ok(Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))

@@ -10,7 +10,7 @@ use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
 use dynamoe::config::check_dial;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 
-use crate::dial::Dial;
+use crate::Dial;
 
 /// Serves a DynaMoE (or dense) model over an OpenAI-compatible API.
 #[derive(Debug, Clone, Parser)]

@@ -15,8 +15,8 @@ pub(crate) const BASES: [&str; 7] = [
     "SmolLM3ForCausalLM",
 ];
 
-/// A parsed config.json.
-pub(crate) struct Checkpoint {
+/// The config.json of a DynaMoE checkpoint, from which that of its dense model is made.
+pub(crate) struct BaseConfig {
     json: Value,
     /// Its `dynamoe` section.
     pub dynamoe: DynaMoeConfig,
@@ -24,7 +24,7 @@ pub(crate) struct Checkpoint {
     pub hidden_size: usize,
 }
 
-impl Checkpoint {
+impl BaseConfig {
     /// Parses the text of a config.json.
     pub fn parse(config: &str) -> Result<Self> {
         let json: Value = serde_json::from_str(config).context("config.json is not JSON")?;
@@ -48,7 +48,7 @@ impl Checkpoint {
     }
 
     /// The text of the dense model's config.json.
-    pub fn base(&self) -> String {
+    pub fn text(&self) -> String {
         let mut json = self.json.clone();
         json["architectures"] = vec![self.dynamoe.base_architecture.as_str()].into();
         json["model_type"] = self.dynamoe.base_model_type.as_str().into();
@@ -56,8 +56,8 @@ impl Checkpoint {
     }
 
     /// The text of the dense model's config.json with FFNs of `width` neurons.
-    pub fn base_of_width(&self, width: usize) -> Result<String> {
-        let mut json: Value = serde_json::from_str(&self.base())?;
+    pub fn text_with_width(&self, width: usize) -> Result<String> {
+        let mut json: Value = serde_json::from_str(&self.text())?;
         json["intermediate_size"] = width.into();
         Ok(json.to_string())
     }
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn config() -> Value {
+    fn config_json() -> Value {
         json!({
             "architectures": ["DynaMoeForCausalLM"], "model_type": "dynamoe",
             "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -89,23 +89,23 @@ mod tests {
     }
 
     #[test]
-    fn the_base_is_the_dense_model() {
-        let checkpoint = Checkpoint::parse(&config().to_string()).unwrap();
-        let base: Value = serde_json::from_str(&checkpoint.base()).unwrap();
+    fn the_text_is_the_dense_models() {
+        let config = BaseConfig::parse(&config_json().to_string()).unwrap();
+        let base: Value = serde_json::from_str(&config.text()).unwrap();
         assert_eq!(base["architectures"], json!(["LlamaForCausalLM"]));
         assert_eq!((&base["model_type"], &base["intermediate_size"]), (&json!("llama"), &json!(64)));
-        let stub: Value = serde_json::from_str(&checkpoint.base_of_width(1).unwrap()).unwrap();
+        let stub: Value = serde_json::from_str(&config.text_with_width(1).unwrap()).unwrap();
         assert_eq!(stub["intermediate_size"], 1);
         // fc1 4·16 + 4, fc2 1·4 + 1, compensation 1·16
-        assert_eq!(checkpoint.router_elements(), 68 + 5 + 16);
+        assert_eq!(config.router_elements(), 68 + 5 + 16);
     }
 
     #[test]
     fn what_is_not_supported_is_named() {
         let error = |change: fn(&mut Value)| {
-            let mut json = config();
+            let mut json = config_json();
             change(&mut json);
-            Checkpoint::parse(&json.to_string()).map(|_| ()).unwrap_err().to_string()
+            BaseConfig::parse(&json.to_string()).map(|_| ()).unwrap_err().to_string()
         };
         let unknown = error(|json| json["dynamoe"]["base_architecture"] = "PhiForCausalLM".into());
         assert!(unknown.contains("PhiForCausalLM") && unknown.contains("Qwen3ForCausalLM"), "{unknown}");
