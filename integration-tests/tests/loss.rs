@@ -141,7 +141,7 @@ fn logprobs_agree(server: &Server, folder: &str, text: &str, prompt: &[u32], sen
 #[test]
 fn the_servers_logprobs_are_the_trainers() {
     let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 33);
-    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    let server = Server::start(&checkpoints.dynamoe(), &["--max-top-logprobs", "300"]);
     // the template of the fixture: <s>, the text, a newline
     let prompt: Vec<u32> = [256].into_iter().chain("Once upon a time\n".bytes().map(u32::from)).collect();
     logprobs_agree(&server, &checkpoints.dynamoe(), "Once upon a time", &prompt, [0.4, 0.5, 1.0]);
@@ -160,7 +160,10 @@ fn the_servers_logprobs_of_a_real_checkpoint_are_the_trainers() {
     let scratch = tempfile::tempdir().unwrap();
     let template = scratch.path().join("template.jinja");
     std::fs::write(&template, "{{ messages[0]['content'] }}").unwrap();
-    let server = Server::start(&folder, &["--chat-template", &template.display().to_string()]);
+    let server = Server::start(
+        &folder,
+        &["--max-top-logprobs", "1000", "--chat-template", &template.display().to_string()],
+    );
     for text in
         ["Once upon a time, there was a", "The little dog was", "One day, Lily and her mom went to the"]
     {

@@ -57,6 +57,75 @@ fn the_dial_of_a_request_shows_in_its_usage() {
 }
 
 #[test]
+fn only_inference_models_health_metrics_and_the_dial_are_served() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    for route in
+        ["/v1/models/tune", "/v1/models/unload", "/re_isq", "/v1/system/doctor", "/v1/responses", "/x"]
+    {
+        let refused = server.post(route, &json!({"model_id": "x/y", "token_source": "path:/etc/passwd"}));
+        assert_eq!(refused.status(), 404, "{route}");
+        assert!(refused.headers().get("access-control-allow-origin").is_none(), "{route}");
+        let told: Value = refused.json().unwrap();
+        assert!(told["error"]["message"].as_str().unwrap().contains("/v1/completions"), "{told}");
+    }
+    assert_eq!(server.get("/v1/system/info").status(), 404);
+    assert_eq!(server.get(TEXT).status(), 405);
+    let models: Value = server.get("/v1/models").json().unwrap();
+    let names: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    assert!(names[0] == "default" && names.len() == 2 && !names[1].contains('/'), "{names:?}");
+    assert_eq!(server.get("/health").json::<Value>().unwrap(), json!({"status": "ok"}));
+    is_well(&server);
+}
+
+#[test]
+fn other_sites_are_kept_out() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &["--allowed-host", "llm.example"]);
+    let body = completion("x", 1).to_string();
+    let send = |headers: &[(&str, &str)]| {
+        let request = server.client.post(format!("{}{TEXT}", server.url)).body(body.clone());
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let answer = request.send().unwrap();
+        assert!(
+            answer.headers().keys().all(|name| !name.as_str().starts_with("access-control")),
+            "{headers:?}"
+        );
+        answer.status().as_u16()
+    };
+    let json = ("content-type", "application/json");
+    assert_eq!(send(&[json, ("origin", "https://evil.example")]), 200);
+    assert_eq!(send(&[json, ("host", "llm.example")]), 200);
+    assert_eq!(send(&[json, ("host", "evil.example")]), 403);
+    assert_eq!(send(&[("content-type", "text/plain")]), 415);
+    assert_eq!(send(&[]), 415);
+    let preflight = server.client.request(reqwest::Method::OPTIONS, format!("{}{TEXT}", server.url));
+    assert_eq!(preflight.header("origin", "https://evil.example").send().unwrap().status(), 405);
+}
+
+#[test]
+fn a_small_request_cannot_ask_for_much() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    let image = json!([{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}]);
+    let chat_of =
+        |content: Value| json!({"model": "default", "messages": [{"role": "user", "content": content}]});
+    for (route, body, word) in [
+        (TEXT, with(completion("the", 2), "n", 100_000), "n: expected at most 8"),
+        (TEXT, with(completion("the", 2), "truncate_sequence", true), "truncate_sequence"),
+        (TEXT, completion(&"a".repeat(2 << 20), 2), "prompt: expected at most"),
+        (CHAT, chat_of(image), "image_url"),
+    ] {
+        let refused = server.post(route, &body);
+        assert_eq!(refused.status(), 400, "{word}");
+        let text = refused.text().unwrap();
+        assert!(text.contains(word), "{text}");
+    }
+    is_well(&server);
+}
+
+#[test]
 fn full_width_says_what_the_dense_model_says() {
     let checkpoints = llama();
     let dense = Server::start(&checkpoints.dense(), &[]);

@@ -23,6 +23,7 @@ use tokio::sync::mpsc::{Receiver, Sender};
 use super::{
     App,
     error::{ApiError, ApiResult, in_words},
+    limits::Limits,
 };
 use crate::{Dial, LoadedModel, RequestDial};
 
@@ -31,7 +32,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(app): State<App>, body: Bytes) -> Response {
     let answer = async {
-        let (dial, request) = parse_body(&body)?;
+        let (dial, request) = parse_body(&body, &app.limits)?;
         let (sender, answers) = create_response_channel(None);
         let parsed = chat_completion::parse_request(request, Arc::clone(&app.engine), sender).await;
         complete(&app, dial, parsed, answers).await
@@ -42,7 +43,7 @@ pub(super) async fn chat(State(app): State<App>, body: Bytes) -> Response {
 /// `POST /v1/completions`.
 pub(super) async fn text(State(app): State<App>, body: Bytes) -> Response {
     let answer = async {
-        let (dial, request) = parse_body(&body)?;
+        let (dial, request) = parse_body(&body, &app.limits)?;
         let (sender, answers) = create_response_channel(None);
         let parsed = completions::parse_request(request, Arc::clone(&app.engine), sender);
         complete(&app, dial, parsed, answers).await
@@ -51,10 +52,11 @@ pub(super) async fn text(State(app): State<App>, body: Bytes) -> Response {
 }
 
 /// Splits a body into the dial and mistral.rs's own request.
-fn parse_body<T: DeserializeOwned>(body: &[u8]) -> ApiResult<(Option<Dial>, T)> {
+fn parse_body<T: DeserializeOwned>(body: &[u8], limits: &Limits) -> ApiResult<(Option<Dial>, T)> {
     let mut json: Value = serde_json::from_slice(body)
         .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))?;
     let dial = take_dial(&mut json)?;
+    limits.check(&json)?;
     let request = serde_json::from_value(json)
         .map_err(|error| ApiError::bad_request(format!("the body is not a request: {error}")))?;
     Ok((dial, request))

@@ -31,7 +31,8 @@ pub(super) async fn set(
     body: Bytes,
 ) -> ApiResult<Json<Value>> {
     let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    may_set(app.token.as_deref(), authorization, peer)?;
+    let proxied = PROXIED.iter().any(|name| headers.contains_key(*name));
+    may_set(app.token.as_deref(), authorization, Peer { address: peer, proxied })?;
     let mut body: Value = serde_json::from_slice(&body)
         .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))?;
     let dial = take_dial(&mut body)?.ok_or_else(|| {
@@ -49,8 +50,18 @@ fn model(app: &App) -> ApiResult<Arc<LoadedModel>> {
         .ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "the model is dense: it has no dial"))
 }
 
+/// Headers by which a proxy says for whom it asks.
+const PROXIED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+
+/// Where a request comes from.
+struct Peer {
+    address: SocketAddr,
+    /// It came through a proxy, so the address says nothing about who asks.
+    proxied: bool,
+}
+
 /// With a token, whoever presents it may set the dial; without, whoever is on this machine.
-fn may_set(token: Option<&str>, authorization: Option<&str>, peer: SocketAddr) -> ApiResult<()> {
+fn may_set(token: Option<&str>, authorization: Option<&str>, peer: Peer) -> ApiResult<()> {
     let presented = authorization.and_then(|value| value.strip_prefix("Bearer "));
     match token {
         Some(token) if presented.is_some_and(|presented| same(presented.as_bytes(), token.as_bytes())) => {
@@ -59,7 +70,7 @@ fn may_set(token: Option<&str>, authorization: Option<&str>, peer: SocketAddr) -
         Some(_) => {
             Err(ApiError::new(StatusCode::UNAUTHORIZED, "setting the default dial needs the bearer token"))
         }
-        None if peer.ip().to_canonical().is_loopback() => Ok(()),
+        None if peer.address.ip().to_canonical().is_loopback() && !peer.proxied => Ok(()),
         None => Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "setting the default dial over the network needs a server that was started with --token",
@@ -96,11 +107,14 @@ mod tests {
     #[test]
     fn the_network_needs_a_token_and_this_machine_only_if_there_is_one() {
         let status = |token, authorization, peer: &str| {
-            may_set(token, authorization, peer.parse().unwrap()).map_err(|error| error.status.as_u16())
+            let peer = Peer { address: peer.parse().unwrap(), proxied: false };
+            may_set(token, authorization, peer).map_err(|error| error.status.as_u16())
         };
         assert_eq!(status(None, None, "127.0.0.1:9"), Ok(()));
         assert_eq!(status(None, None, "[::ffff:127.0.0.1]:9"), Ok(()));
         assert_eq!(status(None, Some("Bearer x"), "10.0.0.7:9"), Err(403));
+        let proxy = Peer { address: "127.0.0.1:9".parse().unwrap(), proxied: true };
+        assert_eq!(may_set(None, None, proxy).unwrap_err().status, StatusCode::FORBIDDEN);
         assert_eq!(status(Some("secret"), Some("Bearer secret"), "10.0.0.7:9"), Ok(()));
         for wrong in [None, Some("Bearer secreT"), Some("Bearer secret "), Some("secret"), Some("Bearer ")] {
             assert_eq!(status(Some("secret"), wrong, "127.0.0.1:9"), Err(401), "{wrong:?}");

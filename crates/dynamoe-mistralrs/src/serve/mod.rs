@@ -4,13 +4,20 @@
 //! | --- | --- |
 //! | `POST /v1/chat/completions`, `/v1/completions` | mistral.rs's, and a body may hold `sensitivity` or `budget` |
 //! | `GET`, `PUT /v1/dynamoe` | shows and sets the dial of requests that bring none |
+//! | `GET /v1/models` | the models, by their names |
+//! | `GET /health` | whether the engine answers |
 //! | `GET /metrics` | Prometheus text |
-//! | everything else | mistral.rs's |
+//!
+//! Nothing else is served: mistral.rs's other routes read files and addresses of a client's choice, and unload, requantize
+//! or reload the model for everybody.
 
+mod access;
 mod completions;
 mod default_dial;
 mod error;
+mod limits;
 mod metrics;
+mod models;
 mod options;
 
 use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
@@ -19,12 +26,12 @@ use anyhow::{Context, Result, bail};
 use axum::{
     Router,
     extract::DefaultBodyLimit,
+    middleware::from_fn_with_state,
     routing::{get, post},
 };
 use clap::Parser;
 use mistralrs_server_core::{
-    mistralrs_for_server_builder::MistralRsForServerBuilder,
-    mistralrs_server_router_builder::MistralRsServerRouterBuilder, types::SharedMistralRsState,
+    mistralrs_for_server_builder::MistralRsForServerBuilder, types::SharedMistralRsState,
 };
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
@@ -50,6 +57,7 @@ struct App {
     /// Whoever presents it may set the default dial from anywhere.
     token: Option<Arc<str>>,
     requests: Arc<metrics::Requests>,
+    limits: limits::Limits,
 }
 
 /// The whole of `dynamoe-serve`, from the command line to the exit code.
@@ -69,7 +77,11 @@ pub async fn main() -> ExitCode {
 /// A port that is taken, a model that cannot be loaded, a listener that fails.
 pub async fn run(options: Options) -> Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false)
+        .init();
 
     // bound first: a port that is taken is known before a large model is read
     let listener = TcpListener::bind((options.host, options.port))
@@ -77,7 +89,7 @@ pub async fn run(options: Options) -> Result<()> {
         .with_context(|| format!("cannot listen at {}, port {}", options.host, options.port))?;
     let stop = stop_signal()?;
     let served = load(&options).await?;
-    let router = router(served, &options).await?;
+    let router = router(served, &options)?;
     println!("dynamoe-serve listens at http://{}", listener.local_addr()?);
     serve(listener, router, stop, Duration::from_secs(options.drain_seconds)).await
 }
@@ -119,24 +131,28 @@ pub async fn load(options: &Options) -> Result<Served> {
 /// All routes over a loaded model.
 ///
 /// # Errors
-/// mistral.rs's, if it cannot build its own.
-pub async fn router(served: Served, options: &Options) -> Result<Router> {
+/// A token that is empty.
+pub fn router(served: Served, options: &Options) -> Result<Router> {
     let Served { engine, model } = served;
-    let limit = options.max_body_mib * 1024 * 1024;
-    let upstream = MistralRsServerRouterBuilder::new()
-        .with_mistralrs(Arc::clone(&engine))
-        .with_max_body_limit(limit)
-        .build()
-        .await?;
-    let app = App { engine, model, token: options.token().map(Arc::from), requests: Arc::default() };
+    let limits = limits::Limits {
+        choices: options.max_choices,
+        top_logprobs: options.max_top_logprobs,
+        prompt_bytes: options.max_prompt_kib * 1024,
+    };
+    let token = options.token()?.map(Arc::from);
+    let app = App { engine, model, token, requests: Arc::default(), limits };
     Ok(Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))
         .route("/v1/dynamoe", get(default_dial::show).put(default_dial::set))
+        .route("/v1/models", get(models::list))
+        .route("/health", get(models::health))
         .route("/metrics", get(metrics::show))
-        .layer(DefaultBodyLimit::max(limit))
-        .with_state(app)
-        .fallback_service(upstream))
+        .fallback(access::not_found)
+        .method_not_allowed_fallback(access::wrong_method)
+        .layer(DefaultBodyLimit::max(options.max_body_mib * 1024 * 1024))
+        .layer(from_fn_with_state(access::Hosts::new(&options.allowed_hosts), access::guard))
+        .with_state(app))
 }
 
 /// Serves until `stop` is done, then lets requests in flight finish, for `drain` at most.

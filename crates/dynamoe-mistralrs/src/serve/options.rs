@@ -58,6 +58,19 @@ pub struct Options {
     #[arg(long)]
     pub token: Option<String>,
 
+    /// Name that the server answers to in the Host header, besides localhost and IP addresses; may be repeated, * is any
+    #[arg(long = "allowed-host", value_name = "NAME")]
+    pub allowed_hosts: Vec<String>,
+    /// Answers that one request may ask for (n, best_of)
+    #[arg(long, value_name = "COUNT", default_value_t = 8)]
+    pub max_choices: u64,
+    /// Likeliest tokens that a request may ask for at each position (top_logprobs)
+    #[arg(long, value_name = "COUNT", default_value_t = 20)]
+    pub max_top_logprobs: u64,
+    /// Longest prompt, or all messages of a chat together, in KiB of text
+    #[arg(long, value_name = "KIB", default_value_t = 1024)]
+    pub max_prompt_kib: usize,
+
     /// Requests that run at the same time; more wait
     #[arg(long, default_value_t = 16, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub max_seqs: usize,
@@ -98,8 +111,16 @@ impl Options {
     }
 
     /// The token, from the command line or the environment.
-    pub(super) fn token(&self) -> Option<String> {
-        self.token.clone().or_else(|| std::env::var("DYNAMOE_TOKEN").ok()).filter(|token| !token.is_empty())
+    ///
+    /// # Errors
+    /// An empty one: it would be none, and who set it meant to set one.
+    pub(super) fn token(&self) -> Result<Option<String>> {
+        let token = self.token.clone().or_else(|| std::env::var("DYNAMOE_TOKEN").ok());
+        ensure!(
+            token.as_deref() != Some(""),
+            "the token is empty: give --token or DYNAMOE_TOKEN a value, or neither"
+        );
+        Ok(token)
     }
 
     /// What the model is loaded from, for messages.
