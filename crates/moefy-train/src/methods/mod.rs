@@ -2,7 +2,7 @@
 //! curve is measured. Everything that is special about a method is in its file.
 //!
 //! A new method is a file with an implementation of [`Definition`] and one of [`Objective`], a variant of [`Method`] and
-//! a line in [`Method::definition`].
+//! a line in `Method::definition`.
 
 mod dense;
 mod draws;

@@ -1,7 +1,7 @@
 //! The stages of making a checkpoint, and the commands that string them together.
 //!
 //! A [`Recipe`] is how a model is cut and trained. Its stages are convert, train, publish and measure. They work in a
-//! [`Lab`]: the model that they start from, the text and the device. [`run()`](run::run) is one recipe with its baselines,
+//! [`Lab`]: the model that they start from, the text and the device. [`run`] is one recipe with its baselines,
 //! [`compare`] trains many recipes alike, [`pretrain`] makes a dense model to start from.
 
 pub mod compare;

@@ -1,4 +1,4 @@
-//! From a dense checkpoint to one that can be trained: [`calibrate`] measures the FFNs' neurons on text, [`convert()`]
+//! From a dense checkpoint to one that can be trained: [`calibrate()`] measures the FFNs' neurons on text, [`convert()`]
 //! orders them by importance, cuts them into nested experts and adds routers.
 
 mod activations;
