@@ -10,7 +10,7 @@
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_nn::{Activation, Linear};
-use dynamoe::{DynaMoeFfn, PrefixExperts, Router};
+use dynamoe::{DynaMoeFfn, PrefixExperts, Projections, Router};
 
 /// T, D, I and R: tokens, hidden_size, intermediate_size, the router's hidden size.
 const SIZES: (usize, usize, usize, usize) = (12, 16, 64, 8);
@@ -20,8 +20,12 @@ fn main() -> Result<()> {
     let widths = dynamoe::config::even_widths(i, 4)?; // [16, 32, 48, 64]
     let random = |shape: &[usize], deviation| Tensor::randn(0f32, deviation, shape, &Device::Cpu);
 
-    let (gate, up, down) = (random(&[i, d], 0.2)?, random(&[i, d], 0.2)?, random(&[d, i], 0.2)?);
-    let experts = PrefixExperts::new(gate, up, down, Activation::Silu, &widths)?;
+    let dense = Projections {
+        gate_proj: random(&[i, d], 0.2)?,
+        up_proj: random(&[i, d], 0.2)?,
+        down_proj: random(&[d, i], 0.2)?,
+    };
+    let experts = PrefixExperts::new(dense, Activation::Silu, &widths)?;
     let router = Router::Mlp {
         fc1: Linear::new(random(&[r, d], 0.5)?, Some(random(&[r], 0.1)?)),
         fc2: Linear::new(random(&[widths.len() - 1, r], 1.0)?, Some(random(&[widths.len() - 1], 0.5)?)),

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use candle_core::{D, Device, Tensor};
 use candle_nn::{Activation, Linear, Module, RmsNorm, ops::softmax};
-use dynamoe::{DynaMoeFfn, PrefixExperts, Router};
+use dynamoe::{DynaMoeFfn, PrefixExperts, Projections, Router};
 
 /// T, D, I: tokens, hidden_size, intermediate_size.
 const SIZES: (usize, usize, usize) = (10, 32, 128);
@@ -65,13 +65,12 @@ fn main() -> Result<()> {
     let dense = Mlp { gate_proj: linear(i, d)?, up_proj: linear(i, d)?, down_proj: linear(d, i)? };
     let widths = dynamoe::config::even_widths(i, 4)?;
     let weight = |linear: &Linear| linear.weight().clone(); // shares the memory
-    let experts = PrefixExperts::new(
-        weight(&dense.gate_proj),
-        weight(&dense.up_proj),
-        weight(&dense.down_proj),
-        Activation::Silu,
-        &widths,
-    )?;
+    let matrices = Projections {
+        gate_proj: weight(&dense.gate_proj),
+        up_proj: weight(&dense.up_proj),
+        down_proj: weight(&dense.down_proj),
+    };
+    let experts = PrefixExperts::new(matrices, Activation::Silu, &widths)?;
     let router = Router::Mlp { fc1: linear(8, d)?, fc2: linear(widths.len() - 1, 8)? };
     let routed = Arc::new(DynaMoeFfn::new(experts, router, None, 1.0)?);
 

@@ -1,4 +1,4 @@
-//! How much of the FFN a token may use: the dial of a request.
+//! The dial of a request, on its way through the engine.
 
 use std::{
     any::Any,
@@ -10,33 +10,7 @@ use std::{
 };
 
 use candle_core::Tensor;
-use dynamoe::{DynaMoeConfig, config::check_dial};
 use mistralrs_core::{CustomLogitsProcessor, row_data::RowData};
-
-/// How much of the FFN a token may use.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Dial {
-    /// From 0 (always the smallest expert) to 1 (always the dense FFN).
-    Sensitivity(f64),
-    /// The mean width to aim at, as a share of the dense FFN's, through the checkpoint's table of budgets.
-    Budget(f64),
-}
-
-impl Dial {
-    /// The sensitivity of each layer.
-    ///
-    /// # Errors
-    /// A value outside 0 to 1, a budget without a table of budgets.
-    pub(crate) fn sensitivities(self, config: &DynaMoeConfig, layers: usize) -> dynamoe::Result<Arc<[f64]>> {
-        match self {
-            Self::Sensitivity(sensitivity) => {
-                check_dial("sensitivity", sensitivity)?;
-                Ok(vec![sensitivity; layers].into())
-            }
-            Self::Budget(width) => Ok(config.sensitivity_for_budget(width, layers)?.into()),
-        }
-    }
-}
 
 /// The dial of one request, and what the request used. It travels through the engine as row data.
 #[derive(Debug)]
@@ -106,6 +80,8 @@ impl CustomLogitsProcessor for Carrier {
 
 #[cfg(test)]
 mod tests {
+    use dynamoe::Dial;
+
     use super::*;
     use crate::loaded::tests::model;
 

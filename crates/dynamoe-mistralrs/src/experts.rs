@@ -7,7 +7,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
 use candle_nn::Activation;
-use dynamoe::{NestedExperts, PackedExperts, PrefixExperts, Shell, ShellExperts, cpu::PackedMatrix};
+use dynamoe::{
+    NestedExperts, PackedExperts, PrefixExperts, Projections, ShellExperts, cpu::PackedMatrix, experts::rows,
+};
 
 use crate::projection::{Extracted, Projection, Slot, extract, fused_glu, unquantized};
 
@@ -21,10 +23,10 @@ pub(crate) struct EngineExperts {
 }
 
 impl EngineExperts {
-    /// gate, up and down projection of each shell, narrowest expert's first, then of narrow experts' own shells.
+    /// gate, up and down projection of each shell, narrowest expert's first, then of the separate shells.
     pub fn slots(&mut self) -> Vec<&mut Slot> {
-        let (shells, own) = self.shells.all_mut();
-        let all = shells.iter_mut().chain(own);
+        let (shells, separate) = self.shells.all_mut();
+        let all = shells.iter_mut().chain(separate);
         all.flat_map(|s| [&mut s.gate_proj.0, &mut s.up_proj.0, &mut s.down_proj.0]).collect()
     }
 }
@@ -53,14 +55,10 @@ impl NestedExperts for EngineExperts {
         }
     }
 
-    fn own_shells(&self) -> usize {
-        self.shells.own().len()
-    }
-
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+    fn forward_separate(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Option<Result<Tensor>> {
         match self.fast.get() {
-            Some(fast) => fast.forward_narrow(x, reach),
-            None => self.shells.forward_narrow(x, reach),
+            Some(fast) => fast.forward_separate(x, order, reach),
+            None => self.shells.forward_separate(x, order, reach),
         }
     }
 }
@@ -96,7 +94,7 @@ impl FastExperts {
     }
 
     /// Builds it from the shells in `slots` (gate, up and down projection of each, narrowest expert's first, then those
-    /// that narrow experts have of their own), which hold the same weights afterwards, in the memory that is used
+    /// of the separate shells), which hold the same weights afterwards, in the memory that is used
     /// here.
     ///
     /// Returns whether there is one: shells must all be on the CPU, and all of types that can be packed or all
@@ -116,48 +114,50 @@ impl FastExperts {
     }
 
     fn packed(&self, matrices: &[Arc<PackedMatrix>]) -> Result<PackedExperts> {
-        let shell = |m: &[Arc<PackedMatrix>]| Shell {
+        let shell = |m: &[Arc<PackedMatrix>]| Projections {
             gate_proj: Arc::clone(&m[0]),
             up_proj: Arc::clone(&m[1]),
             down_proj: Arc::clone(&m[2]),
         };
         let mut shells: Vec<_> = matrices.chunks_exact(3).map(shell).collect();
-        let own = shells.split_off(self.widths.len());
+        let separate = shells.split_off(self.widths.len());
         let experts = PackedExperts::new(shells, self.activation, &self.widths);
-        experts.and_then(|experts| experts.with_own(own)).map_err(candle_core::Error::wrap)
+        experts.and_then(|experts| experts.with_separate(separate)).map_err(candle_core::Error::wrap)
     }
 
     fn prefixes(&self, slots: &mut [&mut Slot], weights: &[Tensor]) -> Result<Arc<dyn NestedExperts>> {
-        let new = |[gate, up, down]: [Tensor; 3], widths: &[usize]| -> Result<PrefixExperts> {
-            let experts = PrefixExperts::new(gate, up, down, self.activation, widths);
+        let new = |matrices: Projections<Tensor>, widths: &[usize]| -> Result<PrefixExperts> {
+            let experts = PrefixExperts::new(matrices, self.activation, widths);
             Ok(experts.map_err(candle_core::Error::wrap)?.with_glu(fused_glu))
         };
-        let (slots, own_slots) = slots.split_at_mut(3 * self.widths.len());
-        let (weights, own_weights) = weights.split_at(slots.len());
+        let (slots, separate_slots) = slots.split_at_mut(3 * self.widths.len());
+        let (weights, separate_weights) = weights.split_at(slots.len());
         let joined = join(slots, weights)?;
-        let own_shells = own_slots.len() / 3;
-        let narrower = &self.widths[..self.widths.len() - 1];
+        let shells = separate_slots.len() / 3;
+        let smaller = &self.widths[..self.widths.len() - 1];
         let full = new(joined.clone(), &self.widths)?;
-        let Some(&width) = own_shells.checked_sub(1).map(|last| &narrower[last]) else {
+        let Some(&width) = shells.checked_sub(1).map(|last| &smaller[last]) else {
             return Ok(Arc::new(full));
         };
-        let shared: Vec<usize> = narrower[own_shells..].iter().map(|end| end - width).collect();
+        let shared: Vec<usize> = smaller[shells..].iter().map(|end| end - width).collect();
         let shared = match shared.last() {
             None => None,
             Some(&len) => {
-                let [gate, up, down] = &joined;
-                let parts =
-                    [gate.narrow(0, width, len)?, up.narrow(0, width, len)?, down.narrow(1, width, len)?];
-                Some(new(parts, &shared)?)
+                let part = Projections {
+                    gate_proj: joined.gate_proj.narrow(0, width, len)?,
+                    up_proj: joined.up_proj.narrow(0, width, len)?,
+                    down_proj: joined.down_proj.narrow(1, width, len)?,
+                };
+                Some(new(part, &shared)?)
             }
         };
-        let own = new(join(own_slots, own_weights)?, &narrower[..own_shells])?;
-        Ok(Arc::new(OwnPrefixes { full, own, shared }))
+        let separate = new(join(separate_slots, separate_weights)?, &smaller[..shells])?;
+        Ok(Arc::new(SharingPrefixes { full, separate, shared }))
     }
 }
 
 /// Joins shells' weights to whole matrices (gate, up, down), and leaves parts of these in the slots.
-fn join(slots: &mut [&mut Slot], weights: &[Tensor]) -> Result<[Tensor; 3]> {
+fn join(slots: &mut [&mut Slot], weights: &[Tensor]) -> Result<Projections<Tensor>> {
     let mut join = |matrix: usize, dim: usize| -> Result<Tensor> {
         let shells: Vec<&Tensor> = weights.iter().skip(matrix).step_by(3).collect();
         let joined = Tensor::cat(&shells, dim)?;
@@ -169,33 +169,22 @@ fn join(slots: &mut [&mut Slot], weights: &[Tensor]) -> Result<[Tensor; 3]> {
         }
         Ok(joined)
     };
-    Ok([join(0, 0)?, join(1, 0)?, join(2, 1)?])
+    Ok(Projections { gate_proj: join(0, 0)?, up_proj: join(1, 0)?, down_proj: join(2, 1)? })
 }
 
-/// Prefixes of whole matrices where narrow experts have first neurons of their own: these, and the neurons behind
-/// them, which are parts of the whole ones.
-struct OwnPrefixes {
+/// Prefixes of whole matrices where the smaller experts have separate weights: these, and the neurons behind them,
+/// which are parts of the whole matrices.
+struct SharingPrefixes {
     full: PrefixExperts,
-    own: PrefixExperts,
+    separate: PrefixExperts,
     shared: Option<PrefixExperts>,
 }
 
-impl NestedExperts for OwnPrefixes {
-    fn widths(&self) -> &[usize] {
-        self.full.widths()
-    }
-
-    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        self.full.forward(x, reach)
-    }
-
-    fn own_shells(&self) -> usize {
-        self.own.widths().len()
-    }
-
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        let (own, behind) = reach.split_at(self.own_shells());
-        let y = self.own.forward(x, own)?;
+impl SharingPrefixes {
+    /// `x (T, D)` sorted by expert, all smaller than the largest.
+    fn smaller(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        let (separate, behind) = reach.split_at(self.separate.widths().len());
+        let y = self.separate.forward(x, separate)?;
         let (Some(shared), Some(&rows)) = (&self.shared, behind.first()) else { return Ok(y) };
         if rows == 0 {
             return Ok(y);
@@ -209,6 +198,20 @@ impl NestedExperts for OwnPrefixes {
     }
 }
 
+impl NestedExperts for SharingPrefixes {
+    fn widths(&self) -> &[usize] {
+        self.full.widths()
+    }
+
+    fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
+        self.full.forward(x, reach)
+    }
+
+    fn forward_separate(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Option<Result<Tensor>> {
+        Some(rows(x, order).and_then(|x| self.smaller(&x, reach)))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicUsize;
@@ -219,19 +222,19 @@ mod tests {
     use super::*;
     use crate::projection::tests::{difference, plain, quantized, random};
 
-    /// Shells of `widths` over fresh matrices, as `projection` makes them, `own` of them narrow experts' own too.
+    /// Shells of `widths` over fresh matrices, as `projection` makes them, and separate ones for `separate` of them.
     fn experts(
         widths: &[usize],
-        own: usize,
+        separate: usize,
         d: usize,
         projection: impl Fn(&Tensor) -> Slot,
     ) -> EngineExperts {
-        let shells = |widths: &[usize]| -> Vec<Shell<Projection>> {
+        let shells = |widths: &[usize]| -> Vec<Projections<Projection>> {
             let mut start = 0;
             let shell = |&end: &usize| {
                 let width = end - std::mem::replace(&mut start, end);
                 let projection = |rows, columns| Projection(projection(&random(rows, columns)));
-                Shell {
+                Projections {
                     gate_proj: projection(width, d),
                     up_proj: projection(width, d),
                     down_proj: projection(d, width),
@@ -241,7 +244,7 @@ mod tests {
         };
         let all = ShellExperts::new(shells(widths), Activation::Silu, widths).unwrap();
         EngineExperts {
-            shells: all.with_own(shells(&widths[..own])).unwrap(),
+            shells: all.with_separate(shells(&widths[..separate])).unwrap(),
             fast: Arc::new(FastExperts::new(Activation::Silu, widths)),
             #[cfg(feature = "cuda")]
             cuda: Arc::default(),
@@ -254,10 +257,17 @@ mod tests {
         let run = |experts: &EngineExperts| {
             let mut found =
                 reaches.map(|reach| experts.forward_unsorted(&x, &order, &reach).unwrap()).to_vec();
-            found.extend(reaches.map(|reach| experts.forward_narrow(&x, &reach[..2]).unwrap()));
+            found.extend(
+                reaches
+                    .iter()
+                    .filter_map(|reach| experts.forward_separate(&x, &order, &reach[..2]))
+                    .map(Result::unwrap),
+            );
             found
         };
         let expected = run(&experts);
+        let separate = !experts.shells.separate().is_empty();
+        assert_eq!(expected.len(), if separate { 2 } else { 1 } * reaches.len());
         let fast = Arc::clone(&experts.fast);
         assert!(fast.try_build(experts.slots()).unwrap());
         let by_kernels = run(&experts);
@@ -282,11 +292,11 @@ mod tests {
     #[test]
     fn fast_experts_are_the_shells() {
         let widths = [256, 512, 768];
-        for own in [0, 1, 2] {
-            agrees(experts(&widths, own, 256, plain), 1e-5);
+        for separate in [0, 1, 2] {
+            agrees(experts(&widths, separate, 256, plain), 1e-5);
             // next to a tie an activation may be rounded to either side: a step is up to a tenth of most of its block
-            agrees(experts(&widths, own, 256, |w| quantized(w, GgmlDType::Q4K, None)), 2e-2);
-            agrees(experts(&widths, own, 256, |w| quantized(w, GgmlDType::Q8_0, None)), 2e-2);
+            agrees(experts(&widths, separate, 256, |w| quantized(w, GgmlDType::Q4K, None)), 2e-2);
+            agrees(experts(&widths, separate, 256, |w| quantized(w, GgmlDType::Q8_0, None)), 2e-2);
         }
     }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, names};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, tensors};
 use mistralrs_core::{
     layers::Activation,
     plugin::{AnyMoeTrainableLayer, MlpLayer},
@@ -72,7 +72,7 @@ impl SwappedFfns {
         for (cuda, mlp) in self.cuda.iter().zip(mlps) {
             let is_silu = matches!(mlp.hidden_act(), Activation::Silu | Activation::Swish);
             let slots = mlp.get_isq_layers();
-            // narrow experts' own shells have no kernel
+            // separate weights of the smaller experts have no kernel
             let known = is_silu && slots.len() == 3 * self.model.config().experts();
             built += usize::from(known && cuda.try_build(slots)?);
         }
@@ -145,13 +145,14 @@ pub fn swap_ffns(
 fn router_tensors<X: NestedExperts>(layer: usize, ffn: &DynaMoeFfn<X>) -> NamedTensors {
     let mut tensors = Vec::new();
     if let Router::Mlp { fc1, fc2 } = ffn.router() {
-        tensors.push((names::ROUTER_FC1_WEIGHT, Some(fc1.weight())));
-        tensors.push((names::ROUTER_FC1_BIAS, fc1.bias()));
-        tensors.push((names::ROUTER_FC2_WEIGHT, Some(fc2.weight())));
-        tensors.push((names::ROUTER_FC2_BIAS, fc2.bias()));
+        tensors.push((tensors::ROUTER_FC1_WEIGHT, Some(fc1.weight())));
+        tensors.push((tensors::ROUTER_FC1_BIAS, fc1.bias()));
+        tensors.push((tensors::ROUTER_FC2_WEIGHT, Some(fc2.weight())));
+        tensors.push((tensors::ROUTER_FC2_BIAS, fc2.bias()));
     }
-    tensors.push((names::COMPENSATION, ffn.compensation()));
-    let named = |(name, tensor): (&str, Option<&Tensor>)| Some((names::mlp(layer, name), tensor?.clone()));
+    tensors.push((tensors::COMPENSATION, ffn.compensation()));
+    let named =
+        |(name, tensor): (&str, Option<&Tensor>)| Some((tensors::full_name(layer, name), tensor?.clone()));
     tensors.into_iter().filter_map(named).collect()
 }
 

@@ -8,12 +8,9 @@ use std::{
     time::Duration,
 };
 
-use dynamoe::{DynaMoeConfig, Routes};
+use dynamoe::{Dial, DynaMoeConfig, Routes};
 
-use crate::{
-    counters::Counters,
-    dial::{Dial, RequestDial},
-};
+use crate::{counters::Counters, dial::RequestDial};
 
 /// A DynaMoE model in memory: its default dial and its counters.
 #[derive(Debug)]
@@ -58,7 +55,7 @@ impl LoadedModel {
 
     fn new(config: DynaMoeConfig, layers: usize) -> dynamoe::Result<Self> {
         let dial = Dial::Sensitivity(config.sensitivity);
-        let default = RwLock::new((dial, dial.sensitivities(&config, layers)?));
+        let default = RwLock::new((dial, dial.sensitivities(&config, layers)?.into()));
         let counters = Counters::new(layers, config.experts());
         Ok(Self { config, layers, default, counters, on_cpu_kernels: AtomicUsize::new(0) })
     }
@@ -121,7 +118,7 @@ impl LoadedModel {
     /// # Errors
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn set_dial(&self, dial: Dial) -> dynamoe::Result<()> {
-        let sensitivities = dial.sensitivities(&self.config, self.layers)?;
+        let sensitivities = dial.sensitivities(&self.config, self.layers)?.into();
         *self.default.write().unwrap_or_else(PoisonError::into_inner) = (dial, sensitivities);
         Ok(())
     }
@@ -131,7 +128,7 @@ impl LoadedModel {
     /// # Errors
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn request(&self, dial: Dial) -> dynamoe::Result<Arc<RequestDial>> {
-        Ok(RequestDial::new(dial.sensitivities(&self.config, self.layers)?))
+        Ok(RequestDial::new(dial.sensitivities(&self.config, self.layers)?.into()))
     }
 
     /// The dial of one request that brings none: the default as it is now.

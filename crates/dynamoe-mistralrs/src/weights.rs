@@ -1,12 +1,12 @@
-//! Reads a layer's FFN: shells as slices of the dense matrices and of narrow experts' own, router and compensation in
-//! full precision.
+//! Reads a layer's FFN: shells as slices of the dense matrices and of the separate ones, router and compensation in full
+//! precision.
 
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use candle_nn::{Activation, Linear};
-use dynamoe::{DynaMoeConfig, DynaMoeFfn, Router, Shell, ShellExperts, names};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, Projections, Router, ShellExperts, tensors};
 use mistralrs_quant::{
     DummyLayer, IsqType, QuantMethod, QuantMethodConfig, Shard, ShardedVarBuilder, UnquantLinear,
     apply_immediate_isq, immediate_isq_match,
@@ -34,32 +34,25 @@ impl LayerWeights {
         activation: Activation,
     ) -> Result<DynaMoeFfn<EngineExperts>> {
         let shells = self.shells(&config.expert_widths, hidden_size)?;
-        let own = Self { vb: self.vb.pp("own"), device: self.device.clone() };
-        let own = own.shells(&config.expert_widths[..config.own_shells], hidden_size)?;
+        let separate = Self { vb: self.vb.pp("own"), device: self.device.clone() };
+        let separate = separate.shells(&config.expert_widths[..config.own_shells], hidden_size)?;
         let experts = EngineExperts {
             shells: ShellExperts::new(shells, activation, &config.expert_widths)?
-                .with_own(own)?
+                .with_separate(separate)?
                 .with_glu(fused_glu),
             fast: Arc::new(FastExperts::new(activation, &config.expert_widths)),
             #[cfg(feature = "cuda")]
             cuda: Arc::default(),
         };
-        let mut get = |name: &str, shape: &[usize]| Ok(self.full_precision(name, shape)?);
+        let exact = self.vb.clone().set_dtype(DType::F32).set_device(self.device.clone());
+        let mut get = |name: &str, shape: &[usize]| Ok(exact.get(shape, name)?);
         let router = Router::load(config, hidden_size, &mut get)?;
-        let compensation = if config.router.compensation && config.experts() > 1 {
-            Some(self.full_precision(names::COMPENSATION, &[config.experts() - 1, hidden_size])?)
-        } else {
-            None
-        };
+        let compensation = tensors::read_compensation(config, hidden_size, &mut get)?;
         Ok(DynaMoeFfn::new(experts, router, compensation, config.sensitivity)?)
     }
 
-    fn full_precision(&self, name: &str, shape: &[usize]) -> candle_core::Result<Tensor> {
-        self.vb.clone().set_dtype(DType::F32).set_device(self.device.clone()).get(shape, name)
-    }
-
     /// The matrices here in shells that end at `ends`.
-    fn shells(&self, ends: &[usize], hidden_size: usize) -> Result<Vec<Shell<Projection>>> {
+    fn shells(&self, ends: &[usize], hidden_size: usize) -> Result<Vec<Projections<Projection>>> {
         let width = ends.last().copied().unwrap_or(0);
         let starts = [0].into_iter().chain(ends.iter().copied());
         let shell = |(shell, (start, &end))| self.shell(shell, start..end, [width, hidden_size]);
@@ -72,7 +65,7 @@ impl LayerWeights {
         shell: usize,
         neurons: std::ops::Range<usize>,
         [width, hidden_size]: [usize; 2],
-    ) -> Result<Shell<Projection>> {
+    ) -> Result<Projections<Projection>> {
         let (offset, len) = (neurons.start, neurons.len());
         let projection = |matrix: &str| -> Result<Projection> {
             // neurons are rows of gate and up, columns of down
@@ -97,7 +90,7 @@ impl LayerWeights {
             let linear = UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(weight, None)))?;
             Ok(Projection(apply_immediate_isq(Arc::new(linear), to)?))
         };
-        Ok(Shell {
+        Ok(Projections {
             gate_proj: projection("gate_proj")?,
             up_proj: projection("up_proj")?,
             down_proj: projection("down_proj")?,

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use dynamoe::names::is_addition;
+use dynamoe::tensors::is_addition;
 use safetensors::Dtype;
 use serde_json::json;
 

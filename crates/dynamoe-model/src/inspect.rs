@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use anyhow::Result;
-use dynamoe::config::{Budget, RouterConfig};
+use dynamoe::{Budget, RouterConfig};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;

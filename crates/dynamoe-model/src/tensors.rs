@@ -1,7 +1,6 @@
 //! Every tensor of a model, with its name and shape: the one list that readers and writers go by.
 
-use dynamoe::config::RouterKind;
-use dynamoe::names;
+use dynamoe::tensors::{NamedShape, compensation, dense, full_name, router, separate};
 
 use crate::config::ModelConfig;
 
@@ -13,7 +12,7 @@ pub const LM_HEAD: &str = "lm_head.weight";
 /// Every tensor that a model of this configuration reads, with its shape: the dense model's, then those of
 /// [`added_tensors`].
 pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (d, i) = (config.hidden_size, config.intermediate_size);
+    let d = config.hidden_size;
     let q = config.num_attention_heads * config.head_dim;
     let kv = config.num_key_value_heads * config.head_dim;
     let mut tensors = vec![(EMBEDDING.to_owned(), vec![config.vocab_size, d])];
@@ -37,9 +36,7 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             add("self_attn.k_norm.weight", &[config.head_dim]);
         }
         add("post_attention_layernorm.weight", &[d]);
-        tensors.push((names::mlp(layer, names::GATE_PROJ), vec![i, d]));
-        tensors.push((names::mlp(layer, names::UP_PROJ), vec![i, d]));
-        tensors.push((names::mlp(layer, names::DOWN_PROJ), vec![d, i]));
+        tensors.extend(of_layer(layer, dense(config.intermediate_size, d).into_array()));
     }
     tensors.push(("model.norm.weight".to_owned(), vec![d]));
     if !config.tie_word_embeddings {
@@ -49,38 +46,28 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// The tensors that a DynaMoE model has beyond its base's, with their shapes: those of [`router_tensors`] and of
-/// narrow experts' own neurons.
+/// The tensors that a DynaMoE model has beyond its base's, with their shapes: those of [`router_tensors`] and the
+/// smaller experts' separate weights.
 pub fn added_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let mut tensors = router_tensors(config);
-    let (d, p) = (config.hidden_size, config.dynamoe.as_ref().map_or(0, |section| section.own_width()));
-    if p > 0 {
-        let shapes = [vec![p, d], vec![p, d], vec![d, p]];
-        for layer in 0..config.num_hidden_layers {
-            let names = names::OWN_TENSORS.iter().map(|name| names::mlp(layer, name));
-            tensors.extend(names.zip(shapes.clone()));
-        }
+    if let Some(table) = config.dynamoe.as_ref().and_then(|section| separate(section, config.hidden_size)) {
+        let all = 0..config.num_hidden_layers;
+        tensors.extend(all.flat_map(|layer| of_layer(layer, table.clone().into_array())));
     }
     tensors
 }
 
 /// The tensors of all routers, with their shapes; none for a dense model.
 pub fn router_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let Some(dynamoe) = &config.dynamoe else { return Vec::new() };
-    let (d, r, scores) = (config.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
-    let mut shapes = Vec::new();
-    if dynamoe.router.kind == RouterKind::Mlp {
-        shapes.extend([
-            (names::ROUTER_FC1_WEIGHT, vec![r, d]),
-            (names::ROUTER_FC1_BIAS, vec![r]),
-            (names::ROUTER_FC2_WEIGHT, vec![scores, r]),
-            (names::ROUTER_FC2_BIAS, vec![scores]),
-        ]);
-    }
-    if dynamoe.router.compensation {
-        shapes.push((names::COMPENSATION, vec![scores, d]));
-    }
-    (0..config.num_hidden_layers)
-        .flat_map(|layer| shapes.iter().map(move |(name, shape)| (names::mlp(layer, name), shape.clone())))
-        .collect()
+    let Some(section) = &config.dynamoe else { return Vec::new() };
+    let mut table: Vec<NamedShape> = router(section, config.hidden_size).into_iter().flatten().collect();
+    table.extend(compensation(section, config.hidden_size));
+    (0..config.num_hidden_layers).flat_map(|layer| of_layer(layer, table.clone())).collect()
+}
+
+fn of_layer(
+    layer: usize,
+    table: impl IntoIterator<Item = NamedShape>,
+) -> impl Iterator<Item = (String, Vec<usize>)> {
+    table.into_iter().map(move |(name, shape)| (full_name(layer, name), shape))
 }

@@ -2,7 +2,7 @@
 //! inputs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use dynamoe::TrainableFfn;
+use dynamoe::{Projections, TrainableFfn};
 use dynamoe_model::Params;
 use dynamoe_model::ops::{
     AttentionShape, Gradient, Gradients, Projection, Rotary, RouterWeights, SelfAttention, attention,
@@ -379,13 +379,17 @@ fn ffn_equals_its_composition() -> Result<()> {
             gate_proj: weights.add(&[i, d], 0.5),
             up_proj: weights.add(&[i, d], 0.5),
             down_proj: weights.add(&[d, i], 0.5),
-            own: (own > 0).then(|| [[own, d], [own, d], [d, own]].map(|shape| weights.add(&shape, 0.5))),
+            separate: (own > 0).then(|| Projections {
+                gate_proj: weights.add(&[own, d], 0.5),
+                up_proj: weights.add(&[own, d], 0.5),
+                down_proj: weights.add(&[d, own], 0.5),
+            }),
             compensation: compensated.then(|| weights.add(&[e - 1, d], 1.0)),
             widths,
         };
         assert_same_sums(
             &mut weights,
-            &format!("{n} {d} {i}, {own} own"),
+            &format!("{n} {d} {i}, {own} separate"),
             || ffn(&layer, &x, &reach),
             || layer.forward(&x, &reach),
             3e-5,

@@ -71,7 +71,7 @@ fn routes(rng: &mut ChaCha8Rng, tokens: usize, quarter: usize) -> Routes {
 /// As [`dynamoe::DynaMoeFfn::forward_routed`] runs: the router, then the routes that the benchmark chose.
 fn routed(layer: &Layer, x: &Tensor, routes: &Routes) {
     if routes.0.iter().any(|&e| e < 3) {
-        std::hint::black_box(layer.routed.router().experts(x, &[0.0]).unwrap());
+        std::hint::black_box(layer.routed.router().route(x, &[0.0]).unwrap());
     }
     std::hint::black_box(layer.routed.forward_with(x, routes).unwrap());
 }

@@ -1,9 +1,10 @@
-//! The `dynamoe` section of a checkpoint's config.json, and the dial.
+//! The `dynamoe` section of a checkpoint's config.json.
 //!
 //! docs/checkpoint-format.md specifies the section; this file is its reader, writer and judge.
 
 use serde::{Deserialize, Serialize};
 
+use crate::dial::{Budget, check_dial};
 use crate::error::{Error, Result};
 
 /// `architectures[0]` of a DynaMoE checkpoint.
@@ -36,61 +37,6 @@ pub struct RouterConfig {
     /// Whether layers carry `router.compensation`.
     #[serde(default)]
     pub compensation: bool,
-}
-
-/// A dial: one sensitivity for all layers, or one for each.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Sensitivity {
-    /// The same for every layer.
-    Uniform(f64),
-    /// One for each layer, first layer first.
-    PerLayer(Vec<f64>),
-}
-
-impl Sensitivity {
-    /// The sensitivity of layer `layer`.
-    ///
-    /// # Panics
-    /// If a per-layer list is shorter; [`DynaMoeConfig::validate`] excludes it.
-    pub fn at(&self, layer: usize) -> f64 {
-        match self {
-            Self::Uniform(s) => *s,
-            Self::PerLayer(list) => list[layer],
-        }
-    }
-
-    fn values(&self) -> &[f64] {
-        match self {
-            Self::Uniform(s) => std::slice::from_ref(s),
-            Self::PerLayer(list) => list,
-        }
-    }
-
-    /// Checks that every value is a number from 0 to 1 and that a per-layer list has `layers` entries.
-    ///
-    /// # Errors
-    /// [`Error::Dial`] or [`Error::Config`].
-    pub fn validate(&self, layers: usize) -> Result<()> {
-        self.values().iter().try_for_each(|&s| check_dial("sensitivity", s))?;
-        match self {
-            Self::PerLayer(list) if list.len() != layers => Err(Error::Config(format!(
-                "a per-layer sensitivity must have one entry for each of the {layers} layers, found {}",
-                list.len()
-            ))),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// A row of the table that turns a mean width into a sensitivity, measured on calibration data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Budget {
-    /// Mean FFN width over tokens and layers, as a share of the dense width.
-    pub width: f64,
-    /// The sensitivity that gives it.
-    pub sensitivity: Sensitivity,
 }
 
 /// The `dynamoe` section of config.json.
@@ -139,14 +85,6 @@ pub fn check_own_shells(own_shells: usize, experts: usize) -> Result<()> {
         "own_shells must be from 0 to {}, the number of experts but the largest, found {own_shells}",
         experts.saturating_sub(1)
     )))
-}
-
-/// Checks that a dial's value is a number from 0 to 1.
-///
-/// # Errors
-/// [`Error::Dial`] names the dial and the value found.
-pub fn check_dial(dial: &'static str, found: f64) -> Result<()> {
-    if (0.0..=1.0).contains(&found) { Ok(()) } else { Err(Error::Dial { dial, found }) }
 }
 
 /// Checks that `widths` are strictly increasing and end at the dense width.
@@ -273,38 +211,5 @@ impl DynaMoeConfig {
     pub fn width_shares(&self) -> Vec<f64> {
         let full = self.intermediate_size() as f64;
         self.expert_widths.iter().map(|&w| w as f64 / full).collect()
-    }
-
-    /// The sensitivity of every layer for a mean width, interpolated in the table of budgets. The ends of the
-    /// dial belong to every table: width 1 is sensitivity 1, and the smallest expert's share is sensitivity 0.
-    ///
-    /// # Errors
-    /// [`Error::Dial`] for a width outside 0 to 1, [`Error::Config`] for an empty table.
-    pub fn sensitivity_for_budget(&self, width: f64, layers: usize) -> Result<Vec<f64>> {
-        check_dial("budget", width)?;
-        let spread = |s: &Sensitivity| (0..layers).map(|l| s.at(l)).collect::<Vec<_>>();
-        if width >= 1.0 {
-            return Ok(vec![1.0; layers]);
-        }
-        if self.budgets.is_empty() {
-            return Err(Error::Config(
-                "the table of budgets is empty: run `moefy-train evaluate --budget …` once, or set a sensitivity"
-                    .into(),
-            ));
-        }
-        let mut low = (self.width_shares()[0], vec![0.0; layers]);
-        if width <= low.0 {
-            return Ok(low.1);
-        }
-        for (to, high) in
-            self.budgets.iter().map(|b| (b.width, spread(&b.sensitivity))).chain([(1.0, vec![1.0; layers])])
-        {
-            if to >= width {
-                let t = if to > low.0 { (width - low.0) / (to - low.0) } else { 1.0 };
-                return Ok(low.1.iter().zip(&high).map(|(a, b)| a + t * (b - a)).collect());
-            }
-            low = (to, high);
-        }
-        Ok(vec![1.0; layers])
     }
 }

@@ -20,12 +20,7 @@ pub(crate) fn forward<X: NestedExperts>(
     let Router::Mlp { fc1, fc2 } = router else { return Ok(None) };
     let (Some(fc1_bias), Some(fc2_bias)) = (fc1.bias(), fc2.bias()) else { return Ok(None) };
     let (tokens, widths) = (x.dim(0)?, experts.widths());
-    // the kernels know one set of neurons, not narrow experts' own
-    if experts.own_shells() > 0
-        || !x.device().is_cuda()
-        || tokens == 0
-        || widths.len() < 2
-        || widths.len() > dynamoe_kernels::MAX_EXPERTS
+    if !x.device().is_cuda() || tokens == 0 || widths.len() < 2 || widths.len() > dynamoe_kernels::MAX_EXPERTS
     {
         return Ok(None);
     }

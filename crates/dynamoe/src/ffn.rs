@@ -3,12 +3,13 @@
 //! ```
 //! use candle_core::{Device, Tensor};
 //! use candle_nn::{Activation, Module};
-//! use dynamoe::{DynaMoeFfn, PrefixExperts, Router};
+//! use dynamoe::{DynaMoeFfn, PrefixExperts, Projections, Router};
 //!
 //! let (device, d, i) = (Device::Cpu, 8, 32);
 //! let weight = |rows, columns| Tensor::randn(0f32, 0.1, (rows, columns), &device);
 //! let widths = [8, 16, 24, 32];
-//! let experts = PrefixExperts::new(weight(i, d)?, weight(i, d)?, weight(d, i)?, Activation::Silu, &widths)?;
+//! let dense = Projections { gate_proj: weight(i, d)?, up_proj: weight(i, d)?, down_proj: weight(d, i)? };
+//! let experts = PrefixExperts::new(dense, Activation::Silu, &widths)?;
 //! let ffn = DynaMoeFfn::new(experts, Router::of_widths(&widths), None, 0.5)?;
 //! let x = Tensor::randn(0f32, 1.0, (1, 5, d), &device)?; // (batch, sequence, D)
 //! let (y, routes) = ffn.forward_routed(&x, &[0.5])?;
@@ -16,17 +17,21 @@
 //! assert_eq!(ffn.forward(&x)?.dims(), x.dims()); // drops in where an MLP stood
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! [`DynaMoeFfn::load`] reads a layer of a checkpoint instead.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{D, Tensor};
-use candle_nn::Module;
+use candle_core::{D, DType, Tensor};
+use candle_nn::{Activation, Module, VarBuilder};
 
-use crate::config::check_dial;
+use crate::config::DynaMoeConfig;
+use crate::dial::check_dial;
 use crate::error::{Error, Result};
-use crate::experts::{NestedExperts, places};
+use crate::experts::{NestedExperts, PrefixExperts, inverse, rows};
 use crate::router::{Router, logit};
 use crate::routes::{PendingRoutes, Routes};
+use crate::tensors;
 
 /// Whether the router has nothing to say.
 fn is_dense(sensitivities: &[f64]) -> bool {
@@ -42,6 +47,32 @@ pub struct DynaMoeFfn<X> {
     sensitivity: AtomicU64,
 }
 
+impl DynaMoeFfn<PrefixExperts> {
+    /// Reads the layer's FFN of a checkpoint, whose activation is SiLU: `config` is the section that
+    /// [`DynaMoeConfig::from_config_json`] reads, and `vb` stands at the FFN, as `vb.pp("model.layers.3.mlp")`.
+    ///
+    /// Matrices are in the type of `vb`; router and compensation are in f32.
+    ///
+    /// # Errors
+    /// Tensors that are missing or of another shape.
+    pub fn load(config: &DynaMoeConfig, hidden_size: usize, vb: VarBuilder) -> Result<Self> {
+        let mut get = |name: &str, shape: &[usize]| {
+            let exact = name.starts_with("router.");
+            let vb = if exact { vb.clone().set_dtype(DType::F32) } else { vb.clone() };
+            Ok(vb.get(shape, name)?)
+        };
+        let dense = tensors::dense(config.intermediate_size(), hidden_size);
+        let dense = tensors::read_projections(&dense, &mut get)?;
+        let mut experts = PrefixExperts::new(dense, Activation::Silu, &config.expert_widths)?;
+        if let Some(separate) = tensors::separate(config, hidden_size) {
+            experts = experts.with_separate(&tensors::read_projections(&separate, &mut get)?)?;
+        }
+        let router = Router::load(config, hidden_size, &mut get)?;
+        let compensation = tensors::read_compensation(config, hidden_size, &mut get)?;
+        Self::new(experts, router, compensation, config.sensitivity)
+    }
+}
+
 impl<X: NestedExperts> DynaMoeFfn<X> {
     /// `compensation (E-1, D)`: what each expert but the largest adds for the neurons it leaves out.
     ///
@@ -49,16 +80,15 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
     /// A router or a compensation made for another number of experts, a sensitivity outside 0 to 1.
     pub fn new(experts: X, router: Router, compensation: Option<Tensor>, sensitivity: f64) -> Result<Self> {
         check_dial("sensitivity", sensitivity)?;
-        let narrower = experts.widths().len() - 1;
+        let smaller = experts.widths().len() - 1;
         let scores = match &router {
             Router::Mlp { fc2, .. } => fc2.weight().dim(0)?,
             Router::Static(logits) => logits.len(),
         };
-        let rows = compensation.as_ref().map_or(Ok(narrower), |c| c.dim(0))?;
-        for (tensor, found) in [(crate::names::ROUTER_FC2_WEIGHT, scores), (crate::names::COMPENSATION, rows)]
-        {
-            if found != narrower {
-                let (expected, found) = (vec![narrower], vec![found]);
+        let rows = compensation.as_ref().map_or(Ok(smaller), |c| c.dim(0))?;
+        for (tensor, found) in [("router.fc2.weight", scores), ("router.compensation", rows)] {
+            if found != smaller {
+                let (expected, found) = (vec![smaller], vec![found]);
                 return Err(Error::Shape { tensor: format!("{tensor}, rows"), expected, found });
             }
         }
@@ -106,7 +136,7 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
     /// On CUDA, with weights that dynamoe-kernels knows, the host does not wait for the routes.
     ///
     /// # Errors
-    /// A number of sensitivities that is neither 1 nor the number of tokens; candle's.
+    /// A number of sensitivities that is neither 1 nor the number of tokens.
     pub fn forward_routed(
         &self,
         x: &Tensor,
@@ -136,52 +166,57 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
             return Ok(Routes(vec![self.experts.widths().len() - 1; x.dim(0)?]));
         }
         let thresholds: Vec<f32> = sensitivities.iter().map(|&s| logit(s)).collect();
-        Ok(Routes(self.router.experts(x, &thresholds)?))
+        Ok(Routes(self.router.route(x, &thresholds)?))
     }
 
     /// Runs `x (T, D)` with experts that were chosen elsewhere.
     ///
     /// # Errors
-    /// As many routes as tokens are needed, each less than the number of experts; candle's.
+    /// As many routes as tokens are needed, each less than the number of experts.
     pub fn forward_with(&self, x: &Tensor, routes: &Routes) -> candle_core::Result<Tensor> {
         let (tokens, experts) = (x.dim(0)?, self.experts.widths().len());
         if routes.0.len() != tokens || routes.0.iter().any(|&e| e >= experts) {
             candle_core::bail!("dispatch: expected {tokens} experts below {experts}, found {:?}", routes.0);
         }
         let reach = routes.reach(experts);
-        let uniform = reach.iter().all(|&rows| rows == 0 || rows == tokens);
+        if reach.iter().all(|&rows| rows == 0 || rows == tokens) && reach[experts - 1] == tokens {
+            return self.experts.forward(x, &reach);
+        }
         // widest first; stable, so that the order of equals is that of the text
-        let order = || {
-            let mut order: Vec<u32> = (0..tokens as u32).collect();
-            order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
-            order
-        };
-        let y = if self.experts.own_shells() > 0 && reach[experts - 1] < tokens {
-            self.forward_apart(x, &order(), &reach)?
-        } else if uniform {
-            self.experts.forward(x, &reach)?
-        } else {
-            self.experts.forward_unsorted(x, &order(), &reach)?
+        let mut order: Vec<u32> = (0..tokens as u32).collect();
+        order.sort_by_key(|&row| std::cmp::Reverse(routes.0[row as usize]));
+        let y = match self.forward_split(x, &order, &reach) {
+            Some(y) => y?,
+            None if reach.iter().all(|&rows| rows == 0 || rows == tokens) => {
+                self.experts.forward(x, &reach)?
+            }
+            None => self.experts.forward_unsorted(x, &order, &reach)?,
         };
         self.compensate(y, routes)
     }
 
-    /// Rows at full width on the dense FFN, the others on narrow experts, which have neurons of their own.
-    fn forward_apart(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> candle_core::Result<Tensor> {
-        let (narrower, full) = (reach.len() - 1, reach[reach.len() - 1]);
-        let rest: Vec<usize> = reach[..narrower].iter().map(|&rows| rows - full).collect();
-        if rest.iter().all(|&rows| rows == 0 || rows == order.len()) {
-            return self.experts.forward_narrow(x, &rest);
-        }
-        let x = x.contiguous()?;
-        let rows = |rows: &[u32]| x.index_select(&Tensor::new(rows, x.device())?, 0);
+    /// Rows at full width on the dense FFN, the others on the smaller experts' separate weights; none if these have
+    /// none.
+    fn forward_split(
+        &self,
+        x: &Tensor,
+        order: &[u32],
+        reach: &[usize],
+    ) -> Option<candle_core::Result<Tensor>> {
+        let (smaller, full) = (reach.len() - 1, reach[reach.len() - 1]);
+        let rest: Vec<usize> = reach[..smaller].iter().map(|&rows| rows - full).collect();
         let (wide, narrow) = order.split_at(full);
-        let narrow = self.experts.forward_narrow(&rows(narrow)?, &rest)?;
-        let sorted = match full {
-            0 => narrow,
-            _ => Tensor::cat(&[self.experts.forward(&rows(wide)?, &vec![full; reach.len()])?, narrow], 0)?,
-        };
-        sorted.index_select(&Tensor::new(places(order), x.device())?, 0)
+        let narrow = self.experts.forward_separate(x, narrow, &rest)?;
+        Some(narrow.and_then(|narrow| {
+            let sorted = match full {
+                0 => narrow,
+                _ => {
+                    let wide = self.experts.forward(&rows(x, wide)?, &vec![full; reach.len()])?;
+                    Tensor::cat(&[wide, narrow], 0)?
+                }
+            };
+            rows(&sorted, &inverse(order))
+        }))
     }
 
     fn compensate(&self, y: Tensor, routes: &Routes) -> candle_core::Result<Tensor> {

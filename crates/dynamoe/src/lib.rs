@@ -1,34 +1,52 @@
 //! The DynaMoE FFN (arXiv 2502.12325): nested experts cut out of a dense SwiGLU FFN, a router that predicts
 //! each token's difficulty, and a dial.
 //!
+//! | idea | here |
+//! | --- | --- |
+//! | the layer, a candle `Module` | [`DynaMoeFfn`] ([`DynaMoeFfn::load`] reads it from a checkpoint) |
+//! | the section of config.json | [`DynaMoeConfig`] |
+//! | what a user turns, and the table of budgets | [`Dial`], [`Budget`] |
+//! | how difficult a token is | [`Router`] |
+//! | which expert each token takes | [`Routes`] |
+//! | nested experts | [`PrefixExperts`] (whole matrices), [`ShellExperts`] (any projections), [`PackedExperts`] (CPU kernels) |
+//! | names and shapes of a layer's tensors | [`tensors`] |
+//! | CPU kernels | [`cpu`] |
+//! | the layer while it is trained | `train`, with the feature `train` |
+//! | the layer as it reads on paper | [`mod@reference`] |
+//!
+//! Functions that return `candle_core::Result` fail as candle does. `# Errors` lists what is beyond that.
+//!
 //! Letters in shape comments: `T` tokens, `D` hidden_size, `I` intermediate_size, `E` experts,
-//! `R` the router's hidden size.
+//! `R` the router's hidden size, `P` neurons for which the smaller experts have separate weights.
 
 pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub mod dial;
 pub mod error;
 pub mod experts;
 pub mod ffn;
 pub mod math;
-pub mod names;
 pub mod reference;
 pub mod router;
 pub mod routes;
-pub mod swiglu;
+pub mod tensors;
 #[cfg(test)]
 #[path = "../tests/support/mod.rs"]
 mod testing;
+#[cfg(feature = "train")]
 pub mod train;
 
 #[cfg(feature = "cuda")]
 pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
 
-pub use config::{Budget, DynaMoeConfig, RouterConfig, RouterKind, Sensitivity};
+pub use config::{DynaMoeConfig, RouterConfig, RouterKind};
+pub use dial::{Budget, Dial, Sensitivity};
 pub use error::{Error, Result};
-pub use experts::{NestedExperts, PackedExperts, PrefixExperts, Shell, ShellExperts};
+pub use experts::{NestedExperts, PackedExperts, PrefixExperts, Projections, ShellExperts};
 pub use ffn::DynaMoeFfn;
 pub use router::Router;
 pub use routes::{PendingRoutes, Routes};
+#[cfg(feature = "train")]
 pub use train::TrainableFfn;

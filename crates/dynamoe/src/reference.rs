@@ -31,9 +31,9 @@ pub struct ReferenceFfn {
     pub fc2: ReferenceLinear,
     /// `(E-1, D)`, empty for none.
     pub compensation: Vec<Vec<f64>>,
-    /// Narrow experts' own first neurons, in place of as many of the FFN's: rows of gate and up and columns of down,
-    /// empty for none.
-    pub own: [Vec<Vec<f64>>; 3],
+    /// The smaller experts' separate weights, in place of as many of the FFN's first neurons: rows of gate and up and
+    /// columns of down, empty for none.
+    pub separate: [Vec<Vec<f64>>; 3],
     /// `H_e`.
     pub widths: Vec<usize>,
 }
@@ -65,10 +65,11 @@ impl ReferenceFfn {
     /// `O_e(x)` for one token.
     pub fn expert(&self, x: &[f64], expert: usize) -> Vec<f64> {
         let dense = [&self.gate_proj, &self.up_proj, &self.down_proj];
-        let narrow = expert + 1 < self.widths.len();
+        let smaller = expert + 1 < self.widths.len();
         let mut y = vec![0.0; self.down_proj.len()];
         for j in 0..self.widths[expert] {
-            let [gate, up, down] = if narrow && j < self.own[0].len() { self.own.each_ref() } else { dense };
+            let separate = smaller && j < self.separate[0].len();
+            let [gate, up, down] = if separate { self.separate.each_ref() } else { dense };
             let by_gate = dot(&gate[j], x);
             let h = by_gate * sigmoid(by_gate) * dot(&up[j], x);
             y.iter_mut().zip(down).for_each(|(y, row)| *y += h * row[j]);

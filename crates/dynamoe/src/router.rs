@@ -12,9 +12,9 @@
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{Linear, Module};
 
-use crate::config::{DynaMoeConfig, RouterKind};
+use crate::config::DynaMoeConfig;
 use crate::error::{Error, Result};
-use crate::names;
+use crate::tensors::{self, Get};
 
 /// The value that a router's logits are compared with: `ln(s / (1 - s))`, so −∞ at 0 and +∞ at 1.
 pub fn logit(sensitivity: f64) -> f32 {
@@ -42,47 +42,26 @@ pub enum Router {
 }
 
 impl Router {
-    /// Builds the router that `config` describes; `get` hands out the tensor of a name in
-    /// [`crate::names`] (relative to the FFN) and a shape.
+    /// Reads the router that `config` describes, in f32.
     ///
     /// # Errors
-    /// Whatever `get` returns, and [`Error::Shape`] if it hands out another shape.
-    pub fn load(
-        config: &DynaMoeConfig,
-        hidden_size: usize,
-        get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
-    ) -> Result<Self> {
-        if config.router.kind == RouterKind::Static {
+    /// Those of [`tensors::read`].
+    pub fn load(config: &DynaMoeConfig, hidden_size: usize, get: &mut Get) -> Result<Self> {
+        let Some(table) = tensors::router(config, hidden_size) else {
             return Ok(Self::of_widths(&config.expert_widths));
-        }
-        let (r, e) = (config.router.hidden_size, config.experts());
-        let mut tensor = |name: &str, shape: &[usize]| -> Result<Tensor> {
-            let found = get(name, shape)?;
-            if found.dims() != shape {
-                return Err(Error::Shape {
-                    tensor: name.into(),
-                    expected: shape.to_vec(),
-                    found: found.dims().to_vec(),
-                });
-            }
-            Ok(found.to_dtype(DType::F32)?)
         };
-        let fc1 = Linear::new(
-            tensor(names::ROUTER_FC1_WEIGHT, &[r, hidden_size])?,
-            Some(tensor(names::ROUTER_FC1_BIAS, &[r])?),
-        );
-        let fc2 = Linear::new(
-            tensor(names::ROUTER_FC2_WEIGHT, &[e - 1, r])?,
-            Some(tensor(names::ROUTER_FC2_BIAS, &[e - 1])?),
-        );
+        let mut read = |named| Ok::<_, Error>(tensors::read(named, get)?.to_dtype(DType::F32)?);
+        let [fc1_weight, fc1_bias, fc2_weight, fc2_bias] = &table;
+        let fc1 = Linear::new(read(fc1_weight)?, Some(read(fc1_bias)?));
+        let fc2 = Linear::new(read(fc2_weight)?, Some(read(fc2_bias)?));
         Ok(Self::Mlp { fc1, fc2 })
     }
 
     /// The static router over experts of these widths.
     pub fn of_widths(expert_widths: &[usize]) -> Self {
         let full = expert_widths.last().copied().unwrap_or(1) as f64;
-        let narrower = &expert_widths[..expert_widths.len().saturating_sub(1)];
-        Self::Static(narrower.iter().map(|&w| logit(w as f64 / full)).collect())
+        let smaller = &expert_widths[..expert_widths.len().saturating_sub(1)];
+        Self::Static(smaller.iter().map(|&w| logit(w as f64 / full)).collect())
     }
 
     /// Logits `(T, E-1)` in f32 for `x (T, D)` of any float type.
@@ -106,8 +85,8 @@ impl Router {
     /// (see [`logit`]).
     ///
     /// # Errors
-    /// A number of thresholds that is neither 1 nor T; candle's.
-    pub fn experts(&self, x: &Tensor, thresholds: &[f32]) -> candle_core::Result<Vec<usize>> {
+    /// A number of thresholds that is neither 1 nor T.
+    pub fn route(&self, x: &Tensor, thresholds: &[f32]) -> candle_core::Result<Vec<usize>> {
         let tokens = x.dim(0)?;
         if thresholds.len() != 1 && thresholds.len() != tokens {
             candle_core::bail!("router: expected 1 or {tokens} sensitivities, found {}", thresholds.len());
@@ -147,7 +126,7 @@ mod tests {
         for (sensitivity, expert) in
             [(0.0, 0), (0.25, 0), (0.26, 1), (0.5, 1), (0.75, 2), (0.76, 3), (1.0, 3)]
         {
-            assert_eq!(router.experts(&x, &[logit(sensitivity)]).unwrap(), [expert], "{sensitivity}");
+            assert_eq!(router.route(&x, &[logit(sensitivity)]).unwrap(), [expert], "{sensitivity}");
         }
     }
 

@@ -50,9 +50,6 @@ impl PendingRoutes {
     }
 
     /// Waits until the device has decided; on a CPU it has.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn wait(self) -> candle_core::Result<Routes> {
         match self.0 {
             Pending::Known(routes) => Ok(routes),
@@ -65,9 +62,6 @@ impl PendingRoutes {
 
     /// Waits for the routes of several passes at once, in their order: for those on the same device in a row there is one
     /// wait.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn wait_all(passes: Vec<Self>) -> candle_core::Result<Vec<Routes>> {
         #[cfg(feature = "cuda")]
         {

@@ -88,7 +88,7 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
                 gate_proj: get("gate_proj", &[i, d])?,
                 up_proj: get("up_proj", &[i, d])?,
                 down_proj: get("down_proj", &[d, i])?,
-                own: None,
+                separate: None,
                 compensation: None,
                 widths: vec![i],
             })

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use common::{ARCHITECTURES, HIDDEN, LAYERS, WIDTH, contents, values};
-use dynamoe::config::{Budget, RouterConfig, RouterKind, Sensitivity};
-use dynamoe::names;
+use dynamoe::tensors;
+use dynamoe::{Budget, RouterConfig, RouterKind, Sensitivity};
 use dynamoe_model::checkpoint::{Checkpoint, StagedFolder, save_model, store_section, write_atomic};
 use dynamoe_model::export::{ExportOptions, export, export_dense};
 use dynamoe_model::inspect::inspect;
@@ -77,8 +77,8 @@ fn assert_nothing_written(dir: &Path, before: &BTreeMap<String, Vec<u8>>) {
 
 /// The neurons of a layer: gate row, up row and down column, as bits.
 fn neurons(checkpoint: &Checkpoint, layer: usize) -> Vec<Vec<u32>> {
-    let read = |name| values(checkpoint, &names::mlp(layer, name));
-    let (gate, up, down) = (read(names::GATE_PROJ), read(names::UP_PROJ), read(names::DOWN_PROJ));
+    let read = |name| values(checkpoint, &tensors::full_name(layer, name));
+    let (gate, up, down) = (read(tensors::GATE_PROJ), read(tensors::UP_PROJ), read(tensors::DOWN_PROJ));
     let neuron = |j: usize| {
         let rows = gate[j * HIDDEN..(j + 1) * HIDDEN].iter().chain(&up[j * HIDDEN..(j + 1) * HIDDEN]);
         rows.chain((0..HIDDEN).map(|d| &down[d * WIDTH + j])).map(|v| v.to_bits()).collect()
@@ -182,9 +182,9 @@ fn own_shells_start_as_copies_and_leave_with_the_routers() {
         }
         let p = WIDTHS[own_shells - 1];
         for layer in 0..LAYERS {
-            let names = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ].into_iter();
-            for (name, own) in names.zip(names::OWN_TENSORS) {
-                let (name, own) = (names::mlp(layer, name), names::mlp(layer, own));
+            let names = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ].into_iter();
+            for (name, own) in names.zip(tensors::SEPARATE_TENSORS) {
+                let (name, own) = (tensors::full_name(layer, name), tensors::full_name(layer, own));
                 assert_eq!(converted.info(&own).unwrap().dtype, dtype);
                 let columns = converted.info(&name).unwrap().shape[1];
                 let all = values(&converted, &name);
@@ -216,7 +216,7 @@ fn without_calibration_neurons_are_ordered_by_their_weights() {
         assert!(importance.windows(2).all(|pair| pair[0] >= pair[1] * (1.0 - 1e-6)), "{importance:?}");
         let set = |c| neurons(c, layer).into_iter().collect::<BTreeSet<_>>();
         assert_eq!(set(&source), set(&converted));
-        let compensation = values(&converted, &names::mlp(layer, names::COMPENSATION));
+        let compensation = values(&converted, &tensors::full_name(layer, tensors::COMPENSATION));
         assert!(compensation.iter().all(|&v| v == 0.0), "nothing is known about mean activations");
     }
 }
@@ -229,8 +229,8 @@ fn compensation_is_the_mean_output_of_the_neurons_left_out() {
     let converted = Checkpoint::open(&dir.path().join("out")).unwrap();
     for layer in 0..LAYERS {
         let statistics = &calibration.layers[layer];
-        let down = values(&source, &names::mlp(layer, names::DOWN_PROJ));
-        let found = values(&converted, &names::mlp(layer, names::COMPENSATION));
+        let down = values(&source, &tensors::full_name(layer, tensors::DOWN_PROJ));
+        let found = values(&converted, &tensors::full_name(layer, tensors::COMPENSATION));
         assert_eq!(found.len(), (WIDTHS.len() - 1) * HIDDEN);
         let mut order: Vec<usize> = (0..WIDTH).collect();
         order.sort_by(|&a, &b| statistics.importance[b].total_cmp(&statistics.importance[a]));
@@ -257,18 +257,21 @@ fn routers_start_as_static_ones_and_follow_the_seed() {
     assert_eq!(contents(&first), contents(&again), "the same seed gives the same bytes");
     assert_ne!(contents(&first), contents(&other));
     let checkpoint = Checkpoint::open(&first).unwrap();
-    let fc1 = names::mlp(0, names::ROUTER_FC1_WEIGHT);
+    let fc1 = tensors::full_name(0, tensors::ROUTER_FC1_WEIGHT);
     assert_eq!(checkpoint.info(&fc1).unwrap().dtype, Dtype::F32);
-    assert_ne!(values(&checkpoint, &fc1), values(&checkpoint, &names::mlp(1, names::ROUTER_FC1_WEIGHT)));
+    assert_ne!(
+        values(&checkpoint, &fc1),
+        values(&checkpoint, &tensors::full_name(1, tensors::ROUTER_FC1_WEIGHT))
+    );
     let variance = values(&checkpoint, &fc1).iter().map(|v| v * v).sum::<f32>() / (5 * HIDDEN) as f32;
     assert!((variance * HIDDEN as f32 - 1.0).abs() < 0.5, "{variance}");
-    for name in [names::ROUTER_FC1_BIAS, names::ROUTER_FC2_WEIGHT] {
-        assert!(values(&checkpoint, &names::mlp(0, name)).iter().all(|&v| v == 0.0), "{name}");
+    for name in [tensors::ROUTER_FC1_BIAS, tensors::ROUTER_FC2_WEIGHT] {
+        assert!(values(&checkpoint, &tensors::full_name(0, name)).iter().all(|&v| v == 0.0), "{name}");
     }
     let shares = checkpoint.config().dynamoe.as_ref().unwrap().width_shares();
     let expected: Vec<f32> =
         shares[..shares.len() - 1].iter().map(|share| (share / (1.0 - share)).ln() as f32).collect();
-    assert_eq!(values(&checkpoint, &names::mlp(0, names::ROUTER_FC2_BIAS)), expected);
+    assert_eq!(values(&checkpoint, &tensors::full_name(0, tensors::ROUTER_FC2_BIAS)), expected);
 }
 
 #[test]
@@ -286,7 +289,7 @@ fn one_expert_is_the_dense_model() {
     let (out, back) = (dir.path().join("out"), dir.path().join("back"));
     convert(&source, None, &ConvertOptions { expert_widths: vec![WIDTH], ..options() }, &out).unwrap();
     let converted = Checkpoint::open(&out).unwrap();
-    assert!(values(&converted, &names::mlp(0, names::ROUTER_FC2_WEIGHT)).is_empty());
+    assert!(values(&converted, &tensors::full_name(0, tensors::ROUTER_FC2_WEIGHT)).is_empty());
     export_dense(&converted, &back, false).unwrap();
     assert!(Checkpoint::open(&back).unwrap().names().eq(source.names()));
 }
@@ -305,7 +308,7 @@ fn tensors_that_the_model_does_not_read_are_kept() {
     assert_eq!(inspect(&dense).unwrap().unused_tensors.len(), 9);
     convert(&source, None, &options(), &dir.path().join("out")).unwrap();
     let converted = Checkpoint::open(&dir.path().join("out")).unwrap();
-    let extra = names::mlp(LAYERS, names::DOWN_PROJ);
+    let extra = tensors::full_name(LAYERS, tensors::DOWN_PROJ);
     assert_eq!(converted.read_bytes(&extra).unwrap(), source.read_bytes(&extra).unwrap());
 }
 
@@ -385,7 +388,7 @@ fn save_model_replaces_weights_in_the_sources_type() {
     let out = dir.path().join("routed");
     convert(&source, None, &options(), &out).unwrap();
     let routed = Checkpoint::open(&out).unwrap();
-    let fc2 = names::mlp(1, names::ROUTER_FC2_BIAS);
+    let fc2 = tensors::full_name(1, tensors::ROUTER_FC2_BIAS);
     let weights = BTreeMap::from([
         ("model.norm.weight".to_owned(), Tensor::full(1.01f32, HIDDEN, &Device::Cpu).unwrap()),
         (fc2.clone(), Tensor::full(1.01f32, 2, &Device::Cpu).unwrap()),

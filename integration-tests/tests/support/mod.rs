@@ -278,14 +278,14 @@ fn config(architecture: &str, base: &Base, shape: Shape) -> Value {
 fn router(layer: usize, shape: Shape, numbers: &mut Numbers) -> Vec<(String, Tensor)> {
     let (d, r, narrower) = (shape.hidden_size, shape.router_hidden_size, shape.expert_widths.len() - 1);
     vec![
-        (dynamoe::names::ROUTER_FC1_WEIGHT, numbers.matrix(r, d)),
-        (dynamoe::names::ROUTER_FC1_BIAS, numbers.tensor(&[r], 0.0, 0.1)),
-        (dynamoe::names::ROUTER_FC2_WEIGHT, numbers.tensor(&[narrower, r], 0.0, 1.0)),
-        (dynamoe::names::ROUTER_FC2_BIAS, numbers.tensor(&[narrower], -0.3, 0.1)),
-        (dynamoe::names::COMPENSATION, numbers.tensor(&[narrower, d], 0.0, 0.1)),
+        (dynamoe::tensors::ROUTER_FC1_WEIGHT, numbers.matrix(r, d)),
+        (dynamoe::tensors::ROUTER_FC1_BIAS, numbers.tensor(&[r], 0.0, 0.1)),
+        (dynamoe::tensors::ROUTER_FC2_WEIGHT, numbers.tensor(&[narrower, r], 0.0, 1.0)),
+        (dynamoe::tensors::ROUTER_FC2_BIAS, numbers.tensor(&[narrower], -0.3, 0.1)),
+        (dynamoe::tensors::COMPENSATION, numbers.tensor(&[narrower, d], 0.0, 0.1)),
     ]
     .into_iter()
-    .map(|(name, tensor)| (dynamoe::names::mlp(layer, name), tensor))
+    .map(|(name, tensor)| (dynamoe::tensors::full_name(layer, name), tensor))
     .collect()
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, anyhow, ensure};
 use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
-use dynamoe::config::check_dial;
+use dynamoe::dial::check_dial;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 
 use crate::Dial;

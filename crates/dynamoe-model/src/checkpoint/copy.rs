@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use dynamoe::config::{ARCHITECTURE, DynaMoeConfig, MODEL_TYPE};
-use dynamoe::names;
+use dynamoe::tensors;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -116,7 +116,7 @@ pub fn save_model(
         expected_tensors(&ModelConfig::from_json(&config)?).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
     for shard in &mut plan {
-        shard.retain(|spec| wanted.contains(&spec.name) || !names::is_addition(&spec.name));
+        shard.retain(|spec| wanted.contains(&spec.name) || !tensors::is_addition(&spec.name));
     }
     plan.retain(|shard| !shard.is_empty());
     let specs: Vec<_> = plan.iter().flatten().cloned().collect();

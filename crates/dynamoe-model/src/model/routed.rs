@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
-use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, names};
+use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, tensors};
 
 use super::{Backbone, Experts};
 use crate::checkpoint::Checkpoint;
@@ -18,7 +18,8 @@ pub struct RoutedModel {
 
 impl RoutedModel {
     /// Takes every tensor of the model from `get`, called with Hugging Face names and shapes. Tensors are
-    /// shared, not copied, but for narrow experts with neurons of their own, which are put together.
+    /// shared, not copied, except where the smaller experts have separate weights: these are put together with what
+    /// they share.
     ///
     /// # Errors
     /// Those of `get`; tensors that do not fit the configuration.
@@ -104,26 +105,20 @@ fn ffn(
     layer: usize,
     get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
 ) -> Result<DynaMoeFfn<Experts>> {
-    let (d, i) = (config.hidden_size, config.intermediate_size);
-    let widths = config.expert_widths();
-    let mut get = |name: &str, shape: &[usize]| get(&names::mlp(layer, name), shape);
-    let (gate, up) = (get(names::GATE_PROJ, &[i, d])?, get(names::UP_PROJ, &[i, d])?);
-    let mut experts = Experts::new(gate, up, get(names::DOWN_PROJ, &[d, i])?, &widths)?;
+    let (d, widths) = (config.hidden_size, config.expert_widths());
+    let mut get = |name: &str, shape: &[usize]| {
+        get(&tensors::full_name(layer, name), shape)
+            .map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
+    };
+    let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut get)?;
+    let mut experts = Experts::new(dense, &widths)?;
     let Some(dynamoe) = &config.dynamoe else {
         return Ok(DynaMoeFfn::new(experts, Router::of_widths(&widths), None, 1.0)?);
     };
-    let p = dynamoe.own_width();
-    if p > 0 {
-        let (gate, up) = (get(names::OWN_GATE_PROJ, &[p, d])?, get(names::OWN_UP_PROJ, &[p, d])?);
-        experts = experts.with_own([&gate, &up, &get(names::OWN_DOWN_PROJ, &[d, p])?])?;
+    if let Some(separate) = tensors::separate(dynamoe, d) {
+        experts = experts.with_separate(&tensors::read_projections(&separate, &mut get)?)?;
     }
-    let router = Router::load(dynamoe, d, &mut |name, shape| {
-        get(name, shape).map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
-    })?;
-    let compensation = dynamoe
-        .router
-        .compensation
-        .then(|| get(names::COMPENSATION, &[dynamoe.experts() - 1, d]))
-        .transpose()?;
+    let router = Router::load(dynamoe, d, &mut get)?;
+    let compensation = tensors::read_compensation(dynamoe, d, &mut get)?;
     Ok(DynaMoeFfn::new(experts, router, compensation, dynamoe.sensitivity)?)
 }

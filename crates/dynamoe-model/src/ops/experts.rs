@@ -1,6 +1,7 @@
 //! The FFN as it is served: `y = W_down[:, :w] (silu(W_gate[:w] x) ∘ (W_up[:w] x))`, each row with its own width `w`.
 
 use candle_core::{Result, Tensor, bail};
+use dynamoe::Projections;
 use dynamoe::math::sigmoid;
 use faer::Accum;
 use rayon::prelude::*;
@@ -13,21 +14,21 @@ use super::cpu::{fusable, matrix, multiply, read, rows_per_block};
 /// # Errors
 /// Shapes that do not fit.
 pub(crate) fn expert_rows(
-    weights: [&Tensor; 3],
+    matrices: &Projections<Tensor>,
     widths: &[usize],
     x: &Tensor,
     reach: &[usize],
 ) -> Result<Option<Tensor>> {
-    if !fusable(&[weights[0], weights[1], weights[2], x]) {
+    let [gate, up, down] = matrices.as_ref().into_array();
+    if !fusable(&[gate, up, down, x]) {
         return Ok(None);
     }
-    let ((n, d), (i, w_d)) = (x.dims2()?, weights[0].dims2()?);
+    let ((n, d), (i, w_d)) = (x.dims2()?, gate.dims2()?);
     if d != w_d || reach.len() != widths.len() || reach.first() != Some(&n) {
         bail!(
             "experts: expected rows of {w_d} numbers, {n} that reach the first expert, found {d} and {reach:?}"
         );
     }
-    let [gate, up, down] = weights;
     let mut y = vec![0f32; n * d];
     read([x, gate, up, down], |[x, gate, up, down]| {
         let block = rows_per_block(n);

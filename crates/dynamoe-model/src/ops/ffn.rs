@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use dynamoe::TrainableFfn;
-use dynamoe::swiglu::{backward_rows, forward_rows};
+use dynamoe::train::swiglu::{backward_rows, forward_rows};
 use faer::Accum;
 use rayon::prelude::*;
 
@@ -33,8 +33,8 @@ pub fn reach_of(chosen: &[usize], experts: usize, device: &Device) -> Result<Ten
 /// # Errors
 /// Shapes that do not fit.
 pub fn ffn(weights: &TrainableFfn, x: &Tensor, reach: &Tensor) -> Result<Tensor> {
-    if let Some([(shared, by_shared), (own, by_own)]) = weights.split(reach)? {
-        let y = (ffn(&shared, x, &by_shared)? + ffn(&own, x, &by_own)?)?;
+    if let Some([(shared, of_shared), (separate, of_separate)]) = weights.split(reach)? {
+        let y = (ffn(&shared, x, &of_shared)? + ffn(&separate, x, &of_separate)?)?;
         return weights.compensate(y, reach);
     }
     let mut tensors = vec![&weights.gate_proj, &weights.up_proj, &weights.down_proj];

@@ -9,7 +9,7 @@ use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Activation, Linear};
 use dynamoe::cpu::PackedMatrix;
-use dynamoe::{DynaMoeFfn, PackedExperts, Router, Shell};
+use dynamoe::{DynaMoeFfn, PackedExperts, Projections, Router};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -73,10 +73,10 @@ pub fn layer(rng: &mut ChaCha8Rng, dtype: GgmlDType, d: usize, i: usize) -> Laye
     let mut weight = |n, k| random_weight(rng, dtype, n, k);
     let pack = |w: &QTensor| Arc::new(PackedMatrix::from_qtensor(w).unwrap());
     let (gate, up, down) = (weight(i, d), weight(i, d), weight(d, i));
-    let whole = Shell { gate_proj: pack(&gate), up_proj: pack(&up), down_proj: pack(&down) };
+    let whole = Projections { gate_proj: pack(&gate), up_proj: pack(&up), down_proj: pack(&down) };
     let dense = PackedExperts::new(vec![whole], Activation::Silu, &[i]).unwrap();
     let widths = [i / 4, i / 2, i / 4 * 3, i];
-    let shells = (0..4).map(|_| Shell {
+    let shells = (0..4).map(|_| Projections {
         gate_proj: pack(&weight(i / 4, d)),
         up_proj: pack(&weight(i / 4, d)),
         down_proj: pack(&weight(d, i / 4)),

@@ -37,7 +37,7 @@ impl PackedMatrix {
     /// Packs a quantized matrix `(N, K)`; the original is not needed any more.
     ///
     /// # Errors
-    /// A type that [`PackedMatrix::supports`] denies, a shape that is no matrix of whole blocks; candle's.
+    /// A type that [`PackedMatrix::supports`] denies, a shape that is no matrix of whole blocks.
     pub fn from_qtensor(weight: &QTensor) -> Result<Self> {
         let (rows, columns) = weight.shape().dims2()?;
         let Some(format) = Format::new(weight.dtype()) else {
@@ -52,7 +52,7 @@ impl PackedMatrix {
     /// Packs a dense matrix `(N, K)` as f32.
     ///
     /// # Errors
-    /// A tensor that is no matrix; candle's.
+    /// A tensor that is no matrix.
     pub fn from_tensor(weight: &Tensor) -> Result<Self> {
         let (rows, columns) = weight.dims2()?;
         let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
@@ -76,9 +76,6 @@ impl PackedMatrix {
     }
 
     /// The matrix in ggml's layout again, bit for bit, to serialize it or to quantize it anew.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn to_qtensor(&self) -> Result<QTensor> {
         let data = pack::unpack(self.format, &self.packed, self.rows, self.blocks());
         // borrowed: candle 0.10 would read an owned one after it is freed
@@ -87,9 +84,6 @@ impl PackedMatrix {
     }
 
     /// The weights `(N, K)` in f32.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn dequantize(&self) -> Result<Tensor> {
         self.to_qtensor()?.dequantize(&Device::Cpu)
     }

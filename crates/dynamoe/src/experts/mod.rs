@@ -8,12 +8,13 @@
 //! Shell `s` is the neurons `H_{s-1} .. H_s`; expert `e` is the sum of shells `0..=e`. Rows arrive sorted,
 //! widest expert first, so that shell `s` serves the first `reach[s]` rows: a staircase.
 //!
-//! Tokens below full width may have other neurons in the first shells, narrow experts' own: then the largest expert is
-//! still the dense FFN, and shares only the other shells with them.
+//! The smaller experts may have separate weights in the first shells, which the largest never uses: it is always the
+//! dense FFN, and shares only the other shells with them.
 
 mod glu;
 mod packed;
 mod prefixes;
+mod projections;
 mod shells;
 
 use candle_core::{Result, Tensor};
@@ -23,7 +24,8 @@ use dynamoe_kernels::cuda::Segment as CudaSegment;
 pub use glu::Glu;
 pub use packed::PackedExperts;
 pub use prefixes::PrefixExperts;
-pub use shells::{Shell, ShellExperts};
+pub use projections::Projections;
+pub use shells::ShellExperts;
 
 /// The weights of a layer's experts, dense or quantized.
 pub trait NestedExperts: Send + Sync {
@@ -34,13 +36,10 @@ pub trait NestedExperts: Send + Sync {
     ///
     /// `x (T, D)` → `(T, D)`; `reach[s]` is the number of rows whose expert is at least `s`, so `reach[0] = T`
     /// and the list never increases.
-    ///
-    /// # Errors
-    /// candle's.
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor>;
 
-    /// The weights in runs of neurons, if they lie on a CUDA device in a form that dynamoe-kernels may know. None
-    /// is always right, and costs a layer on CUDA a wait for its routes.
+    /// The weights in runs of neurons, if they lie on a CUDA device in a form that dynamoe-kernels may know, and all
+    /// experts share them. Returning `None` is always correct; on CUDA the layer then has to wait for its routes.
     #[cfg(feature = "cuda")]
     fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
         None
@@ -48,42 +47,31 @@ pub trait NestedExperts: Send + Sync {
 
     /// Runs rows in any order: `order` lists all rows of `x (T, D)`, widest expert first; `reach` as for
     /// [`NestedExperts::forward`]. Results are in the order of `x`.
-    ///
-    /// # Errors
-    /// candle's.
     fn forward_unsorted(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Result<Tensor> {
-        let sorted = x.index_select(&Tensor::new(order, x.device())?, 0)?;
-        self.forward(&sorted, reach)?.index_select(&Tensor::new(places(order), x.device())?, 0)
+        self.forward(&rows(x, order)?, reach)?.index_select(&Tensor::new(inverse(order), x.device())?, 0)
     }
 
-    /// How many of the first shells are others for tokens below full width.
-    fn own_shells(&self) -> usize {
-        0
-    }
-
-    /// The experts of tokens below full width, where these are a set of their own.
-    fn narrow_experts(&self) -> Option<&dyn NestedExperts> {
-        None
-    }
-
-    /// Runs rows below full width, sorted by expert, widest first; `reach` as for [`NestedExperts::forward`], without
-    /// the largest expert's.
+    /// Runs rows whose experts are all smaller than the largest on the smaller experts' separate weights. `None` if
+    /// these have none, and every expert is a prefix of the dense FFN.
     ///
-    /// # Errors
-    /// candle's.
-    fn forward_narrow(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        match self.narrow_experts() {
-            Some(narrow) => narrow.forward(x, reach),
-            None => self.forward(x, &[reach, &[0]].concat()),
-        }
+    /// `order` lists rows of `x (T, D)`, widest expert first; results are in that order. `reach` is as for
+    /// [`NestedExperts::forward`], without the largest expert's.
+    fn forward_separate(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Option<Result<Tensor>>;
+}
+
+/// The rows `order` of `x (T, D)`; `x` itself where these are all its rows in their order.
+pub fn rows(x: &Tensor, order: &[u32]) -> Result<Tensor> {
+    if order.len() == x.dim(0)? && order.iter().enumerate().all(|(place, &row)| place == row as usize) {
+        return Ok(x.clone());
     }
+    x.contiguous()?.index_select(&Tensor::new(order, x.device())?, 0)
 }
 
 /// Where each row stands in `order`.
-pub(crate) fn places(order: &[u32]) -> Vec<u32> {
-    let mut places = vec![0u32; order.len()];
+pub(crate) fn inverse(order: &[u32]) -> Vec<u32> {
+    let mut inverse = vec![0u32; order.len()];
     for (place, &row) in order.iter().enumerate() {
-        places[row as usize] = place as u32;
+        inverse[row as usize] = place as u32;
     }
-    places
+    inverse
 }

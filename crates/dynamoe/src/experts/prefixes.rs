@@ -5,98 +5,87 @@ use candle_nn::Activation;
 #[cfg(feature = "cuda")]
 use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
 
-use super::NestedExperts;
 use super::glu::{Glu, glu};
+use super::{NestedExperts, Projections, rows};
+use crate::tensors;
 
 /// Experts as prefixes of the dense matrices: nothing is copied, and each group of rows with the same expert
 /// takes one product with a prefix of each matrix.
 #[derive(Debug, Clone)]
 pub struct PrefixExperts {
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
+    matrices: Projections<Tensor>,
     activation: Activation,
     glu: Glu,
     widths: Vec<usize>,
-    own_shells: usize,
-    narrow: Option<Box<Self>>,
+    smaller: Option<Box<Self>>,
 }
 
 impl PrefixExperts {
-    /// `gate_proj (I, D)`, `up_proj (I, D)`, `down_proj (D, I)`, neurons in order of importance.
+    /// gate and up `(I, D)` and down `(D, I)`, neurons in order of importance.
     ///
     /// # Errors
     /// Shapes that do not fit each other, widths that do not fit `I`.
     pub fn new(
-        gate_proj: Tensor,
-        up_proj: Tensor,
-        down_proj: Tensor,
+        matrices: Projections<Tensor>,
         activation: Activation,
         widths: &[usize],
     ) -> crate::Result<Self> {
-        let (i, d) = gate_proj.dims2()?;
-        for (tensor, name, expected) in
-            [(&up_proj, crate::names::UP_PROJ, [i, d]), (&down_proj, crate::names::DOWN_PROJ, [d, i])]
-        {
+        let (i, d) = matrices.gate_proj.dims2()?;
+        let expected = tensors::dense(i, d).into_array();
+        for (tensor, (name, expected)) in matrices.as_ref().into_array().into_iter().zip(expected) {
             if tensor.dims() != expected {
-                let (expected, found) = (expected.to_vec(), tensor.dims().to_vec());
+                let found = tensor.dims().to_vec();
                 return Err(crate::Error::Shape { tensor: name.into(), expected, found });
             }
         }
         crate::config::check_widths(widths, i)?;
-        let widths = widths.to_vec();
-        Ok(Self { gate_proj, up_proj, down_proj, activation, glu, widths, own_shells: 0, narrow: None })
+        Ok(Self { matrices, activation, glu, widths: widths.to_vec(), smaller: None })
     }
 
-    /// The same with first neurons of narrow experts' own: `own` is their gate `(P, D)`, up `(P, D)` and down `(D, P)`,
-    /// where `P` is the width of a narrow expert. Narrow experts become matrices of their own.
+    /// Adds separate weights for the first neurons of the smaller experts: gate and up `(P, D)` and down `(D, P)`,
+    /// where `P` is the width of one of these. The smaller experts become matrices of their own.
     ///
     /// # Errors
     /// Shapes that do not fit.
-    pub fn with_own(self, own: [&Tensor; 3]) -> crate::Result<Self> {
-        let p = own[0].dim(0)?;
-        let narrower = narrow_widths(&self.widths, p)?;
+    pub fn with_separate(self, separate: &Projections<Tensor>) -> crate::Result<Self> {
+        let p = separate.gate_proj.dim(0)?;
+        let narrower = smaller_widths(&self.widths, p)?;
         let rest = narrower[narrower.len() - 1] - p;
-        let behind =
-            |own: &Tensor, dense: &Tensor, dim| Tensor::cat(&[own, &dense.narrow(dim, p, rest)?], dim);
-        let narrow = Self::new(
-            behind(own[0], &self.gate_proj, 0)?,
-            behind(own[1], &self.up_proj, 0)?,
-            behind(own[2], &self.down_proj, 1)?,
-            self.activation,
-            narrower,
-        )?;
-        let own_shells = narrower.partition_point(|&width| width <= p);
-        let narrow = Some(Box::new(narrow.with_glu(self.glu)));
-        Ok(Self { own_shells, narrow, ..self })
+        let extend =
+            |first: &Tensor, dense: &Tensor, dim| Tensor::cat(&[first, &dense.narrow(dim, p, rest)?], dim);
+        let matrices = Projections {
+            gate_proj: extend(&separate.gate_proj, &self.matrices.gate_proj, 0)?,
+            up_proj: extend(&separate.up_proj, &self.matrices.up_proj, 0)?,
+            down_proj: extend(&separate.down_proj, &self.matrices.down_proj, 1)?,
+        };
+        let smaller = Self::new(matrices, self.activation, narrower)?.with_glu(self.glu);
+        Ok(Self { smaller: Some(Box::new(smaller)), ..self })
     }
 
     /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
     pub fn with_glu(self, glu: Glu) -> Self {
-        let narrow = self.narrow.map(|narrow| Box::new(narrow.with_glu(glu)));
-        Self { glu, narrow, ..self }
+        let smaller = self.smaller.map(|smaller| Box::new(smaller.with_glu(glu)));
+        Self { glu, smaller, ..self }
     }
 
-    /// The narrow experts, where some of their neurons are their own.
-    pub fn narrow(&self) -> Option<&Self> {
-        self.narrow.as_deref()
+    /// The smaller experts, where they have separate weights.
+    pub fn smaller(&self) -> Option<&Self> {
+        self.smaller.as_deref()
     }
 
-    /// gate, up and down.
-    pub fn matrices(&self) -> [&Tensor; 3] {
-        [&self.gate_proj, &self.up_proj, &self.down_proj]
+    /// gate and up `(I, D)`, down `(D, I)`.
+    pub fn matrices(&self) -> &Projections<Tensor> {
+        &self.matrices
     }
 
     /// `O_e(x)` for all rows of `x (T, D)`.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn expert(&self, x: &Tensor, expert: usize) -> Result<Tensor> {
         let width = self.widths[expert];
-        let gate = x.matmul(&self.gate_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
-        let up = x.matmul(&self.up_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
+        let Projections { gate_proj, up_proj, down_proj } = &self.matrices;
+        let gate = x.matmul(&gate_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
+        let up = x.matmul(&up_proj.narrow(0, 0, width)?.t()?)?; // (T, H_e)
         let h = (self.glu)(&gate, &up, self.activation)?;
-        h.matmul(&self.down_proj.narrow(1, 0, width)?.t()?) // (T, D)
+        h.matmul(&down_proj.narrow(1, 0, width)?.t()?) // (T, D)
     }
 }
 
@@ -107,9 +96,10 @@ impl NestedExperts for PrefixExperts {
 
     #[cfg(feature = "cuda")]
     fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
-        let [gate_proj, up_proj, down_proj] =
-            [&self.gate_proj, &self.up_proj, &self.down_proj].map(|w| CudaWeight::Float(w.clone()));
-        super::glu::is_silu(self.activation).then(|| vec![CudaSegment { gate_proj, up_proj, down_proj }])
+        let Projections { gate_proj, up_proj, down_proj } =
+            self.matrices.as_ref().map(|w| CudaWeight::Float(w.clone()));
+        let known = super::glu::is_silu(self.activation) && self.smaller.is_none();
+        known.then(|| vec![CudaSegment { gate_proj, up_proj, down_proj }])
     }
 
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
@@ -127,22 +117,19 @@ impl NestedExperts for PrefixExperts {
         if groups.is_empty() { x.zeros_like() } else { Tensor::cat(&groups, 0) }
     }
 
-    fn own_shells(&self) -> usize {
-        self.own_shells
-    }
-
-    fn narrow_experts(&self) -> Option<&dyn NestedExperts> {
-        self.narrow.as_deref().map(|narrow| narrow as _)
+    fn forward_separate(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Option<Result<Tensor>> {
+        let smaller = self.smaller.as_deref()?;
+        Some(rows(x, order).and_then(|x| smaller.forward(&x, reach)))
     }
 }
 
-/// Checks that `own` first neurons can be narrow experts' own; returns the widths of these.
-fn narrow_widths(widths: &[usize], own: usize) -> crate::Result<&[usize]> {
-    let (_, narrower) = widths.split_last().unwrap_or((&0, &[]));
-    if narrower.contains(&own) {
-        return Ok(narrower);
+/// Checks that `separate` first neurons can have separate weights; returns the widths of the smaller experts.
+fn smaller_widths(widths: &[usize], separate: usize) -> crate::Result<&[usize]> {
+    let (_, smaller) = widths.split_last().unwrap_or((&0, &[]));
+    if smaller.contains(&separate) {
+        return Ok(smaller);
     }
     Err(crate::Error::Config(format!(
-        "narrow experts' own neurons must be as many as one of them is wide, {narrower:?}, found {own}"
+        "separate weights of the smaller experts must be for as many neurons as one of these has, {smaller:?}, found {separate}"
     )))
 }

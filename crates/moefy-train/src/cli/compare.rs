@@ -77,7 +77,7 @@ impl CompareArgs {
 
 pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
     let asked = &args.comparison;
-    asked.at.iter().try_for_each(|&width| dynamoe::config::check_dial("--at", width))?;
+    asked.at.iter().try_for_each(|&width| dynamoe::dial::check_dial("--at", width))?;
     ensure!(asked.at.is_sorted(), "--at: expected widths in ascending order, found {:?}", asked.at);
     ensure!(asked.seeds > 0, "--seeds must be 1 or more, found 0");
     let comparison = Comparison {

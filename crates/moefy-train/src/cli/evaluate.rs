@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use dynamoe::config::check_dial;
+use dynamoe::{Dial, dial::check_dial};
 
 use super::options::{DeviceArg, TextArgs, open_model};
 use super::print;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::{Checkpoint, store_section};
 use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
-use moefy_train::evaluate::{Dial, Setting, budget, pairs_point, point, shuffled_point};
+use moefy_train::evaluate::{Setting, budget, pairs_point, point, shuffled_point};
 use moefy_train::report::results::{Evaluation, PairsPoint, Point};
 
 /// Tokens on which a missing budget is solved.

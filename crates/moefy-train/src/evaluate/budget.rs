@@ -118,7 +118,7 @@ impl<F: Fn(&[f64]) -> Result<f64>> Solver<F> {
 
     /// Two neighbouring measurements around `width`, one of them within [`TOLERANCE`] if that is possible.
     fn bracket(&mut self, width: f64) -> Result<(Measured, Measured)> {
-        dynamoe::config::check_dial("budget", width)?;
+        dynamoe::dial::check_dial("budget", width)?;
         loop {
             let above = self.known.partition_point(|known| known.width < width).min(self.known.len() - 1);
             let (low, high) = (self.known[above.saturating_sub(1)], self.known[above]);

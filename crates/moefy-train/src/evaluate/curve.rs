@@ -1,12 +1,12 @@
 //! Loss against width: the curves of a report.
 
 use anyhow::Result;
-use dynamoe::TrainableFfn;
+use dynamoe::{Dial, TrainableFfn};
 use dynamoe_model::RoutedModel;
 
 use super::oracle::Oracle;
 use super::score::{Policy, score};
-use super::{Dial, Setting, as_point, point};
+use super::{Setting, as_point, point};
 use crate::data::{PaddedBatch, subsample};
 use crate::report::results::{Curve, Point};
 

@@ -11,6 +11,7 @@ pub mod samples;
 pub mod score;
 
 use anyhow::{Result, ensure};
+use dynamoe::{Dial, dial::check_dial};
 use rayon::prelude::*;
 
 pub use score::{Policy, Score, score};
@@ -18,15 +19,6 @@ pub use score::{Policy, Score, score};
 use crate::data::{BATCH_TOKENS, PaddedBatch, Pairs};
 use crate::report::results::{PairsPoint, Point};
 use dynamoe_model::RoutedModel;
-
-/// A dial's value as a user asks for it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Dial {
-    /// The threshold itself.
-    Sensitivity(f64),
-    /// A mean width.
-    Budget(f64),
-}
 
 /// A value of the dial and the sensitivity that each layer takes for it.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,20 +41,20 @@ impl Setting {
     /// A value outside 0 to 1; a budget without a table.
     pub fn of(dial: Dial, model: &RoutedModel) -> Result<Self> {
         let layers = model.config().num_hidden_layers;
-        match (dial, &model.config().dynamoe) {
-            (Dial::Sensitivity(s), _) => {
-                dynamoe::config::check_dial("sensitivity", s)?;
-                Ok(Self::uniform(s, layers))
-            }
-            (Dial::Budget(width), Some(config)) => {
-                Ok(Self { budget: Some(width), sensitivity: config.sensitivity_for_budget(width, layers)? })
+        let budget = if let Dial::Budget(width) = dial { Some(width) } else { None };
+        let sensitivity = match (dial, &model.config().dynamoe) {
+            (dial, Some(config)) => dial.sensitivities(config, layers)?,
+            (Dial::Sensitivity(sensitivity), None) => {
+                check_dial("sensitivity", sensitivity)?;
+                vec![sensitivity; layers]
             }
             (Dial::Budget(width), None) => {
-                dynamoe::config::check_dial("budget", width)?;
+                check_dial("budget", width)?;
                 ensure!(width >= 1.0, "a dense model has one width: a budget of {width} cannot be had");
-                Ok(Self { budget: Some(width), sensitivity: vec![1.0; layers] })
+                vec![1.0; layers]
             }
-        }
+        };
+        Ok(Self { budget, sensitivity })
     }
 
     /// The mean over layers.

@@ -262,7 +262,7 @@ mod tests {
             gate_proj: weight(i, d),
             up_proj: weight(i, d),
             down_proj: weight(d, i),
-            own: None,
+            separate: None,
             compensation: None,
             widths: widths.to_vec(),
         }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use dynamoe::Dial;
 use dynamoe_model::checkpoint::write_atomic;
 use dynamoe_model::{Checkpoint, RoutedModel};
 use serde_json::Value;
@@ -18,7 +19,7 @@ use crate::data::{Batches, PaddedBatch, Pairs};
 use crate::evaluate::cost::Cost;
 use crate::evaluate::curve::{WIDTHS, oracle_curve};
 use crate::evaluate::samples::{SampleLimits, samples};
-use crate::evaluate::{Dial, Setting, pairs_point, point};
+use crate::evaluate::{Setting, pairs_point, point};
 use crate::methods::Method;
 use crate::report;
 use crate::report::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
-use dynamoe::names;
+use dynamoe::tensors;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -154,11 +154,11 @@ pub fn calibrate(source: &Checkpoint, batches: &[PaddedBatch]) -> Result<Calibra
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let ffns = (0..config.num_hidden_layers)
         .map(|layer| {
-            let get = |name: &str, shape: [usize; 2]| get(&names::mlp(layer, name), &shape);
+            let get = |name: &str, shape: [usize; 2]| get(&tensors::full_name(layer, name), &shape);
             Ok(DenseFfn {
-                gate_proj: get(names::GATE_PROJ, [i, d])?,
-                up_proj: get(names::UP_PROJ, [i, d])?,
-                down_proj: get(names::DOWN_PROJ, [d, i])?,
+                gate_proj: get(tensors::GATE_PROJ, [i, d])?,
+                up_proj: get(tensors::UP_PROJ, [i, d])?,
+                down_proj: get(tensors::DOWN_PROJ, [d, i])?,
             })
         })
         .collect::<Result<Vec<_>>>()?;

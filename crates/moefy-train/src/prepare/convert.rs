@@ -12,8 +12,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use dynamoe::config::{DynaMoeConfig, RouterConfig, RouterKind, version_for};
-use dynamoe::names;
 use dynamoe::router::logit;
+use dynamoe::tensors;
 use rand_distr::{Distribution, Normal};
 use safetensors::Dtype;
 
@@ -24,7 +24,7 @@ use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, check_finite, pl
 use dynamoe_model::config::{ModelConfig, read_json};
 use dynamoe_model::tensors::added_tensors;
 
-const FFN: [&str; 3] = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ];
+const FFN: [&str; 3] = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ];
 
 /// How to convert.
 #[derive(Debug, Clone)]
@@ -79,8 +79,9 @@ pub fn convert(
     set_section(&mut json, &section)?;
     let config = ModelConfig::from_json(&json)?;
     let plan = plan(source, &config, options.max_shard_bytes)?;
-    let ffns: HashSet<String> =
-        (0..config.num_hidden_layers).flat_map(|layer| FFN.map(|name| names::mlp(layer, name))).collect();
+    let ffns: HashSet<String> = (0..config.num_hidden_layers)
+        .flat_map(|layer| FFN.map(|name| tensors::full_name(layer, name)))
+        .collect();
     write_folder(source, &json, plan, out, options.force, |writer| {
         for name in source.names().filter(|name| !ffns.contains(*name)) {
             let dtype = source.info(name).map_or(Dtype::F32, |info| info.dtype);
@@ -101,7 +102,7 @@ fn plan(source: &Checkpoint, config: &ModelConfig, max: Option<u64>) -> Result<V
     let mut shards = source.plan();
     for (name, shape) in added_tensors(config) {
         let (layer, _) = name.split_once(".mlp.").context("additions are under mlp")?;
-        let down = format!("{layer}.mlp.{}", names::DOWN_PROJ);
+        let down = format!("{layer}.mlp.{}", tensors::DOWN_PROJ);
         let shard = source.info(&down).map_or(0, |info| info.shard);
         let dtype = source.info(&name.replace(".own.", ".")).map_or(Dtype::F32, |original| original.dtype);
         shards[shard].push(TensorSpec { name, dtype, shape });
@@ -121,7 +122,7 @@ fn convert_ffn(
     section: &DynaMoeConfig,
     writer: &mut Writer,
 ) -> Result<Vec<f32>> {
-    let [gate, up, down] = FFN.map(|name| names::mlp(layer, name));
+    let [gate, up, down] = FFN.map(|name| tensors::full_name(layer, name));
     let importance = match statistics {
         Some(statistics) => statistics.importance.clone(),
         None => weight_importance(source, &gate, &up, &down)?,
@@ -132,7 +133,8 @@ fn convert_ffn(
     permute_rows(source, [&up, &up], &order, writer)?;
     let first = &order[..section.own_width()];
     if !first.is_empty() {
-        let [own_gate, own_up, own_down] = names::OWN_TENSORS.map(|name| names::mlp(layer, name));
+        let [own_gate, own_up, own_down] =
+            tensors::SEPARATE_TENSORS.map(|name| tensors::full_name(layer, name));
         permute_rows(source, [&gate, &own_gate], first, writer)?;
         permute_rows(source, [&up, &own_up], first, writer)?;
         permute_columns(source, [&down, &own_down], first, writer, |_, _| {})?;
@@ -282,7 +284,7 @@ fn write_router(
     let Some(dynamoe) = &config.dynamoe else { return Ok(()) };
     let mut push = |name: &str, values: &[f32]| {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        writer.push(&names::mlp(layer, name), &bytes)
+        writer.push(&tensors::full_name(layer, name), &bytes)
     };
     if dynamoe.router.kind == RouterKind::Mlp {
         let (d, r) = (config.hidden_size, dynamoe.router.hidden_size);
@@ -291,13 +293,13 @@ fn write_router(
         let fc1: Vec<f32> = (0..r * d).map(|_| normal.sample(&mut rng)).collect();
         let shares = dynamoe.width_shares();
         let bias: Vec<f32> = shares[..shares.len() - 1].iter().map(|&share| logit(share)).collect();
-        push(names::ROUTER_FC1_WEIGHT, &fc1)?;
-        push(names::ROUTER_FC1_BIAS, &vec![0.0; r])?;
-        push(names::ROUTER_FC2_WEIGHT, &vec![0.0; bias.len() * r])?;
-        push(names::ROUTER_FC2_BIAS, &bias)?;
+        push(tensors::ROUTER_FC1_WEIGHT, &fc1)?;
+        push(tensors::ROUTER_FC1_BIAS, &vec![0.0; r])?;
+        push(tensors::ROUTER_FC2_WEIGHT, &vec![0.0; bias.len() * r])?;
+        push(tensors::ROUTER_FC2_BIAS, &bias)?;
     }
     if dynamoe.router.compensation {
-        push(names::COMPENSATION, compensation)?;
+        push(tensors::COMPENSATION, compensation)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Groups of weights: which are trained, and at what rate.
 
-use dynamoe::names;
+use dynamoe::tensors;
 
 /// What a tensor belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,8 +19,8 @@ impl Group {
     /// The group of the tensor with this name.
     pub fn of(name: &str) -> Self {
         match name {
-            _ if names::is_of_router(name) => Self::Router,
-            _ if names::is_own(name) => Self::Separate,
+            _ if tensors::is_of_router(name) => Self::Router,
+            _ if tensors::is_separate(name) => Self::Separate,
             _ if name.contains(".mlp.") => Self::DenseFfn,
             _ => Self::Backbone,
         }
@@ -37,9 +37,9 @@ mod tests {
             ("model.embed_tokens.weight", Group::Backbone),
             ("model.layers.3.self_attn.q_proj.weight", Group::Backbone),
             ("model.layers.3.mlp.up_proj.weight", Group::DenseFfn),
-            (&names::mlp(3, names::OWN_UP_PROJ), Group::Separate),
-            (&names::mlp(3, names::ROUTER_FC1_BIAS), Group::Router),
-            (&names::mlp(3, names::COMPENSATION), Group::Router),
+            (&tensors::full_name(3, tensors::SEPARATE_UP_PROJ), Group::Separate),
+            (&tensors::full_name(3, tensors::ROUTER_FC1_BIAS), Group::Router),
+            (&tensors::full_name(3, tensors::COMPENSATION), Group::Router),
         ] {
             assert_eq!(Group::of(name), group, "{name}");
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use dynamoe::{TrainableFfn, names};
+use dynamoe::{TrainableFfn, tensors};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::RouterWeights;
 use dynamoe_model::{ModelConfig, Params, RoutedModel};
@@ -99,9 +99,9 @@ impl TrainModel {
     /// Replaces every router's logits by `scale · logit + shift`: the same routes at another place of the dial.
     pub fn rescale_routers(&self, scale: f64, shift: f64) -> Result<()> {
         for (name, var) in self.params.iter() {
-            if name.ends_with(names::ROUTER_FC2_WEIGHT) {
+            if name.ends_with("router.fc2.weight") {
                 var.set(&(var.as_detached_tensor() * scale)?)?;
-            } else if name.ends_with(names::ROUTER_FC2_BIAS) {
+            } else if name.ends_with("router.fc2.bias") {
                 var.set(&((var.as_detached_tensor() * scale)? + shift)?)?;
             }
         }
@@ -112,14 +112,14 @@ impl TrainModel {
     pub(super) fn shell_shares(&self) -> Vec<f32> {
         let widths = self.config.expert_widths();
         let full = self.config.intermediate_size as f32;
-        dynamoe::swiglu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect()
+        dynamoe::train::swiglu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect()
     }
 }
 
 /// Whether the tensor `name` of a model is trained.
 fn is_trained(name: &str, train: &TrainConfig, separate: bool) -> bool {
     let group = Group::of(name);
-    let routes = train.method.has_router() || name.ends_with(names::COMPENSATION);
+    let routes = train.method.has_router() || name.ends_with("router.compensation");
     let wanted = match group {
         Group::Router => routes && train.method != Method::Dense,
         Group::Separate => train.method != Method::Dense && train.train != Trained::Routers,
@@ -133,40 +133,32 @@ fn layer_weights(
     layer: usize,
     take: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
 ) -> Result<(TrainableFfn, Option<RouterWeights>)> {
-    let (d, i) = (config.hidden_size, config.intermediate_size);
-    let widths = config.expert_widths();
-    let narrower = widths.len() - 1;
-    let mut take = |name: &str, shape: &[usize]| take(&names::mlp(layer, name), shape);
+    let (d, section) = (config.hidden_size, config.dynamoe.as_ref());
+    let mut take = |name: &str, shape: &[usize]| {
+        take(&tensors::full_name(layer, name), shape)
+            .map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
+    };
+    let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut take)?;
+    let separate = section.and_then(|section| tensors::separate(section, d));
+    let separate = separate.map(|table| tensors::read_projections(&table, &mut take)).transpose()?;
+    let compensation = section.and_then(|section| tensors::compensation(section, d));
+    let compensation = compensation.map(|named| tensors::read(&named, &mut take)).transpose()?;
     let ffn = TrainableFfn {
-        gate_proj: take(names::GATE_PROJ, &[i, d])?,
-        up_proj: take(names::UP_PROJ, &[i, d])?,
-        down_proj: take(names::DOWN_PROJ, &[d, i])?,
-        own: match config.dynamoe.as_ref().map_or(0, |dynamoe| dynamoe.own_width()) {
-            0 => None,
-            p => Some([
-                take(names::OWN_GATE_PROJ, &[p, d])?,
-                take(names::OWN_UP_PROJ, &[p, d])?,
-                take(names::OWN_DOWN_PROJ, &[d, p])?,
-            ]),
-        },
-        compensation: match &config.dynamoe {
-            Some(dynamoe) if dynamoe.router.compensation => Some(take(names::COMPENSATION, &[narrower, d])?),
-            _ => None,
-        },
-        widths,
+        gate_proj: dense.gate_proj,
+        up_proj: dense.up_proj,
+        down_proj: dense.down_proj,
+        separate,
+        compensation,
+        widths: config.expert_widths(),
     };
-    let router = match &config.dynamoe {
-        Some(dynamoe) if dynamoe.router.kind == dynamoe::RouterKind::Mlp => {
-            let r = dynamoe.router.hidden_size;
-            Some(RouterWeights {
-                fc1: [take(names::ROUTER_FC1_WEIGHT, &[r, d])?, take(names::ROUTER_FC1_BIAS, &[r])?],
-                fc2: [
-                    take(names::ROUTER_FC2_WEIGHT, &[narrower, r])?,
-                    take(names::ROUTER_FC2_BIAS, &[narrower])?,
-                ],
-            })
-        }
-        _ => None,
+    let Some(table) = section.and_then(|section| tensors::router(section, d)) else {
+        return Ok((ffn, None));
     };
-    Ok((ffn, router))
+    let mut read = |named| tensors::read(named, &mut take);
+    let [fc1_weight, fc1_bias, fc2_weight, fc2_bias] = &table;
+    let router = RouterWeights {
+        fc1: [read(fc1_weight)?, read(fc1_bias)?],
+        fc2: [read(fc2_weight)?, read(fc2_bias)?],
+    };
+    Ok((ffn, Some(router)))
 }

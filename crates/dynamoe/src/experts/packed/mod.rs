@@ -17,19 +17,18 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::Activation;
 
-use super::{NestedExperts, Shell};
+use super::{NestedExperts, Projections, rows};
 use crate::cpu::{Host, Isa, PackedMatrix};
 use pass::Task;
 
 /// Experts as shells of packed matrices, each of any type that can be packed.
 #[derive(Debug, Clone)]
 pub struct PackedExperts {
-    shells: Vec<Shell<Arc<PackedMatrix>>>,
+    shells: Vec<Projections<Arc<PackedMatrix>>>,
     activation: Activation,
     widths: Vec<usize>,
     hidden_size: usize,
-    own_shells: usize,
-    narrow: Option<Arc<Self>>,
+    smaller: Option<Arc<Self>>,
 }
 
 impl PackedExperts {
@@ -40,7 +39,7 @@ impl PackedExperts {
     /// [`crate::Error::Widths`] if widths do not increase or are not as many as the shells,
     /// [`crate::Error::Shape`] for a matrix of another shape; an activation that changes its input's shape.
     pub fn new(
-        shells: Vec<Shell<Arc<PackedMatrix>>>,
+        shells: Vec<Projections<Arc<PackedMatrix>>>,
         activation: Activation,
         widths: &[usize],
     ) -> crate::Result<Self> {
@@ -52,20 +51,12 @@ impl PackedExperts {
         let hidden_size = shells[0].down_proj.shape().0;
         let mut start = 0;
         for (shell, &end) in shells.iter().zip(widths) {
-            let (inner, outer) = ((end - start, hidden_size), (hidden_size, end - start));
-            for (matrix, name, expected) in [
-                (&shell.gate_proj, crate::names::GATE_PROJ, inner),
-                (&shell.up_proj, crate::names::UP_PROJ, inner),
-                (&shell.down_proj, crate::names::DOWN_PROJ, outer),
-            ] {
-                if matrix.shape() != expected {
-                    let found = matrix.shape();
-                    let pair = |(a, b): (usize, usize)| vec![a, b];
-                    return Err(crate::Error::Shape {
-                        tensor: format!("{name}, shell of neurons {start} to {end}"),
-                        expected: pair(expected),
-                        found: pair(found),
-                    });
+            let expected = crate::tensors::dense(end - start, hidden_size).into_array();
+            for (matrix, (name, expected)) in shell.as_ref().into_array().into_iter().zip(expected) {
+                let found = vec![matrix.shape().0, matrix.shape().1];
+                if found != expected {
+                    let tensor = format!("{name}, shell of neurons {start} to {end}");
+                    return Err(crate::Error::Shape { tensor, expected, found });
                 }
             }
             start = end;
@@ -75,27 +66,27 @@ impl PackedExperts {
             return Err(candle_core::Error::Msg(problem.into()).into());
         }
         let widths = widths.to_vec();
-        Ok(Self { shells, activation, widths, hidden_size, own_shells: 0, narrow: None })
+        Ok(Self { shells, activation, widths, hidden_size, smaller: None })
     }
 
-    /// The same whose narrow experts have `own` in place of as many first shells; the other shells are shared.
+    /// Adds separate weights for the smaller experts, in place of as many first shells; they share the other shells.
     ///
     /// # Errors
     /// As many shells as experts, or more; as [`PackedExperts::new`].
-    pub fn with_own(self, own: Vec<Shell<Arc<PackedMatrix>>>) -> crate::Result<Self> {
-        let (own_shells, narrower) = (own.len(), self.shells.len() - 1);
-        crate::config::check_own_shells(own_shells, self.shells.len())?;
-        if own_shells == 0 {
-            return Ok(Self { own_shells, narrow: None, ..self });
+    pub fn with_separate(self, separate: Vec<Projections<Arc<PackedMatrix>>>) -> crate::Result<Self> {
+        crate::config::check_own_shells(separate.len(), self.shells.len())?;
+        if separate.is_empty() {
+            return Ok(Self { smaller: None, ..self });
         }
-        let shared = self.shells[own_shells..narrower].iter().cloned();
-        let shells = own.into_iter().chain(shared).collect();
-        let narrow = Self::new(shells, self.activation, &self.widths[..narrower])?;
-        Ok(Self { own_shells, narrow: Some(Arc::new(narrow)), ..self })
+        let smaller = self.shells.len() - 1;
+        let shared = self.shells[separate.len()..smaller].iter().cloned();
+        let shells = separate.into_iter().chain(shared).collect();
+        let smaller = Self::new(shells, self.activation, &self.widths[..smaller])?;
+        Ok(Self { smaller: Some(Arc::new(smaller)), ..self })
     }
 
     /// The shells, narrowest expert's first.
-    pub fn shells(&self) -> &[Shell<Arc<PackedMatrix>>] {
+    pub fn shells(&self) -> &[Projections<Arc<PackedMatrix>>] {
         &self.shells
     }
 
@@ -147,11 +138,8 @@ impl NestedExperts for PackedExperts {
         self.forward_ordered(Isa::best(), x, order, reach)
     }
 
-    fn own_shells(&self) -> usize {
-        self.own_shells
-    }
-
-    fn narrow_experts(&self) -> Option<&dyn NestedExperts> {
-        self.narrow.as_deref().map(|narrow| narrow as _)
+    fn forward_separate(&self, x: &Tensor, order: &[u32], reach: &[usize]) -> Option<Result<Tensor>> {
+        let smaller = self.smaller.as_deref()?;
+        Some(rows(x, order).and_then(|x| smaller.forward(&x, reach)))
     }
 }

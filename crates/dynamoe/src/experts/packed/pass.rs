@@ -12,7 +12,7 @@ use candle_nn::Activation;
 use crate::cpu::{
     Encoding, Input, Isa, LANES, Output, PackedMatrix, Phase, Sums, TILE, Writer, groups_each, run, unset,
 };
-use crate::experts::Shell;
+use crate::experts::Projections;
 
 /// How many sums of 16 rows an item of few tokens keeps: groups times tokens.
 const RUN: usize = 8 * TILE;
@@ -24,7 +24,7 @@ const CHUNK: usize = 256;
 #[derive(Clone, Copy)]
 pub(super) struct Task<'a> {
     pub isa: Isa,
-    pub shells: &'a [Shell<Arc<PackedMatrix>>],
+    pub shells: &'a [Projections<Arc<PackedMatrix>>],
     pub activation: Activation,
     /// `H_e` of each expert: where each shell ends.
     pub widths: &'a [usize],
@@ -133,7 +133,7 @@ impl Pass<'_> {
     fn run_phases(&self) {
         let task = &self.task;
         let (tokens, d) = (task.order.len(), task.hidden_size);
-        let bytes = |of: fn(&Shell<Arc<PackedMatrix>>) -> usize| -> usize {
+        let bytes = |of: fn(&Projections<Arc<PackedMatrix>>) -> usize| -> usize {
             task.shells.iter().zip(task.reach).map(|(s, &rows)| of(s) * rows).sum()
         };
         let inner = bytes(|s| s.gate_proj.bytes() + s.up_proj.bytes());
@@ -182,7 +182,7 @@ impl Pass<'_> {
 
     /// Few tokens: computes the floats of neurons.
     fn compute_neurons(&self, item: &Item) {
-        let (isa, Shell { gate_proj, up_proj, .. }) = (self.task.isa, &self.task.shells[item.shell]);
+        let (isa, Projections { gate_proj, up_proj, .. }) = (self.task.isa, &self.task.shells[item.shell]);
         let (tokens, start) = (item.tokens.len(), self.task.shell_start(item.shell));
         let groups = item.neurons.start / LANES..item.neurons.end.div_ceil(LANES);
         // one matrix after the other: the memory delivers long runs faster
@@ -245,7 +245,7 @@ impl Pass<'_> {
 
     /// Gate and up of one group for tokens of one panel. With SiLU, the first becomes `h`.
     fn compute_group(&self, shell: usize, group: usize, tokens: Range<usize>, [gate, up]: &mut [Sums; 2]) {
-        let Shell { gate_proj, up_proj, .. } = &self.task.shells[shell];
+        let Projections { gate_proj, up_proj, .. } = &self.task.shells[shell];
         let (gate, up) = (&mut gate[..tokens.len()], &mut up[..tokens.len()]);
         gate.fill([0.0; LANES]);
         up.fill([0.0; LANES]);

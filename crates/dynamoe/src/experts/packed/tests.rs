@@ -42,7 +42,7 @@ impl Layer {
             gate.extend(g);
             up.extend(u);
             down.push(w);
-            Shell { gate_proj, up_proj, down_proj }
+            Projections { gate_proj, up_proj, down_proj }
         });
         let experts = PackedExperts::new(shells.collect(), act, widths).unwrap();
         Self { experts, down_type: types[2], gate, up, down, widths: widths.to_vec(), d }
@@ -185,7 +185,7 @@ fn shells_of_other_shapes_are_refused() {
     let zeros = |n, k| {
         Arc::new(PackedMatrix::from_tensor(&Tensor::zeros((n, k), DType::F32, &CPU).unwrap()).unwrap())
     };
-    let shell = |n, d| Shell { gate_proj: zeros(n, d), up_proj: zeros(n, d), down_proj: zeros(d, n) };
+    let shell = |n, d| Projections { gate_proj: zeros(n, d), up_proj: zeros(n, d), down_proj: zeros(d, n) };
     let new = |shells, widths: &[usize]| PackedExperts::new(shells, Activation::Silu, widths);
     assert!(new(vec![shell(8, 4), shell(8, 4)], &[8, 16]).is_ok());
     assert!(new(vec![shell(8, 4), shell(8, 4)], &[8, 17]).is_err());

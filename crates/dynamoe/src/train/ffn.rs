@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::swiglu::{masked_swiglu, shell_ranges};
+use super::swiglu::{masked_swiglu, shell_ranges};
+use crate::experts::Projections;
 
 /// The weights of one FFN while it is trained.
 #[derive(Debug, Clone)]
@@ -13,9 +14,9 @@ pub struct TrainableFfn {
     pub up_proj: Tensor,
     /// `(D, I)`
     pub down_proj: Tensor,
-    /// Narrow experts' own first shells, in place of the dense FFN's: gate `(P, D)`, up `(P, D)`, down `(D, P)`, where
-    /// `P` is the width of one of the narrow experts.
-    pub own: Option<[Tensor; 3]>,
+    /// The smaller experts' separate weights, in place of the dense FFN's first neurons: gate and up `(P, D)`, down
+    /// `(D, P)`, where `P` is the width of one of these experts.
+    pub separate: Option<Projections<Tensor>>,
     /// `(E-1, D)`
     pub compensation: Option<Tensor>,
     /// `H_e`, ending at `I`.
@@ -25,9 +26,6 @@ pub struct TrainableFfn {
 impl TrainableFfn {
     /// `Σ_e p_e O_e(x)` for `x (N, D)`, where `reach (N, E)` holds `reach_s = Σ_{e ≥ s} p_e`: 1 in its first
     /// column, never increasing along a row.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn forward(&self, x: &Tensor, reach: &Tensor) -> Result<Tensor> {
         self.forward_with(x, reach, |x, w| x.matmul(&w.t()?))
     }
@@ -48,46 +46,47 @@ impl TrainableFfn {
             linear(&h, &ffn.down_proj) // (N, D)
         };
         let y = match self.split(reach)? {
-            Some([(shared, by_shared), (own, by_own)]) => {
-                (product(&shared, &by_shared)? + product(&own, &by_own)?)?
+            Some([(shared, of_shared), (separate, of_separate)]) => {
+                (product(&shared, &of_shared)? + product(&separate, &of_separate)?)?
             }
             None => product(self, reach)?,
         };
         self.compensate(y, reach)
     }
 
-    /// The dense FFN's neurons and narrow experts' own, each with its use of shells, without compensation; their
-    /// outputs add up. None where narrow experts have nothing of their own.
+    /// The dense FFN's neurons and the smaller experts' separate ones, each with its use of shells, without
+    /// compensation; their outputs add up. None if there are no separate weights.
     ///
     /// # Errors
-    /// candle's; an own width that is not one of a narrow expert.
+    /// candle's; separate weights for another number of neurons than a smaller expert has.
     pub fn split(&self, reach: &Tensor) -> Result<Option<[(Self, Tensor); 2]>> {
-        let Some([gate, up, down]) = &self.own else { return Ok(None) };
-        let (width, experts) = (gate.dim(0)?, self.widths.len());
+        let Some(separate) = &self.separate else { return Ok(None) };
+        let (width, experts) = (separate.gate_proj.dim(0)?, self.widths.len());
         let Some(last) = self.widths[..experts - 1].iter().position(|&w| w == width) else {
-            bail!("own neurons: expected the width of a narrow expert of {:?}, found {width}", self.widths);
+            bail!(
+                "separate weights: expected as many neurons as a smaller expert of {:?} has, found {width}",
+                self.widths
+            );
         };
         let shells = last + 1;
         let full = reach.narrow(1, experts - 1, 1)?; // (N, 1)
-        let by_own = reach.narrow(1, 0, shells)?.broadcast_sub(&full)?;
-        let by_shared =
+        let of_separate = reach.narrow(1, 0, shells)?.broadcast_sub(&full)?;
+        let of_shared =
             [full.broadcast_as((reach.dim(0)?, shells))?, reach.narrow(1, shells, experts - shells)?];
-        let own = Self {
-            gate_proj: gate.clone(),
-            up_proj: up.clone(),
-            down_proj: down.clone(),
-            own: None,
+        let Projections { gate_proj, up_proj, down_proj } = separate.clone();
+        let separate = Self {
+            gate_proj,
+            up_proj,
+            down_proj,
+            separate: None,
             compensation: None,
             widths: self.widths[..shells].to_vec(),
         };
-        let shared = Self { own: None, compensation: None, ..self.clone() };
-        Ok(Some([(shared, Tensor::cat(&by_shared, 1)?), (own, by_own)]))
+        let shared = Self { separate: None, compensation: None, ..self.clone() };
+        Ok(Some([(shared, Tensor::cat(&of_shared, 1)?), (separate, of_separate)]))
     }
 
     /// Adds the compensation to `y (N, D)`.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn compensate(&self, y: Tensor, reach: &Tensor) -> Result<Tensor> {
         let narrower = self.widths.len() - 1;
         match &self.compensation {
@@ -102,9 +101,6 @@ impl TrainableFfn {
 
     /// `O_e(x)` of every expert, narrowest first, each `(N, D)`, compensation included. Gradients flow through
     /// all of them; detach where they only label.
-    ///
-    /// # Errors
-    /// candle's.
     pub fn expert_outputs(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let shells = |[gate, up, down]: [&Tensor; 3]| -> Result<Vec<Tensor>> {
             let h = (x.matmul(&gate.t()?)?.silu()? * x.matmul(&up.t()?)?)?; // (N, I)
@@ -116,13 +112,14 @@ impl TrainableFfn {
             within.map(part).collect()
         };
         let dense = shells([&self.gate_proj, &self.up_proj, &self.down_proj])?;
-        let own = self.own.as_ref().map_or(Ok(Vec::new()), |own| shells(own.each_ref()))?;
+        let separate =
+            self.separate.as_ref().map_or(Ok(Vec::new()), |part| shells(part.as_ref().into_array()))?;
         let narrower = dense.len() - 1;
         let mut outputs: Vec<Tensor> = Vec::with_capacity(dense.len());
-        for (s, part) in own.iter().chain(&dense[own.len()..narrower]).enumerate() {
+        for (s, part) in separate.iter().chain(&dense[separate.len()..narrower]).enumerate() {
             outputs.push(if s > 0 { (&outputs[s - 1] + part)? } else { part.clone() });
         }
-        outputs.push(match (&own[..], outputs.last()) {
+        outputs.push(match (&separate[..], outputs.last()) {
             ([], Some(narrower)) => (narrower + &dense[dense.len() - 1])?,
             _ => dense.iter().skip(1).try_fold(dense[0].clone(), |sum, part| sum + part)?,
         });

@@ -18,7 +18,7 @@ use crate::math::sigmoid;
 /// One pass on a CPU in f32; elsewhere made of candle's operations.
 ///
 /// # Errors
-/// Shapes that do not fit; candle's.
+/// Shapes that do not fit.
 pub fn masked_swiglu(gate: &Tensor, up: &Tensor, reach: &Tensor, widths: &[usize]) -> Result<Tensor> {
     let (n, i) = gate.dims2()?;
     if up.dims() != [n, i] || reach.dims() != [n, widths.len()] || widths.last() != Some(&i) {
@@ -37,9 +37,6 @@ pub fn masked_swiglu(gate: &Tensor, up: &Tensor, reach: &Tensor, widths: &[usize
 }
 
 /// [`masked_swiglu`] made of candle's operations.
-///
-/// # Errors
-/// candle's.
 pub fn masked_swiglu_reference(
     gate: &Tensor,
     up: &Tensor,
@@ -148,8 +145,8 @@ pub fn forward_rows([gate, up, reach]: [&[f32]; 3], widths: &[usize], h: &mut [f
     }
 }
 
-/// Backwards through [`forward_rows`], in place: `gate` and `up` become the gradients by them, and the gradient by
-/// `h` becomes `h`. Writes the gradient by `reach`. All row-major.
+/// Backwards through [`forward_rows`], in place. On return `gate` and `up` hold their own gradients, and `h`, which held
+/// dL/dh, holds h. Writes the gradient with respect to `reach`. All row-major.
 pub fn backward_rows([gate, up, h]: [&mut [f32]; 3], reach: &[f32], widths: &[usize], d_reach: &mut [f32]) {
     let (i, e) = (widths[widths.len() - 1], widths.len());
     let rows = gate.chunks_exact_mut(i).zip(up.chunks_exact_mut(i)).zip(h.chunks_exact_mut(i));
@@ -165,7 +162,7 @@ pub fn backward_rows([gate, up, h]: [&mut [f32]; 3], reach: &[f32], widths: &[us
 /// Numbers that the inner loops handle at once.
 const LANES: usize = 16;
 
-/// One token, one shell of [`backward_rows`]. Returns the gradient by the mask, the sum of
+/// One token, one shell of [`backward_rows`]. Returns the gradient with respect to the mask, the sum of
 /// `silu(gate) ∘ up ∘ dh`: [`LANES`] partial sums, whose order does not change.
 fn backward_shell([gate, up, h]: [&mut [f32]; 3], mask: f32) -> f32 {
     let one = |gate: &mut f32, up: &mut f32, h: &mut f32| {

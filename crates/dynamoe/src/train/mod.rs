@@ -1,0 +1,6 @@
+//! The layer while it is trained: one full-width pass that has every expert's gradient.
+
+mod ffn;
+pub mod swiglu;
+
+pub use ffn::TrainableFfn;
