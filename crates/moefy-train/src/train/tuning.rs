@@ -5,13 +5,14 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The constants, with where each value comes from. A learning rate of 0 leaves its weights as they are. "Measured" means on stories260k, see docs/log.md.
+/// The constants, with where each value comes from. A learning rate of 0 leaves its weights as they are. "Measured" means
+/// on stories260k, see docs/log.md.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Tuning {
-    /// Learning rate of the routers, as a multiple of the training's. Measured.
+    /// Learning rate of routers and compensation, as a multiple of the training's. Measured.
     pub router_lr: f64,
-    /// Learning rate of the smaller experts' separate weights and of compensation's FFN neurons, likewise. Measured.
+    /// Learning rate of the smaller experts' separate weights, likewise. Measured.
     pub separate_lr: f64,
     /// Learning rate of the dense FFN where smaller experts have separate weights: every width uses these weights, so a
     /// small rate keeps the full model what it was. Measured.
@@ -134,6 +135,23 @@ impl Tuning {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_documentation_lists_every_constant_with_its_value() {
+        let text = include_str!("../../../../docs/method.md");
+        let section = text.split("\n## ").find(|section| section.starts_with("Constants\n")).unwrap();
+        let row = |line: &str| {
+            let mut cells = line.split('|').map(str::trim).skip(1);
+            let key = cells.next()?.strip_prefix('`')?.strip_suffix('`')?.to_owned();
+            Some((key, cells.next()?.parse::<f64>().ok()?))
+        };
+        let documented: Vec<(String, f64)> = section.lines().filter_map(row).collect();
+        let constants = serde_json::to_value(Tuning::default()).unwrap();
+        let constants = constants.as_object().unwrap().iter();
+        let constants: Vec<(String, f64)> =
+            constants.map(|(key, value)| (key.clone(), value.as_f64().unwrap())).collect();
+        assert_eq!(documented, constants);
+    }
 
     #[test]
     fn constants_are_set_by_name() {
