@@ -16,6 +16,7 @@ use http::{Server, chat, with};
 use moefy_train::{
     data::{PaddedBatch, Scope, TextOptions, Texts, load_tokenizer},
     evaluate::{Setting, point},
+    progress::Progress,
 };
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
@@ -57,7 +58,7 @@ async fn losses_agree(folder: &Path, batches: &[PaddedBatch], sensitivities: [f6
             }
         }
         let setting = Setting::uniform(sensitivity, model.config().num_hidden_layers);
-        let trainers = point(&model, batches, &setting).unwrap();
+        let trainers = point(&model, batches, &setting, &Progress::hidden()).unwrap();
         let ours = sum / tokens as f64;
         println!(
             "sensitivity {sensitivity}, {tokens} tokens, mean width {:.3}: engine {ours:.5}, trainer {:.5}",

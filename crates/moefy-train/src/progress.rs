@@ -1,56 +1,158 @@
-//! A progress bar where there is a terminal, plain lines where there is none. Both go to standard error.
+//! Progress of long work, with its rate and the time left: a bar where there is a terminal, plain lines where there is
+//! none. Both go to standard error.
 
 use std::io::{IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Seconds between plain lines.
-const PLAIN_EVERY: Duration = Duration::from_secs(10);
+/// Time between plain lines.
+const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
-/// Progress of one piece of long work.
+/// Progress of one piece of long work. Tasks on several threads may add to it.
 pub struct Progress {
     bar: ProgressBar,
     label: String,
-    plain: Option<Instant>,
-    started: Instant,
+    unit: &'static str,
+    /// Units that were done before.
     first: u64,
+    started: Instant,
+    /// What the work says of itself, such as a loss.
+    message: Mutex<String>,
+    /// When the last plain line was written; none where there are no plain lines.
+    plain: Option<Mutex<Instant>>,
 }
 
 impl Progress {
-    /// `total` units of work named `label`, of which `done` were done earlier.
-    pub fn new(label: &str, total: u64, done: u64) -> Self {
+    /// `total` units (such as "tokens") of work named `label`, of which `done` were done earlier.
+    pub fn new(label: &str, unit: &'static str, total: u64, done: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = ProgressBar::with_draw_target(
-            Some(total),
-            if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
-        );
-        if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta} left") {
+        let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Self::shown(label, unit, [total, done], target, !terminal)
+    }
+
+    /// Progress that nobody sees.
+    pub fn hidden() -> Self {
+        Self::shown("", "", [0, 0], ProgressDrawTarget::hidden(), false)
+    }
+
+    fn shown(
+        label: &str,
+        unit: &'static str,
+        [total, done]: [u64; 2],
+        target: ProgressDrawTarget,
+        plain: bool,
+    ) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(total), target);
+        if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {msg}") {
             bar.set_style(style);
         }
         bar.set_prefix(label.to_owned());
         bar.set_position(done);
-        bar.reset_eta();
-        let plain = (!terminal).then(Instant::now);
-        Self { bar, label: label.to_owned(), plain, started: Instant::now(), first: done }
-    }
-
-    /// `done` units are done in all; `message` holds rate, loss and the like.
-    pub fn update(&mut self, done: u64, message: &str) {
-        self.bar.set_position(done);
-        self.bar.set_message(message.to_owned());
-        let total = self.bar.length().unwrap_or(done);
-        if let Some(last) = self.plain.filter(|last| last.elapsed() >= PLAIN_EVERY || done == total) {
-            let rate = (done - self.first) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
-            let left = ((total - done.min(total)) as f64 / rate.max(1e-9)).round();
-            // a reader that has left must not end the training
-            let _ = writeln!(std::io::stderr(), "{} {done}/{total} {message} {left:.0} s left", self.label);
-            self.plain = Some(last + last.elapsed());
+        let started = Instant::now();
+        Self {
+            bar,
+            label: label.to_owned(),
+            unit,
+            first: done,
+            started,
+            message: Mutex::default(),
+            plain: plain.then(|| Mutex::new(started)),
         }
     }
 
-    /// Removes the bar.
+    /// `units` more are done.
+    pub fn add(&self, units: u64) {
+        self.bar.inc(units);
+        self.show();
+    }
+
+    /// `done` units are done in all; `message` holds a loss and the like.
+    pub fn update(&self, done: u64, message: String) {
+        *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message;
+        self.bar.set_position(done);
+        self.show();
+    }
+
+    /// Removes the bar, or writes a last line.
     pub fn finish(self) {
         self.bar.finish_and_clear();
+        if self.plain.is_some() {
+            self.write(&format!("in {}", time(self.started.elapsed().as_secs_f64())));
+        }
+    }
+
+    fn show(&self) {
+        if !self.bar.is_hidden() {
+            self.bar.set_message(format!("{}, {} left", self.status(), self.left()));
+        }
+        let Some(plain) = &self.plain else { return };
+        let mut last = plain.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.elapsed() >= PLAIN_EVERY {
+            *last = Instant::now();
+            self.write(&format!("{} left", self.left()));
+        }
+    }
+
+    /// A plain line. A reader that has left must not end the work.
+    fn write(&self, end: &str) {
+        let _ = writeln!(std::io::stderr(), "{} {}, {end}", self.label, self.status());
+    }
+
+    /// Units in a second since it began; 0 before anything is done.
+    fn rate(&self) -> f64 {
+        (self.bar.position() - self.first.min(self.bar.position())) as f64
+            / self.started.elapsed().as_secs_f64().max(1e-9)
+    }
+
+    /// `DONE/TOTAL UNIT, MESSAGE, RATE UNIT/s`
+    fn status(&self) -> String {
+        let (done, total, unit) = (self.bar.position(), self.bar.length().unwrap_or(0), self.unit);
+        let message = self.message.lock().unwrap_or_else(PoisonError::into_inner);
+        let between = if message.is_empty() { "" } else { ", " };
+        let rate = self.rate();
+        let digits = if rate < 10.0 { 2 } else { 0 };
+        format!("{done}/{total} {unit}{between}{message}, {rate:.digits$} {unit}/s")
+    }
+
+    fn left(&self) -> String {
+        let left = self.bar.length().unwrap_or(0).saturating_sub(self.bar.position());
+        let rate = self.rate();
+        if rate > 0.0 { time(left as f64 / rate) } else { "?".into() }
+    }
+}
+
+/// Seconds as people say them.
+pub fn time(seconds: f64) -> String {
+    match seconds.round() as u64 {
+        s @ ..120 => format!("{s} s"),
+        s @ ..7200 => format!("{} min", s / 60),
+        s => format!("{} h {} min", s / 3600, s % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short() {
+        let all = [0.4, 119.0, 120.0, 7199.0, 7261.0, 1e6].map(time);
+        assert_eq!(all, ["0 s", "119 s", "2 min", "119 min", "2 h 1 min", "277 h 46 min"]);
+    }
+
+    #[test]
+    fn a_rate_counts_what_was_done_since_the_start() {
+        let mut progress = Progress::shown("", "tokens", [1000, 400], ProgressDrawTarget::hidden(), false);
+        progress.started -= Duration::from_secs(10);
+        assert_eq!(progress.left(), "?");
+        std::thread::scope(|scope| {
+            (0..4).for_each(|_| drop(scope.spawn(|| progress.add(50))));
+        });
+        assert!((progress.rate() - 20.0).abs() < 0.1, "{}", progress.rate());
+        assert_eq!(progress.left(), "20 s");
+        progress.update(700, "loss 3".into());
+        assert_eq!(progress.status(), "700/1000 tokens, loss 3, 30 tokens/s");
     }
 }

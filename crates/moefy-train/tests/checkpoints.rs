@@ -375,7 +375,7 @@ fn a_value_too_large_for_the_new_type_is_refused() {
         "model.norm.weight".to_owned(),
         Tensor::full(1e6f32, HIDDEN, &Device::Cpu).unwrap(),
     )]);
-    save_model(&source, &weights, None, &big, false).unwrap();
+    save_model(&source, &weights, None, &big, &mut drop).unwrap();
     let options = ExportOptions { dtype: Some(Dtype::F16), ..Default::default() };
     let result = export(&Checkpoint::open(&big).unwrap(), &options, &dir.path().join("half"));
     assert_says(result, &["model.norm.weight", "[0]", "F16", "wider type"]);
@@ -395,7 +395,10 @@ fn save_model_replaces_weights_in_the_sources_type() {
     ]);
     let mut section = routed.config().dynamoe.clone().unwrap();
     section.budgets = vec![Budget { width: 0.5, sensitivity: Sensitivity::PerLayer(vec![0.1, 0.2]) }];
-    save_model(&routed, &weights, Some(&section), &dir.path().join("tuned"), false).unwrap();
+    let mut bytes = 0;
+    save_model(&routed, &weights, Some(&section), &dir.path().join("tuned"), &mut |tensor| bytes += tensor)
+        .unwrap();
+    assert_eq!(bytes, routed.names().map(|name| routed.info(name).unwrap().len as u64).sum::<u64>());
     let tuned = Checkpoint::open(&dir.path().join("tuned")).unwrap();
     assert_eq!(values(&tuned, "model.norm.weight")[0], half::bf16::from_f32(1.01).to_f32());
     assert_eq!(values(&tuned, &fc2), [1.01, 1.01]);
@@ -409,9 +412,9 @@ fn save_model_replaces_weights_in_the_sources_type() {
     assert_eq!(Checkpoint::open(tuned.dir()).unwrap().config().dynamoe.as_ref(), Some(&section));
 
     let unknown = BTreeMap::from([("model.extra".to_owned(), weights[&fc2].clone())]);
-    assert_says(save_model(&routed, &unknown, None, &dir.path().join("x"), false), &["model.extra"]);
+    assert_says(save_model(&routed, &unknown, None, &dir.path().join("x"), &mut drop), &["model.extra"]);
     let nan = BTreeMap::from([(fc2.clone(), Tensor::full(f32::NAN, 2, &Device::Cpu).unwrap())]);
-    assert_says(save_model(&routed, &nan, None, &dir.path().join("x"), false), &[&fc2, "[0]", "NaN"]);
+    assert_says(save_model(&routed, &nan, None, &dir.path().join("x"), &mut drop), &[&fc2, "[0]", "NaN"]);
 }
 
 #[test]
@@ -735,7 +738,7 @@ fn a_tied_output_matrix_is_left_out_of_what_is_written() {
     let converted = Checkpoint::open(&converted).unwrap();
     let embedding = Tensor::zeros((20, HIDDEN), candle_core::DType::F32, &Device::Cpu).unwrap();
     let weights = BTreeMap::from([(EMBEDDING.to_owned(), embedding)]);
-    save_model(&converted, &weights, None, &trained, false).unwrap();
+    save_model(&converted, &weights, None, &trained, &mut drop).unwrap();
     export_dense(&Checkpoint::open(&trained).unwrap(), &dir.path().join("back"), false).unwrap();
     for folder in ["converted", "trained", "back"] {
         let file = std::fs::read(dir.path().join(folder).join("model.safetensors")).unwrap();

@@ -206,6 +206,37 @@ fn the_whole_way() {
     assert!(lab.path("out/report.html").is_file());
 }
 
+/// Every phase says how far it is, how fast, and how long it took.
+#[test]
+fn every_phase_shows_its_progress() {
+    let lab = Lab::new();
+    let args = run_args("out", "1280", &["--baselines", "static"]);
+    let output = lab.output(&args);
+    let lines = String::from_utf8(output.stderr.clone()).unwrap();
+    finished(output, &args);
+    for (phase, unit) in [
+        ("reading activations", "tokens"),
+        ("ordering neurons", "layers"),
+        ("converting", "layers"),
+        ("measuring the dense model", "tokens"),
+        ("DynaMoE", "tokens"),
+        ("solving the dial", "budgets"),
+        ("writing the checkpoint", "bytes"),
+        ("measuring the curve", "tokens"),
+        ("static nested", "tokens"),
+    ] {
+        let found = lines.lines().find_map(|line| line.strip_prefix(phase)).map(str::to_owned);
+        let found = found.unwrap_or_else(|| panic!("{phase} is silent: {lines}"));
+        let (done, rest) = found.trim().split_once('/').unwrap();
+        let (total, rest) = rest.split_once(' ').unwrap();
+        assert_eq!(done, total, "{phase}: {found}");
+        assert!(rest.starts_with(unit) && rest.contains(&format!(" {unit}/s, in ")), "{phase}: {found}");
+    }
+    let evaluate = ["evaluate", "--model", "out", "--data", "valid.txt", "--budget", "0.5"];
+    let output = lab.output(&evaluate);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("evaluating "));
+}
+
 #[test]
 fn conversion_keeps_the_loss_for_every_architecture() {
     for architecture in common::ARCHITECTURES {

@@ -90,7 +90,7 @@ pub fn store_section(dir: &Path, section: &DynaMoeConfig) -> Result<()> {
 
 /// Writes `weights`, and what else `source` holds, as a new checkpoint in the source's types and sharding,
 /// with `section` (if given) as its `dynamoe` section; additions to the base that the section has no use for are left
-/// out.
+/// out. `written` is told the bytes of each tensor once it is written.
 ///
 /// # Errors
 /// A weight that the source does not have or of another shape, a value that is not finite, a failed read or
@@ -100,7 +100,7 @@ pub fn save_model(
     weights: &BTreeMap<String, Tensor>,
     section: Option<&DynaMoeConfig>,
     out: &Path,
-    force: bool,
+    written: &mut dyn FnMut(u64),
 ) -> Result<()> {
     for (name, tensor) in weights {
         let info = source.info(name).with_context(|| {
@@ -120,10 +120,14 @@ pub fn save_model(
     }
     plan.retain(|shard| !shard.is_empty());
     let specs: Vec<_> = plan.iter().flatten().cloned().collect();
-    write_folder(source, &config, plan, out, force, |writer| {
-        specs.iter().try_for_each(|TensorSpec { name, dtype, .. }| match weights.get(name) {
-            Some(tensor) => writer.push_tensor(name, tensor, *dtype),
-            None => copy_tensor(source, name, *dtype, writer),
+    write_folder(source, &config, plan, out, false, |writer| {
+        specs.iter().try_for_each(|spec| {
+            match weights.get(&spec.name) {
+                Some(tensor) => writer.push_tensor(&spec.name, tensor, spec.dtype)?,
+                None => copy_tensor(source, &spec.name, spec.dtype, writer)?,
+            }
+            written(spec.len());
+            Ok(())
         })
     })
 }

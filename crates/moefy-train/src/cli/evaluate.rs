@@ -11,7 +11,8 @@ use super::print;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::{Checkpoint, store_section};
 use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
-use moefy_train::evaluate::{Setting, budget, pairs_point, point, shuffled_point};
+use moefy_train::evaluate::{Setting, budget, pairs_point, point, scored_tokens, shuffled_point};
+use moefy_train::progress::Progress;
 use moefy_train::report::results::{Evaluation, PairsPoint, Point};
 
 /// Tokens on which a missing budget is solved.
@@ -90,10 +91,12 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         ..Evaluation::default()
     };
     let pairs = args.pairs.as_deref().map(|path| texts.pairs(path)).transpose()?;
+    let tokens = settings.len() as u64 * scored_tokens(&batches);
+    let progress = Progress::new("evaluating", "tokens", tokens, 0);
     for setting in &settings {
         if !batches.is_empty() {
             let measure = if args.shuffled { shuffled_point } else { point };
-            let point = measure(&model, &batches, setting)?;
+            let point = measure(&model, &batches, setting, &progress)?;
             if !args.json {
                 print_point(&point, evaluation.results.is_empty())?;
             }
@@ -103,6 +106,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
             evaluation.pairs.push(pairs_point(&model, pairs, setting)?);
         }
     }
+    progress.finish();
     if args.json {
         print(&format_args!("{}", serde_json::to_string_pretty(&evaluation)?))?;
     } else {

@@ -67,6 +67,11 @@ impl PaddedBatch {
         }
     }
 
+    /// How many targets count.
+    pub fn scored(&self) -> usize {
+        self.weights.iter().filter(|&&weight| weight > 0.0).count()
+    }
+
     /// Inputs (B, T) u32, targets (B, T) u32 and weights (B, T) f32.
     ///
     /// # Errors

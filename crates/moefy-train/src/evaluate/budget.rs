@@ -5,6 +5,7 @@ use dynamoe::{Budget, Sensitivity};
 
 use super::score::mean_width;
 use crate::data::PaddedBatch;
+use crate::progress::Progress;
 use dynamoe_model::RoutedModel;
 
 /// Widths of the table that a finished run stores.
@@ -175,13 +176,16 @@ impl<F: Fn(&[f64]) -> Result<f64>> Solver<F> {
     /// Those of [`Solver::solve`].
     pub fn table(&mut self, widths: &[f64]) -> Result<Vec<Budget>> {
         let mut rows: Vec<Budget> = Vec::new();
+        let progress = Progress::new("solving the dial", "budgets", widths.len() as u64, 0);
         for &asked in widths {
             let (sensitivity, found) = self.solve(asked)?;
             let width = if (found - asked).abs() <= TOLERANCE { asked } else { found };
             if rows.iter().all(|row| (row.width - width).abs() > 1e-9) {
                 rows.push(Budget { width, sensitivity });
             }
+            progress.add(1);
         }
+        progress.finish();
         rows.sort_by(|a, b| a.width.total_cmp(&b.width));
         Ok(rows)
     }

@@ -6,8 +6,9 @@ use dynamoe_model::RoutedModel;
 
 use super::oracle::Oracle;
 use super::score::{Policy, score};
-use super::{Setting, as_point, point};
+use super::{Setting, as_point, point, scored_tokens};
 use crate::data::{PaddedBatch, subsample};
+use crate::progress::Progress;
 use crate::report::results::{Curve, Point};
 
 /// Mean widths at which curves are measured, besides both ends of the dial.
@@ -19,6 +20,15 @@ const ORACLE_TOKENS: usize = 8_000;
 const ORACLE_ROUNDS: usize = 6;
 /// Prices of a token's whole width, in nats: each gives a point of the oracle's curve.
 const ORACLE_PRICES: [f64; 5] = [0.2, 0.5, 1.0, 2.0, 4.0];
+
+/// A place of a curve.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Place {
+    /// A value of the dial.
+    Dial(Dial),
+    /// Widths drawn at random for each token and layer, with this mean.
+    Random(f64),
+}
 
 /// A trained model and what its curve is measured with.
 pub struct Probe<'a> {
@@ -44,29 +54,27 @@ impl Probe<'_> {
         self.widths.iter().copied().filter(move |&width| width > narrowest && width < 1.0)
     }
 
-    /// Measures one sensitivity for all layers.
+    /// Measures the model at every one of `places`.
     ///
     /// # Errors
-    /// No tokens to score.
-    pub fn at(&self, sensitivity: f64) -> Result<Point> {
-        point(self.model, self.batches, &Setting::uniform(sensitivity, self.model.config().num_hidden_layers))
+    /// No tokens to score; a budget without a table in the model's configuration.
+    pub fn points(&self, places: &[Place]) -> Result<Vec<Point>> {
+        let tokens = places.len() as u64 * scored_tokens(self.batches);
+        let progress = Progress::new("measuring the curve", "tokens", tokens, 0);
+        let points = places.iter().map(|place| self.point(place, &progress)).collect();
+        progress.finish();
+        points
     }
 
-    /// Measures a mean width, through the table of budgets in the model's configuration.
-    ///
-    /// # Errors
-    /// No tokens to score; a model without such a table.
-    pub fn at_budget(&self, width: f64) -> Result<Point> {
-        point(self.model, self.batches, &Setting::of(Dial::Budget(width), self.model)?)
-    }
-
-    /// Measures widths drawn at random for each token and layer, with this mean.
-    ///
-    /// # Errors
-    /// No tokens to score.
-    pub fn at_random(&self, mean: f64) -> Result<Point> {
-        let scored = score(self.model, self.batches, &Policy::Random { mean, seed: self.seed })?;
-        Ok(Point { budget: Some(mean), ..as_point(self.model, &scored) })
+    fn point(&self, place: &Place, progress: &Progress) -> Result<Point> {
+        match *place {
+            Place::Dial(dial) => point(self.model, self.batches, &Setting::of(dial, self.model)?, progress),
+            Place::Random(mean) => {
+                let policy = Policy::Random { mean, seed: self.seed };
+                let scored = score(self.model, self.batches, &policy, progress)?;
+                Ok(Point { budget: Some(mean), ..as_point(self.model, &scored) })
+            }
+        }
     }
 }
 
@@ -81,8 +89,11 @@ pub fn oracle_curve(model: &RoutedModel, ffns: &[TrainableFfn], batches: &[Padde
     let layers = model.config().num_hidden_layers;
     let some = subsample(batches, ORACLE_TOKENS);
     let full = Setting::uniform(1.0, layers);
-    let offset = point(model, batches, &full)?.loss - point(model, &some, &full)?.loss;
-    let oracle = Oracle { model, ffns, rounds: ORACLE_ROUNDS };
+    let tokens = ORACLE_PRICES.len() as u64 * scored_tokens(&some);
+    let hidden = Progress::hidden();
+    let offset = point(model, batches, &full, &hidden)?.loss - point(model, &some, &full, &hidden)?.loss;
+    let progress = Progress::new("searching the oracle's routes", "tokens", tokens, 0);
+    let oracle = Oracle { model, ffns, rounds: ORACLE_ROUNDS, progress: &progress };
     let points = ORACLE_PRICES.iter().map(|&price| {
         let found = oracle.score(&some, &vec![0.5; layers], price)?;
         let point = as_point(model, &found);
@@ -91,5 +102,7 @@ pub fn oracle_curve(model: &RoutedModel, ffns: &[TrainableFfn], batches: &[Padde
     });
     let description = "The same weights, routed by a search that knows the next token: no router can be expected to \
                        reach this.";
-    Ok(Curve::sorted("oracle routing", description, points.collect::<Result<_>>()?))
+    let points = points.collect::<Result<_>>()?;
+    progress.finish();
+    Ok(Curve::sorted("oracle routing", description, points))
 }

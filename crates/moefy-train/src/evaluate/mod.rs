@@ -17,6 +17,7 @@ use rayon::prelude::*;
 pub use score::{Policy, Score, score};
 
 use crate::data::{BATCH_TOKENS, PaddedBatch, Pairs};
+use crate::progress::Progress;
 use crate::report::results::{PairsPoint, Point};
 use dynamoe_model::RoutedModel;
 
@@ -67,8 +68,13 @@ impl Setting {
 ///
 /// # Errors
 /// No tokens to score.
-pub fn point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) -> Result<Point> {
-    let measured = score(model, batches, &Policy::Dial(&setting.sensitivity))?;
+pub fn point(
+    model: &RoutedModel,
+    batches: &[PaddedBatch],
+    setting: &Setting,
+    progress: &Progress,
+) -> Result<Point> {
+    let measured = score(model, batches, &Policy::Dial(&setting.sensitivity), progress)?;
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
@@ -76,8 +82,13 @@ pub fn point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) ->
 ///
 /// # Errors
 /// As [`point`].
-pub fn shuffled_point(model: &RoutedModel, batches: &[PaddedBatch], setting: &Setting) -> Result<Point> {
-    let measured = score(model, batches, &Policy::Shuffled(&setting.sensitivity))?;
+pub fn shuffled_point(
+    model: &RoutedModel,
+    batches: &[PaddedBatch],
+    setting: &Setting,
+    progress: &Progress,
+) -> Result<Point> {
+    let measured = score(model, batches, &Policy::Shuffled(&setting.sensitivity), progress)?;
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
@@ -99,13 +110,25 @@ pub(crate) fn as_point(model: &RoutedModel, score: &Score) -> Point {
     }
 }
 
+/// How many tokens of `batches` are scored.
+pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
+    batches.iter().map(|batch| batch.scored() as u64).sum()
+}
+
 /// Accuracy on minimal pairs at one setting of the dial.
+///
+/// # Errors
+/// candle's.
 pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
+    let progress = Progress::new("scoring pairs", "tokens", scored_tokens(&batches), 0);
     let parts: Vec<Score> = batches
         .par_iter()
-        .map(|batch| score(model, std::slice::from_ref(batch), &Policy::Dial(&setting.sensitivity)))
+        .map(|batch| {
+            score(model, std::slice::from_ref(batch), &Policy::Dial(&setting.sensitivity), &progress)
+        })
         .collect::<Result<_>>()?;
+    progress.finish();
     let mut log_likelihoods = vec![0.0; 2 * pairs.len()];
     let (mut tokens, mut used) = (0.0, 0.0);
     for part in &parts {

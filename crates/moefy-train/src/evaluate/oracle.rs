@@ -21,6 +21,7 @@ use rayon::prelude::*;
 
 use super::score::{BatchScore, Score, batch_score, combine, token_losses};
 use crate::data::PaddedBatch;
+use crate::progress::Progress;
 use crate::random::in_step;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::ops::{ffn, reach_of};
@@ -33,6 +34,8 @@ pub struct Oracle<'a> {
     pub ffns: &'a [TrainableFfn],
     /// How often it descends for each batch.
     pub rounds: usize,
+    /// Counts the tokens that are done.
+    pub progress: &'a Progress,
 }
 
 impl Oracle<'_> {
@@ -44,7 +47,11 @@ impl Oracle<'_> {
         let parts = batches
             .par_iter()
             .enumerate()
-            .map(|(index, batch)| self.batch(batch, sensitivity, price, index as u64))
+            .map(|(index, batch)| {
+                let found = self.batch(batch, sensitivity, price, index as u64);
+                self.progress.add(batch.scored() as u64);
+                found
+            })
             .collect::<Result<Vec<_>>>()?;
         combine(parts)
     }

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::data::PaddedBatch;
+use crate::progress::Progress;
 use crate::random::{draw, in_step, widths_with_mean};
 use dynamoe_model::RoutedModel;
 
@@ -71,15 +72,25 @@ pub struct BatchScore {
     pub widths: Vec<f64>,
 }
 
-/// Measures `model` on `batches`. Batches run in parallel, which does not change the result.
+/// Measures `model` on `batches`. Batches run in parallel, which does not change the result. `progress` counts the tokens
+/// that are scored.
 ///
 /// # Errors
 /// No tokens to score.
-pub fn score(model: &RoutedModel, batches: &[PaddedBatch], policy: &Policy<'_>) -> Result<Score> {
+pub fn score(
+    model: &RoutedModel,
+    batches: &[PaddedBatch],
+    policy: &Policy<'_>,
+    progress: &Progress,
+) -> Result<Score> {
     let parts = batches
         .par_iter()
         .enumerate()
-        .map(|(index, batch)| score_batch(model, batch, index as u64, policy))
+        .map(|(index, batch)| {
+            let part = score_batch(model, batch, index as u64, policy);
+            progress.add(batch.scored() as u64);
+            part
+        })
         .collect::<Result<Vec<_>>>()?;
     combine(parts)
 }

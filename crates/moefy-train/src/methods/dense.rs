@@ -4,8 +4,8 @@ use candle_core::{DType, Result, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use super::{Definition, LayerInput, Objective, Routed, Routing};
-use crate::evaluate::curve::Probe;
-use crate::report::results::Point;
+use crate::evaluate::Dial;
+use crate::evaluate::curve::{Place, Probe};
 
 pub(super) struct Dense;
 
@@ -26,8 +26,8 @@ impl Definition for Dense {
         Box::new(FullWidth { experts: routing.width_shares.len() })
     }
 
-    fn points(&self, probe: &Probe<'_>) -> anyhow::Result<Vec<Point>> {
-        Ok(vec![probe.at(1.0)?])
+    fn places(&self, _: &Probe<'_>) -> Vec<Place> {
+        vec![Place::Dial(Dial::Sensitivity(1.0))]
     }
 }
 

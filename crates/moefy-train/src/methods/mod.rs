@@ -21,8 +21,9 @@ use dynamoe::TrainableFfn;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::evaluate::curve::Probe;
-use crate::report::results::{Curve, Point};
+use crate::evaluate::Dial;
+use crate::evaluate::curve::{Place, Probe};
+use crate::report::results::Curve;
 
 /// How tokens are routed while training, and so what the model is trained for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,11 +66,8 @@ pub trait Definition: Sync {
     /// How the method routes in training.
     fn objective(&self, routing: &Routing) -> Box<dyn Objective>;
 
-    /// Measures a trained model at the ends of its dial and at the probe's widths, in any order.
-    ///
-    /// # Errors
-    /// No text to measure on.
-    fn points(&self, probe: &Probe<'_>) -> anyhow::Result<Vec<Point>>;
+    /// Where the curve of a trained model is measured: at the ends of its dial and at the probe's widths, in any order.
+    fn places(&self, probe: &Probe<'_>) -> Vec<Place>;
 }
 
 impl Method {
@@ -121,7 +119,8 @@ impl Method {
     /// # Errors
     /// No text to measure on.
     pub fn curve(self, probe: &Probe<'_>) -> anyhow::Result<Curve> {
-        Ok(Curve::sorted(self.label(), self.description(), self.definition().points(probe)?))
+        let points = probe.points(&self.definition().places(probe))?;
+        Ok(Curve::sorted(self.label(), self.description(), points))
     }
 }
 
@@ -227,13 +226,10 @@ fn logits<'a>(input: &LayerInput<'a>, method: &str) -> Result<&'a Tensor> {
     }
 }
 
-/// The points of a curve whose dial is looked up in the model's table of budgets.
-fn routed_points(probe: &Probe<'_>) -> anyhow::Result<Vec<Point>> {
-    let mut points = vec![probe.at(0.0)?, probe.at(1.0)?];
-    for width in probe.widths_between() {
-        points.push(probe.at_budget(width)?);
-    }
-    Ok(points)
+/// The places of a curve whose dial is looked up in the model's table of budgets.
+fn routed_places(probe: &Probe<'_>) -> Vec<Place> {
+    let ends = [0.0, 1.0].map(Dial::Sensitivity);
+    ends.into_iter().chain(probe.widths_between().map(Dial::Budget)).map(Place::Dial).collect()
 }
 
 #[cfg(test)]

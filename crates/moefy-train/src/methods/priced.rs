@@ -12,9 +12,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::prices::Prices;
-use super::{Definition, LayerInput, Objective, Routed, Routing, draws, logits, per_token, routed_points};
-use crate::evaluate::curve::Probe;
-use crate::report::results::Point;
+use super::{Definition, LayerInput, Objective, Routed, Routing, draws, logits, per_token, routed_places};
+use crate::evaluate::curve::{Place, Probe};
 
 /// Keeps infinite thresholds, of the ends of the dial, finite: no logit reaches this.
 const FAR: f32 = 60.0;
@@ -46,8 +45,8 @@ impl Definition for Priced {
         Box::new(PricedWidth { prices: Prices::new(routing.sequences), routing: routing.clone() })
     }
 
-    fn points(&self, probe: &Probe<'_>) -> anyhow::Result<Vec<Point>> {
-        routed_points(probe)
+    fn places(&self, probe: &Probe<'_>) -> Vec<Place> {
+        routed_places(probe)
     }
 }
 

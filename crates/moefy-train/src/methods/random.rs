@@ -6,9 +6,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Definition, LayerInput, Objective, Routed, Routing};
-use crate::evaluate::curve::Probe;
+use crate::evaluate::curve::{Place, Probe};
 use crate::random::{draw, widths_with_mean};
-use crate::report::results::Point;
 
 pub(super) struct RandomWidths;
 
@@ -29,9 +28,9 @@ impl Definition for RandomWidths {
         Box::new(Drawn { shares: routing.width_shares.clone() })
     }
 
-    fn points(&self, probe: &Probe<'_>) -> anyhow::Result<Vec<Point>> {
+    fn places(&self, probe: &Probe<'_>) -> Vec<Place> {
         let ends = [probe.width_shares()[0], 1.0];
-        probe.widths_between().chain(ends).map(|mean| probe.at_random(mean)).collect()
+        probe.widths_between().chain(ends).map(Place::Random).collect()
     }
 }
 

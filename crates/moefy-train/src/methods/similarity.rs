@@ -8,9 +8,8 @@ use dynamoe::router::{choose, logit};
 use dynamoe_model::ops::reach_of;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Definition, LayerInput, Objective, Routed, Routing, draws, logits, per_token, routed_points};
-use crate::evaluate::curve::Probe;
-use crate::report::results::Point;
+use super::{Definition, LayerInput, Objective, Routed, Routing, draws, logits, per_token, routed_places};
+use crate::evaluate::curve::{Place, Probe};
 
 pub(super) struct Similarity;
 
@@ -35,8 +34,8 @@ impl Definition for Similarity {
         Box::new(PredictedSimilarity(routing.clone()))
     }
 
-    fn points(&self, probe: &Probe<'_>) -> anyhow::Result<Vec<Point>> {
-        routed_points(probe)
+    fn places(&self, probe: &Probe<'_>) -> Vec<Place> {
+        routed_places(probe)
     }
 }
 

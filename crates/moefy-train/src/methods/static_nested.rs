@@ -6,8 +6,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Definition, LayerInput, Objective, Routed, Routing, per_token};
-use crate::evaluate::curve::Probe;
-use crate::report::results::Point;
+use crate::evaluate::Dial;
+use crate::evaluate::curve::{Place, Probe};
 
 pub(super) struct StaticNested;
 
@@ -29,8 +29,8 @@ impl Definition for StaticNested {
     }
 
     /// At the experts' own widths: a static model has no others.
-    fn points(&self, probe: &Probe<'_>) -> anyhow::Result<Vec<Point>> {
-        probe.width_shares().into_iter().map(|share| probe.at(share)).collect()
+    fn places(&self, probe: &Probe<'_>) -> Vec<Place> {
+        probe.width_shares().into_iter().map(|share| Place::Dial(Dial::Sensitivity(share))).collect()
     }
 }
 

@@ -19,6 +19,7 @@ use crate::evaluate::budget::{self, DialScale};
 use crate::evaluate::curve::Probe;
 use crate::methods::Method;
 use crate::prepare::{self, ExpertConfig};
+use crate::progress::Progress;
 use crate::report::results::{Curve, TrainMetrics};
 use crate::train::{Outcome, TrainConfig, TrainModel, Trained, Trainer};
 
@@ -222,5 +223,9 @@ pub fn write_model(source: &Checkpoint, model: &TrainModel, config: &ModelConfig
         let tensor = model.tensor(&name)?.to_device(&Device::Cpu)?;
         weights.insert(name, tensor);
     }
-    save_model(source, &weights, config.dynamoe.as_ref(), out, false)
+    let bytes = source.names().filter_map(|name| source.info(name)).map(|info| info.len as u64).sum();
+    let progress = Progress::new("writing the checkpoint", "bytes", bytes, 0);
+    save_model(source, &weights, config.dynamoe.as_ref(), out, &mut |bytes| progress.add(bytes))?;
+    progress.finish();
+    Ok(())
 }

@@ -19,8 +19,9 @@ use crate::data::{Batches, PaddedBatch, Pairs};
 use crate::evaluate::cost::Cost;
 use crate::evaluate::curve::{WIDTHS, oracle_curve};
 use crate::evaluate::samples::{SampleLimits, samples};
-use crate::evaluate::{Setting, pairs_point, point};
+use crate::evaluate::{Setting, pairs_point, point, scored_tokens};
 use crate::methods::Method;
+use crate::progress::Progress;
 use crate::report;
 use crate::report::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::train::Outcome;
@@ -97,7 +98,9 @@ impl<'a> Run<'a> {
         let converted = self.recipe.convert(&self.lab, &self.calibration, &folder.training("converted"))?;
         let teacher = self.lab.teacher()?;
         let full = Setting::uniform(1.0, teacher.config().num_hidden_layers);
-        let dense_loss = point(&teacher, &self.held_out, &full)?.loss;
+        let progress = Progress::new("measuring the dense model", "tokens", scored_tokens(&self.held_out), 0);
+        let dense_loss = point(&teacher, &self.held_out, &full, &progress)?.loss;
+        progress.finish();
 
         let method = self.recipe.train.method;
         let state = folder.training("state");
@@ -105,12 +108,10 @@ impl<'a> Run<'a> {
             Training::Finished(model, metrics) => (model, metrics),
             Training::Stopped(step) => return Ok(Outcome::Stopped(step)),
         };
-        tracing::info!("solving the dial on training text");
         let publication =
             Publication { source: &converted, model: &model, method, calibration: &self.calibration };
         let routed = publication.publish(folder)?;
 
-        tracing::info!("measuring the curve on held-out text");
         let mut report = Report {
             title: self.title(),
             dense_loss: Some(dense_loss),
@@ -122,7 +123,6 @@ impl<'a> Run<'a> {
         };
         self.write(&mut report, folder, started)?;
         if self.options.oracle && method.has_router() {
-            tracing::info!("searching for the oracle's routes");
             report.curves.push(oracle_curve(&model.routed()?, &model.detached_ffns()?, &self.held_out)?);
         }
         drop(model);

@@ -43,15 +43,15 @@ pub fn measure(
     batches: &[PaddedBatch],
 ) -> Result<(Vec<Activations>, usize)> {
     let device = backbone.output_matrix().device();
-    let count = batches.iter().flat_map(|batch| &batch.weights).filter(|&&w| w > 0.0).count();
+    let count: usize = batches.iter().map(PaddedBatch::scored).sum();
     ensure!(count > 0, "no tokens to calibrate on: expected at least one document of two tokens");
     let width: usize = ffns.iter().map(|ffn| ffn.gate_proj.dim(0)).sum::<candle_core::Result<usize>>()?;
     let room = (SAMPLE_BYTES / (4 * width.max(1))).clamp(1, SAMPLE_TOKENS);
     let mut every = (0..count).map(|token| token % count.div_ceil(room) == 0);
     let mut sums: Vec<Option<Tensor>> = vec![None; ffns.len()];
     let mut samples: Vec<Vec<Tensor>> = vec![Vec::new(); ffns.len()];
-    let mut progress = Progress::new("calibrating", batches.len() as u64, 0);
-    for (index, batch) in batches.iter().enumerate() {
+    let progress = Progress::new("reading activations", "tokens", count as u64, 0);
+    for batch in batches {
         let (tokens, _, weights) = batch.tensors(device)?;
         let weights = weights.flatten_all()?.unsqueeze(0)?; // (1, N)
         let scored = (0u32..).zip(&batch.weights).filter(|(_, weight)| **weight > 0.0);
@@ -70,7 +70,7 @@ pub fn measure(
             }
             linear(&h, down_proj)
         })?;
-        progress.update(index as u64 + 1, "");
+        progress.add(batch.scored() as u64);
     }
     progress.finish();
     let layers = sums.into_iter().flatten().zip(samples).map(|(sum, sample)| {

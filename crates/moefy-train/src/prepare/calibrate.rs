@@ -163,14 +163,14 @@ pub fn calibrate(source: &Checkpoint, batches: &[PaddedBatch]) -> Result<Calibra
         })
         .collect::<Result<Vec<_>>>()?;
     let (activations, tokens) = measure(&backbone, &ffns, batches)?;
-    let mut progress = Progress::new("ordering neurons", ffns.len() as u64, 0);
+    let progress = Progress::new("ordering neurons", "layers", ffns.len() as u64, 0);
     let mut layers = Vec::with_capacity(ffns.len());
     for (Activations { mean, sample }, ffn) in activations.into_iter().zip(&ffns) {
         layers.push(LayerStatistics {
             importance: importance(&sample, &ffn.down_proj)?,
             mean_activation: mean,
         });
-        progress.update(layers.len() as u64, "");
+        progress.add(1);
     }
     progress.finish();
     Ok(Calibration { layers, tokens, fingerprint: source.fingerprint()? })

@@ -18,6 +18,7 @@ use rand_distr::{Distribution, Normal};
 use safetensors::Dtype;
 
 use super::calibrate::{Calibration, LayerStatistics};
+use crate::progress::Progress;
 use crate::random;
 use dynamoe_model::checkpoint::copy::{CHUNK_BYTES, copy_tensor, write_folder};
 use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section};
@@ -79,9 +80,9 @@ pub fn convert(
     set_section(&mut json, &section)?;
     let config = ModelConfig::from_json(&json)?;
     let plan = plan(source, &config, options.max_shard_bytes)?;
-    let ffns: HashSet<String> = (0..config.num_hidden_layers)
-        .flat_map(|layer| FFN.map(|name| tensors::full_name(layer, name)))
-        .collect();
+    let ffns: HashSet<String> =
+        (0..config.num_hidden_layers).flat_map(|layer| FFN.map(|name| tensors::full_name(layer, name))).collect();
+    let progress = Progress::new("converting", "layers", config.num_hidden_layers as u64, 0);
     write_folder(source, &json, plan, out, options.force, |writer| {
         for name in source.names().filter(|name| !ffns.contains(*name)) {
             let dtype = source.info(name).map_or(Dtype::F32, |info| info.dtype);
@@ -91,9 +92,12 @@ pub fn convert(
             let statistics = calibration.map(|c| &c.layers[layer]);
             let compensation = convert_ffn(source, layer, statistics, &section, writer)?;
             write_router(&config, layer, options.seed, &compensation, writer)?;
+            progress.add(1);
         }
         Ok(())
-    })
+    })?;
+    progress.finish();
+    Ok(())
 }
 
 /// The source's tensors; what a layer gets besides stands beside its down_proj, routers in F32 and copies of neurons

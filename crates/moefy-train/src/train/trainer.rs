@@ -87,19 +87,17 @@ impl Trainer<'_> {
         }
         let (start, steps) = (running.saved.unwrap_or(0), self.config.steps());
         let mut log = MetricsLog::open(self.state_dir, start)?;
-        let mut progress = Progress::new(self.label, steps, start);
+        let tokens = self.config.tokens_per_step();
+        let progress = Progress::new(self.label, "tokens", steps * tokens, start * tokens);
         let mut rate = Rate::new(start);
         for step in start..steps {
             let report = self.step(step, &mut running)?;
             let done = step + 1;
+            let StepReport { loss, mean_width, .. } = report;
+            progress
+                .update(done * tokens, format!("step {done}, loss {loss:.3}, width {mean_width:.2}"));
             if done % self.config.tuning.log_every == 0 || done == steps {
-                let metrics = self.metrics(&report, done, rate.steps_per_second(done));
-                let TrainMetrics { loss, mean_width, tokens_per_second, .. } = metrics;
-                progress.update(
-                    done,
-                    &format!("loss {loss:.3} width {mean_width:.2} {tokens_per_second:.0} tok/s"),
-                );
-                log.push(metrics)?;
+                log.push(self.metrics(&report, done, rate.steps_per_second(done)))?;
             }
             let stop = self.stop.is_asked();
             if done % self.config.save_every == 0 || done == steps || stop {
