@@ -137,7 +137,7 @@ fn store_budgets(
     }
     let mut section = model.config().dynamoe.clone().context("only a DynaMoE checkpoint has budgets")?;
     let text = subsample(text, SOLVE_TOKENS);
-    let found = budget::solver(model, &text)?.table(&args.budget)?;
+    let found = budget::solve(model, &text, &args.budget, false)?.table;
     section.budgets.retain(|row| found.iter().all(|new| (new.width - row.width).abs() > 1e-6));
     section.budgets.extend(found);
     section.budgets.sort_by(|a, b| a.width.total_cmp(&b.width));

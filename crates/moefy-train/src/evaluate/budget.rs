@@ -1,41 +1,32 @@
-//! Solves the dial for a mean width, on calibration text.
+//! Solves the dial for mean widths, on calibration text, with few forward passes.
+//!
+//! One pass tells the mean width at every place of the dial, as far as inputs of layers stay what they were
+//! ([`Scores`]). Between two passes, the inputs are taken to change evenly with the width: at a share `s` of the way from
+//! the width of one pass to that of the other, the mean width at threshold `θ` is `(1 - s) · width_a(θ) + s · width_b(θ)`.
+//! That is exact at both ends. Another pass is made only where the two disagree about the threshold in between.
 
 use anyhow::Result;
 use dynamoe::{Budget, Sensitivity};
 
-use super::score::mean_width;
-use crate::data::PaddedBatch;
+use super::scored_tokens;
+use super::scores::Scores;
+use crate::data::{PaddedBatch, subsample};
 use crate::progress::Progress;
 use dynamoe_model::RoutedModel;
 
 /// Widths of the table that a finished run stores.
 pub const TABLE: [f64; 14] = [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95];
 
+/// Tokens of the sample that the dial is solved on. A few rows are then checked on all tokens.
+const SAMPLE_TOKENS: usize = 8_192;
+/// Rows that are checked.
+const CHECKS: usize = 3;
 /// A width this close to the one asked for is good enough.
 const TOLERANCE: f64 = 0.002;
 /// A logit beyond this stands for an end of the dial.
 const FAR: f64 = 16.0;
 /// Logits closer than this count as one.
 const CLOSE: f64 = 1e-3;
-
-/// A place on the dial and what was measured there.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Measured {
-    /// The logit of the sensitivity (see [`dynamoe::router::logit`]).
-    logit: f64,
-    /// The mean width.
-    width: f64,
-}
-
-impl Measured {
-    fn distance(&self, width: f64) -> f64 {
-        (self.width - width).abs()
-    }
-
-    fn is_at(&self, width: f64) -> bool {
-        self.distance(width) <= TOLERANCE
-    }
-}
 
 /// The sensitivity of a logit: exactly 0 or 1 beyond [`FAR`].
 fn sensitivity(logit: f64) -> f64 {
@@ -55,42 +46,160 @@ pub struct DialScale {
     pub shift: f64,
 }
 
+impl DialScale {
+    /// The sensitivity that chooses the same experts once the logits are mapped.
+    fn map(self, sensitivity: f64) -> f64 {
+        let logit = (sensitivity / (1.0 - sensitivity)).ln();
+        1.0 / (1.0 + (-(self.scale * logit + self.shift)).exp())
+    }
+
+    fn map_row(self, row: Budget) -> Budget {
+        let sensitivity = match row.sensitivity {
+            Sensitivity::Uniform(s) => Sensitivity::Uniform(self.map(s)),
+            Sensitivity::PerLayer(list) => {
+                Sensitivity::PerLayer(list.into_iter().map(|s| self.map(s)).collect())
+            }
+        };
+        Budget { sensitivity, ..row }
+    }
+}
+
+/// A solved dial.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Solved {
+    /// The map of router logits after which sensitivity 0.2 gives a fifth of the way from the narrowest mean width to the
+    /// full one, and 0.8 four fifths, where it was asked for and can be had.
+    pub scale: Option<DialScale>,
+    /// The rows of the checkpoint's table, ascending; for mapped logits if there is a map.
+    pub table: Vec<Budget>,
+}
+
+/// Solves the dial of `model` for mean `widths` on text: on a sample of it, and a few widths are then checked on all of it.
+///
+/// # Errors
+/// No tokens to measure on; a width outside 0 to 1.
+pub fn solve(model: &RoutedModel, batches: &[PaddedBatch], widths: &[f64], rescale: bool) -> Result<Solved> {
+    let progress = Progress::new("solving the dial", "budgets", widths.len() as u64, 0);
+    let layers = model.config().num_hidden_layers;
+    let sample = subsample(batches, SAMPLE_TOKENS);
+    let measure = |sensitivity: &[f64]| Scores::measure(model, &sample, sensitivity);
+    let mut solver = Solver::new(layers, measure)?;
+    let scale = if rescale { solver.dial_scale()? } else { None };
+    let mut table = solver.table(widths, &Drift::default(), &progress)?;
+    if scored_tokens(&sample) < scored_tokens(batches) {
+        let all = |s: f64| -> Result<f64> { Ok(Scores::measure(model, batches, &vec![s; layers])?.width) };
+        let drift = Drift::measure(&table, solver.known[0].width, all)?;
+        table = solver.table(widths, &drift, &Progress::hidden())?;
+    }
+    progress.finish();
+    if let Some(scale) = scale {
+        table = table.into_iter().map(|row| scale.map_row(row)).collect();
+    }
+    Ok(Solved { scale, table })
+}
+
+/// By how much all tokens come out wider than the sample, along the width.
+#[derive(Debug, Default)]
+struct Drift {
+    /// `(width, difference)`, ascending in width.
+    places: Vec<(f64, f64)>,
+}
+
+impl Drift {
+    /// Measures the mean width of `all` tokens at a few rows of a table. At both ends of the dial there is no difference.
+    fn measure(table: &[Budget], narrowest: f64, all: impl Fn(f64) -> Result<f64>) -> Result<Self> {
+        let mut places = vec![(narrowest, 0.0)];
+        let rows = table.iter().filter_map(|row| match row.sensitivity {
+            Sensitivity::Uniform(s) if s > 0.0 && s < 1.0 => Some((row.width, s)),
+            _ => None,
+        });
+        let rows: Vec<(f64, f64)> = rows.collect();
+        let step = rows.len().div_ceil(CHECKS).max(1);
+        for &(width, sensitivity) in rows.iter().skip(step / 2).step_by(step) {
+            places.push((width, all(sensitivity)? - width));
+        }
+        places.push((1.0, 0.0));
+        Ok(Self { places })
+    }
+
+    /// Linear between the places, 0 beyond them.
+    fn at(&self, width: f64) -> f64 {
+        let between = self.places.windows(2).find(|pair| (pair[0].0..pair[1].0).contains(&width));
+        between.map_or(0.0, |pair| {
+            pair[0].1 + (width - pair[0].0) / (pair[1].0 - pair[0].0) * (pair[1].1 - pair[0].1)
+        })
+    }
+}
+
+/// A place on the dial and what was measured there.
+#[derive(Debug, Clone)]
+struct Measured {
+    /// The logit of the sensitivity (see [`dynamoe::router::logit`]).
+    logit: f64,
+    /// The mean width; never descending along the dial.
+    width: f64,
+    scores: Scores,
+}
+
+/// The widths to expect between two measurements.
+struct Between<'a> {
+    low: &'a Measured,
+    high: &'a Measured,
+    /// Which share of the way the width asked for is.
+    share: f64,
+}
+
+impl Between<'_> {
+    fn width_at(&self, logit: f64) -> f64 {
+        (1.0 - self.share) * self.low.scores.width_at(logit) + self.share * self.high.scores.width_at(logit)
+    }
+
+    /// The lowest logit, to within [`CLOSE`], that reaches `width`.
+    fn logit(&self, width: f64) -> f64 {
+        let (mut low, mut high) = (self.low.logit, self.high.logit);
+        while high - low > CLOSE / 2.0 {
+            let middle = f64::midpoint(low, high);
+            if self.width_at(middle) < width { low = middle } else { high = middle }
+        }
+        high
+    }
+
+    /// How far the width at `logit` may be from what is expected: half of what the inputs of both ends differ by, weighted
+    /// as the error of a linear interpolation is.
+    fn doubt(&self, logit: f64) -> f64 {
+        let difference = self.high.scores.width_at(logit) - self.low.scores.width_at(logit);
+        0.5 * self.share * (1.0 - self.share) * difference.abs()
+    }
+}
+
+/// Two neighbouring logits around a width, and their widths.
+type Bracket = [(f64, f64); 2];
+
+/// The end of a bracket that is closer to `width`.
+fn nearest([low, high]: Bracket, width: f64) -> (f64, f64) {
+    if (low.1 - width).abs() < (high.1 - width).abs() { low } else { high }
+}
+
 /// Solves a model's dial. It searches over logits, since all scores of a router may be close to one end of the dial. What
 /// it measured for one width it uses for the next.
-pub struct Solver<F> {
-    /// The mean width for a sensitivity of each layer.
+struct Solver<F> {
+    /// What one sensitivity for each layer gives.
     measure: F,
     layers: usize,
     /// Ascending in both.
     known: Vec<Measured>,
 }
 
-/// A solver for `model` on `batches`.
-///
-/// # Errors
-/// No tokens to measure on.
-pub fn solver(
-    model: &RoutedModel,
-    batches: &[PaddedBatch],
-) -> Result<Solver<impl Fn(&[f64]) -> Result<f64>>> {
-    let measure = |sensitivity: &[f64]| mean_width(model, batches, sensitivity);
-    Solver::new(model.config().num_hidden_layers, measure)
-}
-
-impl<F: Fn(&[f64]) -> Result<f64>> Solver<F> {
-    /// A solver for whatever has the mean width `measure(sensitivity of each layer)`. At full sensitivity that must be 1.
-    ///
+impl<F: Fn(&[f64]) -> Result<Scores>> Solver<F> {
     /// # Errors
     /// Those of `measure`.
     fn new(layers: usize, measure: F) -> Result<Self> {
-        let narrowest = Measured { logit: -FAR, width: measure(&vec![0.0; layers])? };
-        let full = Measured { logit: FAR, width: 1.0 };
-        Ok(Self { measure, layers, known: vec![narrowest, full] })
-    }
-
-    /// The narrowest mean width that the dial reaches. The widest is 1.
-    pub fn narrowest(&self) -> f64 {
-        self.known[0].width
+        let end = |logit: f64| -> Result<Measured> {
+            let scores = measure(&vec![sensitivity(logit); layers])?;
+            Ok(Measured { logit, width: scores.width, scores })
+        };
+        let known = vec![end(-FAR)?, end(FAR)?];
+        Ok(Self { measure, layers, known })
     }
 
     /// The sensitivity whose mean width comes closest to `width`, and that mean width.
@@ -100,55 +209,74 @@ impl<F: Fn(&[f64]) -> Result<f64>> Solver<F> {
     ///
     /// # Errors
     /// A width outside 0 to 1.
-    pub fn solve(&mut self, width: f64) -> Result<(Sensitivity, f64)> {
-        let (low, high) = self.bracket(width)?;
-        for end in [low, high] {
-            if end.is_at(width) || width < low.width {
-                return Ok((Sensitivity::Uniform(sensitivity(end.logit)), end.width));
-            }
+    fn solve(&mut self, width: f64) -> Result<(Sensitivity, f64)> {
+        let [low, high] = self.bracket(width)?;
+        let (logit, found) = nearest([low, high], width);
+        if (found - width).abs() <= TOLERANCE || width < low.1 {
+            return Ok((Sensitivity::Uniform(sensitivity(logit)), found));
         }
         self.split(low, high, width)
     }
 
     /// The logit at which the mean width is `width`, if some sensitivity comes close to it.
     fn logit(&mut self, width: f64) -> Result<Option<f64>> {
-        let (low, high) = self.bracket(width)?;
-        let found = [low, high].into_iter().find(|end| end.is_at(width));
-        Ok(found.map(|end| end.logit).filter(|logit| logit.abs() < FAR))
+        let (logit, found) = nearest(self.bracket(width)?, width);
+        Ok(((found - width).abs() <= TOLERANCE && logit.abs() < FAR).then_some(logit))
     }
 
-    /// Two neighbouring measurements around `width`, one of them within [`TOLERANCE`] if that is possible.
-    fn bracket(&mut self, width: f64) -> Result<(Measured, Measured)> {
+    /// Two neighbouring logits around `width`. One of them gives it to within [`TOLERANCE`] if that is possible.
+    fn bracket(&mut self, width: f64) -> Result<Bracket> {
         dynamoe::dial::check_dial("budget", width)?;
+        let mut passes = 0;
         loop {
             let above = self.known.partition_point(|known| known.width < width).min(self.known.len() - 1);
-            let (low, high) = (self.known[above.saturating_sub(1)], self.known[above]);
-            let near = low.is_at(width) || high.is_at(width);
-            if near || above == 0 || high.logit - low.logit < CLOSE {
-                return Ok((low, high));
+            let (low, high) = (&self.known[above.saturating_sub(1)], &self.known[above]);
+            let ends = [(low.logit, low.width), (high.logit, high.width)];
+            if above == 0 || width >= high.width || high.logit - low.logit < CLOSE {
+                return Ok(ends);
             }
-            // linear between the neighbours, but away from both, so that the bracket shrinks
-            let share = ((width - low.width) / (high.width - low.width)).clamp(0.2, 0.8);
-            let logit = low.logit + share * (high.logit - low.logit);
-            let found = (self.measure)(&vec![sensitivity(logit); self.layers])?;
+            let share = (width - low.width) / (high.width - low.width);
+            let between = Between { low, high, share };
+            let logit = between.logit(width);
+            // on both sides of a jump, if there is one
+            let sides = [logit - CLOSE, logit].map(|logit| (logit, between.width_at(logit)));
+            if sides.iter().all(|&(logit, _)| between.doubt(logit) <= TOLERANCE / 2.0) {
+                return Ok(sides);
+            }
+            // not too close to an end, so that the bracket shrinks; and halves, where expectations fail again and again
+            let margin = if passes < 4 { 0.02 } else { 0.4 };
+            let span = high.logit - low.logit;
+            let logit = logit.clamp(low.logit + margin * span, high.logit - margin * span);
+            let scores = (self.measure)(&vec![sensitivity(logit); self.layers])?;
             // routes of later layers depend on those of earlier ones, so the width may dip: keep it ascending
-            let width = found.clamp(low.width, high.width);
-            self.known.insert(above, Measured { logit, width });
+            let width = scores.width.clamp(low.width, high.width);
+            self.known.insert(above, Measured { logit, width, scores });
+            passes += 1;
         }
     }
 
     /// The best of both ends of a jump and of layers divided between them.
-    fn split(&self, low: Measured, high: Measured, width: f64) -> Result<(Sensitivity, f64)> {
-        let nearest = if width - low.width < high.width - width { low } else { high };
-        let mut best = (Sensitivity::Uniform(sensitivity(nearest.logit)), nearest.width);
-        if nearest.distance(width) > 10.0 * TOLERANCE {
-            for first in 1..self.layers {
-                let at = |layer: usize| sensitivity(if layer < first { high.logit } else { low.logit });
-                let list: Vec<f64> = (0..self.layers).map(at).collect();
-                let found = (self.measure)(&list)?;
-                if (found - width).abs() < (best.1 - width).abs() {
-                    best = (Sensitivity::PerLayer(list), found);
-                }
+    fn split(&self, low: (f64, f64), high: (f64, f64), width: f64) -> Result<(Sensitivity, f64)> {
+        let distance = |found: f64| (found - width).abs();
+        let (logit, found) = nearest([low, high], width);
+        let mut best = (Sensitivity::Uniform(sensitivity(logit)), found);
+        if distance(found) <= 10.0 * TOLERANCE {
+            return Ok(best);
+        }
+        // the more layers take the upper side, the wider
+        let (mut few, mut many) = (0, self.layers);
+        while many - few > 1 {
+            let first = usize::midpoint(few, many);
+            let at = |layer: usize| sensitivity(if layer < first { high.0 } else { low.0 });
+            let list: Vec<f64> = (0..self.layers).map(at).collect();
+            let found = (self.measure)(&list)?.width;
+            if found < width {
+                few = first
+            } else {
+                many = first
+            }
+            if distance(found) < distance(best.1) {
+                best = (Sensitivity::PerLayer(list), found);
             }
         }
         Ok(best)
@@ -160,8 +288,8 @@ impl<F: Fn(&[f64]) -> Result<f64>> Solver<F> {
     ///
     /// # Errors
     /// Those of the measurements.
-    pub fn dial_scale(&mut self) -> Result<Option<DialScale>> {
-        let narrowest = self.narrowest();
+    fn dial_scale(&mut self) -> Result<Option<DialScale>> {
+        let narrowest = self.known[0].width;
         let mut at = |share: f64| self.logit(narrowest + share * (1.0 - narrowest));
         let (Some(low), Some(high)) = (at(0.2)?, at(0.8)?) else { return Ok(None) };
         let wanted = f64::ln(0.8 / 0.2);
@@ -169,131 +297,28 @@ impl<F: Fn(&[f64]) -> Result<f64>> Solver<F> {
         Ok((high - low > CLOSE).then_some(DialScale { scale, shift: wanted - scale * high }))
     }
 
-    /// Solves every one of `widths` and returns the rows of a checkpoint's table, ascending. A row has the width asked for
-    /// if that was reached, else the one that was measured. Widths with the same result make one row.
+    /// Solves every one of `widths`, less the `drift` there, and returns the rows of a checkpoint's table, ascending. A row
+    /// has the width asked for if that was reached, else the one to expect. Widths with the same result make one row.
     ///
     /// # Errors
     /// Those of [`Solver::solve`].
-    pub fn table(&mut self, widths: &[f64]) -> Result<Vec<Budget>> {
+    fn table(&mut self, widths: &[f64], drift: &Drift, progress: &Progress) -> Result<Vec<Budget>> {
         let mut rows: Vec<Budget> = Vec::new();
-        let progress = Progress::new("solving the dial", "budgets", widths.len() as u64, 0);
         for &asked in widths {
-            let (sensitivity, found) = self.solve(asked)?;
+            dynamoe::config::check_dial("budget", asked)?;
+            let drift = drift.at(asked);
+            let (sensitivity, found) = self.solve((asked - drift).clamp(0.0, 1.0))?;
+            let found = found + drift;
             let width = if (found - asked).abs() <= TOLERANCE { asked } else { found };
             if rows.iter().all(|row| (row.width - width).abs() > 1e-9) {
                 rows.push(Budget { width, sensitivity });
             }
             progress.add(1);
         }
-        progress.finish();
         rows.sort_by(|a, b| a.width.total_cmp(&b.width));
         Ok(rows)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    /// The mean of the layers' widths, a quarter or more, each a smooth function of its sensitivity.
-    fn smooth(sensitivity: &[f64]) -> Result<f64> {
-        let width = |s: &f64| 0.25 + 0.75 * s.powi(3);
-        Ok(sensitivity.iter().map(width).sum::<f64>() / sensitivity.len() as f64)
-    }
-
-    /// Each layer is either as narrow as can be or full.
-    fn jump(sensitivity: &[f64]) -> Result<f64> {
-        let width = |s: &f64| if *s < 0.7 { 0.25 } else { 1.0 };
-        Ok(sensitivity.iter().map(width).sum::<f64>() / sensitivity.len() as f64)
-    }
-
-    fn uniform(sensitivity: &Sensitivity) -> f64 {
-        match sensitivity {
-            Sensitivity::Uniform(s) => *s,
-            other => panic!("expected one sensitivity, found {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_width_is_found_with_few_measurements() {
-        let count = Cell::new(0);
-        let measure = |list: &[f64]| {
-            count.set(count.get() + 1);
-            smooth(list)
-        };
-        let mut solver = Solver::new(3, measure).unwrap();
-        for width in [0.3, 0.5, 0.75, 0.95] {
-            let (found, reached) = solver.solve(width).unwrap();
-            assert!((reached - width).abs() <= TOLERANCE, "{width}: {reached}");
-            assert_eq!(smooth(&[uniform(&found); 3]).unwrap(), reached);
-        }
-        // A step leaves at most .8 of a bracket, which is 2 FAR = 32 at first. The width's slope is below 1/2 a logit, so a
-        // bracket of 8e-3 spans at most 2 TOLERANCE: ln(32 / 8e-3) / ln(1 / .8) = 38 steps for a width.
-        assert!(count.get() <= 1 + 4 * 38, "{} measurements", count.get());
-        let before = count.get();
-        solver.solve(0.5).unwrap();
-        assert_eq!(count.get(), before, "what is known is not measured again");
-    }
-
-    #[test]
-    fn both_ends_of_the_dial_are_found() {
-        let mut solver = Solver::new(3, smooth).unwrap();
-        assert_eq!(solver.narrowest(), 0.25);
-        for (width, end, reached) in [(0.0, 0.0, 0.25), (0.1, 0.0, 0.25), (0.25, 0.0, 0.25), (1.0, 1.0, 1.0)]
-        {
-            assert_eq!(solver.solve(width).unwrap(), (Sensitivity::Uniform(end), reached), "{width}");
-        }
-        for wrong in [-0.1, 1.1, f64::NAN] {
-            assert!(solver.solve(wrong).unwrap_err().to_string().contains("budget"), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn layers_are_divided_where_the_width_jumps() {
-        let mut solver = Solver::new(4, jump).unwrap();
-        for (width, full_layers) in [(0.45, 1), (0.6, 2), (0.8, 3)] {
-            let (found, reached) = solver.solve(width).unwrap();
-            let Sensitivity::PerLayer(list) = &found else { panic!("{width}: {found:?}") };
-            let full: Vec<bool> = list.iter().map(|&s| s >= 0.7).collect();
-            assert!(full.is_sorted_by(|a, b| a >= b), "the first layers are the full ones: {list:?}");
-            assert_eq!(full.iter().filter(|full| **full).count(), full_layers, "{width}: {list:?}");
-            assert_eq!(reached, jump(list).unwrap());
-        }
-        // close to an end of the jump, one sensitivity for all layers serves
-        assert_eq!(solver.solve(0.26).unwrap().1, 0.25);
-        uniform(&solver.solve(0.99).unwrap().0);
-    }
-
-    #[test]
-    fn a_dip_of_the_width_does_not_keep_the_search_going() {
-        let dips = |list: &[f64]| Ok(if list[0] == 0.0 { 0.25 } else { 0.1 + 0.1 * list[0] });
-        let mut solver = Solver::new(1, dips).unwrap();
-        let (_, reached) = solver.solve(0.5).unwrap();
-        assert!(reached == 0.25 || reached == 1.0, "{reached}");
-    }
-
-    #[test]
-    fn a_rescaled_dial_covers_the_widths() {
-        let scale = Solver::new(2, smooth).unwrap().dial_scale().unwrap().unwrap();
-        for share in [0.2f64, 0.8] {
-            // a router whose logit was mapped to that of `share` had this logit before
-            let logit = ((share / (1.0 - share)).ln() - scale.shift) / scale.scale;
-            let width = smooth(&[sensitivity(logit)]).unwrap();
-            assert!((width - (0.25 + 0.75 * share)).abs() <= TOLERANCE, "{share}: {width}");
-        }
-        assert_eq!(Solver::new(2, jump).unwrap().dial_scale().unwrap(), None);
-    }
-
-    #[test]
-    fn a_table_has_a_row_for_each_width_that_was_reached() {
-        let table = |measure: fn(&[f64]) -> Result<f64>, widths: &[f64]| -> Vec<f64> {
-            let rows = Solver::new(2, measure).unwrap().table(widths).unwrap();
-            rows.iter().map(|row| row.width).collect()
-        };
-        assert_eq!(table(smooth, &[0.75, 0.3, 0.5]), [0.3, 0.5, 0.75]);
-        // two layers that jump reach .25, .625 and 1 only
-        assert_eq!(table(jump, &[0.3, 0.4, 0.6, 0.65, 0.9]), [0.25, 0.625, 1.0]);
-    }
-}
+mod tests;

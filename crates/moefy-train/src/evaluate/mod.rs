@@ -1,7 +1,7 @@
 //! Loss, widths and cost of a model along its dial.
 //!
-//! [`mod@score`] measures one routing policy on padded batches. [`budget`] solves the dial for a mean width. [`oracle`]
-//! routes with hindsight. [`cost`] counts parameters and operations. [`curve`] and [`samples`] make what a report shows.
+//! [`mod@score`] measures one routing policy on padded batches. [`budget`] solves the dial for a mean width, by what
+//! [`scores`] tell of all widths. [`oracle`] routes with hindsight. [`cost`] counts parameters and operations. [`curve`] and [`samples`] make what a report shows.
 
 pub mod budget;
 pub mod cost;
@@ -9,6 +9,7 @@ pub mod curve;
 pub mod oracle;
 pub mod samples;
 pub mod score;
+pub mod scores;
 
 use anyhow::{Result, ensure};
 use dynamoe::{Dial, dial::check_dial};

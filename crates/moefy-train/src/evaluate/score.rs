@@ -95,19 +95,6 @@ pub fn score(
     combine(parts)
 }
 
-/// The mean width alone. It needs no logits, so it is faster than [`score`].
-///
-/// # Errors
-/// No tokens to measure on.
-pub fn mean_width(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f64]) -> Result<f64> {
-    let parts = batches.par_iter().map(|batch| -> Result<BatchScore> {
-        let (tokens, _, _) = batch.tensors(model.device())?;
-        let (_, routes) = model.forward(&tokens, sensitivity)?;
-        Ok(batch_score(model, batch, &vec![0.0; batch.tokens.len()], &routes))
-    });
-    Ok(combine(parts.collect::<Result<_>>()?)?.mean_width())
-}
-
 /// Adds batches up.
 ///
 /// # Errors

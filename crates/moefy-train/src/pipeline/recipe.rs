@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use dynamoe::{RouterConfig, RouterKind};
+use dynamoe::{Budget, RouterConfig, RouterKind};
 use dynamoe_model::checkpoint::save_model;
 use dynamoe_model::tensors::expected_tensors;
 use dynamoe_model::{Checkpoint, ModelConfig, RoutedModel};
@@ -166,24 +166,22 @@ impl Publication<'_> {
     /// Scales the dial, solves the table of budgets and puts the checkpoint into `folder`. Returns the model as it was
     /// written.
     ///
-    /// Routers trained with a price have their scores rescaled first, so that the dial's range is that of the widths
-    /// (see [`budget::Solver::dial_scale`]).
+    /// Routers trained with a price have their scores rescaled first, so that the dial's range is that of the widths: see
+    /// [`budget::Solved::scale`].
     ///
     /// # Errors
     /// The file system's; weights that are not finite.
     pub fn publish(&self, folder: &RunFolder) -> Result<RoutedModel> {
-        if self.method.rescales_dial() {
-            let trained = self.model.routed()?;
-            match budget::solver(&trained, self.calibration)?.dial_scale()? {
-                Some(DialScale { scale, shift }) => self.model.rescale_routers(scale, shift)?,
-                None => {
-                    tracing::warn!(
-                        "the routers know few widths: the dial keeps the scale it was trained with"
-                    )
-                }
+        let rescale = self.method.rescales_dial();
+        let solved = budget::solve(&self.model.routed()?, self.calibration, &budget::TABLE, rescale)?;
+        match solved.scale {
+            Some(DialScale { scale, shift }) => self.model.rescale_routers(scale, shift)?,
+            None if rescale => {
+                tracing::warn!("the routers know few widths: the dial keeps the scale it was trained with")
             }
+            None => {}
         }
-        let config = self.with_budgets(&budget::TABLE)?;
+        let config = self.config(solved.table)?;
         let path = folder.training("final");
         write_model(self.source, self.model, &config, &path)?;
         folder.publish(&path)?;
@@ -195,9 +193,12 @@ impl Publication<'_> {
     /// # Errors
     /// A model without a `dynamoe` section.
     pub fn with_budgets(&self, widths: &[f64]) -> Result<ModelConfig> {
+        self.config(budget::solve(&self.model.routed()?, self.calibration, widths, false)?.table)
+    }
+
+    fn config(&self, budgets: Vec<Budget>) -> Result<ModelConfig> {
         let mut config = self.model.config().clone();
-        let dynamoe = config.dynamoe.as_mut().context("a trained model has a dynamoe section")?;
-        dynamoe.budgets = budget::solver(&self.model.routed()?, self.calibration)?.table(widths)?;
+        config.dynamoe.as_mut().context("a trained model has a dynamoe section")?.budgets = budgets;
         Ok(config)
     }
 

@@ -26,8 +26,8 @@ use crate::report;
 use crate::report::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::train::Outcome;
 
-/// Tokens on which curves are measured at most, where no number is given.
-pub const EVAL_TOKENS: usize = 200_000;
+/// Tokens on which curves are measured at most, where no number is given. Measuring must stay cheap beside training.
+pub const EVAL_TOKENS: usize = 20_000;
 
 /// What a run makes, besides its checkpoint, for the report.
 #[derive(Debug, Clone)]
