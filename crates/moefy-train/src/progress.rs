@@ -83,6 +83,11 @@ impl Progress {
         }
     }
 
+    /// Seconds that so many units take at the rate so far.
+    pub fn seconds_for(&self, units: u64) -> f64 {
+        units as f64 / self.rate().max(1e-9)
+    }
+
     fn show(&self) {
         if !self.bar.is_hidden() {
             self.bar.set_message(format!("{}, {} left", self.status(), self.left()));

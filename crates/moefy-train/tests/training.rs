@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind};
+use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind, TrainableFfn, names};
 use dynamoe_model::config::{Architecture, ModelConfig};
+use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
-use moefy_train::methods::{Method, Objective};
-use moefy_train::train::{StepBatch, StepContext, TrainConfig, TrainModel};
+use moefy_train::methods::Method;
+use moefy_train::train::{StepBatch, StepContext, StepLoss, Teacher, TrainConfig, TrainModel, Trained};
 
 /// A model that uses what the architectures differ in.
 fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
@@ -44,46 +45,125 @@ fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
     }
 }
 
+/// Hands out random tensors, the same ones for the same names.
+fn random() -> impl FnMut(&str, &[usize]) -> anyhow::Result<Tensor> {
+    let mut made = BTreeMap::new();
+    move |name: &str, shape: &[usize]| {
+        let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
+        Ok(made.entry(name.to_owned()).or_insert_with(new).clone())
+    }
+}
+
+/// One batch through a model, and its gradients.
+fn step(model: &TrainModel, train: &TrainConfig) -> (StepLoss, Gradients) {
+    let vocab_size = model.config().vocab_size;
+    let batch = |shift: u32| {
+        let tokens: Vec<u32> = (0..66u32).map(|n| (n + shift) * 7919 % vocab_size as u32).collect();
+        Tensor::from_vec(tokens, (3, 22), &Device::Cpu).unwrap()
+    };
+    let objective = train.method.objective(&train.routing(vec![0.2, 0.6, 1.0]));
+    let teacher = train.has_teacher().then_some(Teacher::Itself);
+    let (batch, objective) = (StepBatch { tokens: batch(0), targets: batch(1) }, objective.as_ref());
+    let context = StepContext { objective, teacher, config: train, step: 3, micro: 0 };
+    let mut gradients = Gradients::new();
+    let loss = model.accumulate(&batch, &context, &mut gradients).unwrap();
+    (loss, gradients)
+}
+
+/// Checks that two models took the same step.
+fn assert_same(case: &str, [(one, a), (other, b)]: [(&TrainModel, (StepLoss, Gradients)); 2]) {
+    let ((a, gradients), (b, others)) = (a, b);
+    assert!((a.objective - b.objective).abs() < 1e-5 * b.objective.abs(), "{case}: loss {a:?}, {b:?}");
+    assert_eq!((&a.widths, &a.dials), (&b.widths, &b.dials), "{case}");
+    for ((name, var), (_, twin)) in one.params().iter().zip(other.params().iter()) {
+        let values = |gradients: &Gradients, var: &Var| match gradients.get(var) {
+            Some(Gradient::Host(values)) => values.clone(),
+            found => panic!("{case}, {name}: {found:?}"),
+        };
+        let (a, b) = (values(&gradients, var), values(&others, twin));
+        let scale = b.iter().fold(1e-3f32, |max, x| max.max(x.abs()));
+        for (a, b) in a.iter().zip(&b) {
+            assert!((a - b).abs() < 2e-4 * scale, "{case}, {name}: {a}, {b}, largest {scale}");
+        }
+    }
+}
+
+const SHAPES: [(usize, bool, usize); 3] = [(50, false, 0), (50, true, 1), (4100, true, 2)];
+const METHODS: [Method; 4] = [Method::Dense, Method::Static, Method::Priced, Method::Similarity];
+
 /// Another device has no fused operations, but computes the same.
 #[test]
 fn a_step_without_fused_operations_is_the_same_step() {
-    for (vocab_size, extras, own_shells) in [(50, false, 0), (50, true, 1), (4100, true, 2)] {
-        for method in [Method::Dense, Method::Static, Method::Priced, Method::Similarity] {
+    for (vocab_size, extras, own_shells) in SHAPES {
+        for method in METHODS {
             let train = TrainConfig { method, ..TrainConfig::default() };
-            let config = config(vocab_size, extras, own_shells);
-            let mut made = BTreeMap::new();
-            let mut random = |name: &str, shape: &[usize]| {
-                let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
-                Ok(made.entry(name.to_owned()).or_insert_with(new).clone())
-            };
+            let (config, mut random) = (config(vocab_size, extras, own_shells), random());
             let [one, other] = [(); 2].map(|()| TrainModel::new(&config, &train, &mut random).unwrap());
-            let batch = |shift: u32| {
-                let tokens: Vec<u32> = (0..66u32).map(|n| (n + shift) * 7919 % vocab_size as u32).collect();
-                Tensor::from_vec(tokens, (3, 22), &Device::Cpu).unwrap()
-            };
-            let objective: Box<dyn Objective> = method.objective(&train.routing(vec![0.2, 0.6, 1.0]));
-            let step = |model: &TrainModel, gradients: &mut Gradients| {
-                let batch = StepBatch { tokens: batch(0), targets: batch(1) };
-                let objective = objective.as_ref();
-                let context = StepContext { objective, teacher: None, config: &train, step: 3, micro: 0 };
-                let loss = model.loss(&batch, &context).unwrap();
-                gradients.add(&loss.objective, model.params()).unwrap();
-                loss.objective.to_scalar::<f32>().unwrap()
-            };
-            let (mut fused, mut composed) = (Gradients::new(), Gradients::new());
-            let (a, b) = (step(&one, &mut fused), ops::composed(|| step(&other, &mut composed)));
-            assert!((a - b).abs() < 1e-5 * b.abs(), "{method:?}: loss {a}, {b}");
-            for ((name, var), (_, twin)) in one.params().iter().zip(other.params().iter()) {
-                let values = |gradients: &Gradients, var: &Var| match gradients.get(var) {
-                    Some(Gradient::Host(values)) => values.clone(),
-                    found => panic!("{method:?}, {name}: {found:?}"),
-                };
-                let (a, b) = (values(&fused, var), values(&composed, twin));
-                let scale = b.iter().fold(1e-3f32, |max, x| max.max(x.abs()));
-                for (a, b) in a.iter().zip(&b) {
-                    assert!((a - b).abs() < 2e-4 * scale, "{method:?}, {name}: {a}, {b}, largest {scale}");
-                }
-            }
+            let steps = [(&one, step(&one, &train)), (&other, ops::composed(|| step(&other, &train)))];
+            assert_same(&format!("{method:?}"), steps);
         }
     }
+}
+
+#[test]
+fn layers_that_are_computed_again_make_the_same_step() {
+    // the logits of the last one are computed in two blocks
+    for (vocab_size, extras, own_shells) in SHAPES.into_iter().chain([(140_000, false, 1)]) {
+        for (method, trained, distill) in [
+            (Method::Dense, Trained::All, 0.0),
+            (Method::Static, Trained::All, 0.5),
+            (Method::Priced, Trained::All, 1.0),
+            (Method::Priced, Trained::Added, 1.0),
+            (Method::Priced, Trained::Added, 0.0),
+            (Method::Similarity, Trained::Routers, 1.0),
+        ] {
+            let train = TrainConfig { method, train: trained, distill, ..TrainConfig::default() };
+            let again = TrainConfig { recompute: true, ..train.clone() };
+            let (config, mut random) = (config(vocab_size, extras, own_shells), random());
+            let model = TrainModel::new(&config, &train, &mut random).unwrap();
+            let steps = [&again, &train].map(|train| (&model, step(&model, train)));
+            assert_same(&format!("{vocab_size}, {method:?}, {trained:?}"), steps);
+        }
+    }
+}
+
+/// candle computes gradients of all matrices that it multiplies with something trained, also of those that are not.
+#[test]
+fn frozen_matrices_get_no_gradient_on_any_device() {
+    let (config, mut random) = (config(50, true, 1), random());
+    let mut frozen = BTreeMap::new();
+    let mut get = |name: &str, shape: &[usize]| {
+        let tensor = random(name, shape)?;
+        frozen.insert(name.to_owned(), tensor.clone());
+        Ok(tensor)
+    };
+    let backbone = Backbone::from_tensors(&config, &mut get).unwrap();
+    let mut matrix = |name: &str, shape: [usize; 2]| get(&names::mlp(0, name), &shape).unwrap();
+    let weights = TrainableFfn {
+        gate_proj: matrix(names::GATE_PROJ, [40, 24]),
+        up_proj: matrix(names::UP_PROJ, [40, 24]),
+        down_proj: matrix(names::DOWN_PROJ, [24, 40]),
+        own: Some([
+            matrix(names::OWN_GATE_PROJ, [8, 24]),
+            matrix(names::OWN_UP_PROJ, [8, 24]),
+            matrix(names::OWN_DOWN_PROJ, [24, 8]),
+        ]),
+        compensation: None,
+        widths: config.expert_widths(),
+    };
+    let tokens = Tensor::zeros((2, 5), candle_core::DType::U32, &Device::Cpu).unwrap();
+    let pass = || {
+        let x = Var::randn(0f32, 1.0, (10, 24), &Device::Cpu).unwrap();
+        let reach = Var::ones((10, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let places = backbone.places(&tokens).unwrap();
+        let y = backbone.layer(0, &x, &places, &mut |x| ops::ffn(&weights, x, &reach)).unwrap();
+        let logits = backbone.logits(&backbone.norm(&y).unwrap()).unwrap();
+        let store = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(store.get(&x).is_some() && store.get(&reach).is_some());
+        for (name, tensor) in frozen.iter().filter(|(_, tensor)| tensor.rank() > 1) {
+            assert!(store.get(tensor).is_none(), "{name}");
+        }
+    };
+    pass();
+    ops::composed(pass);
 }

@@ -3,7 +3,7 @@
 //! Each layer: `x += attention(norm(x))`, then `x += ffn(norm(x))`; at the end a norm and the output matrix.
 
 use anyhow::{Context, Result, bail};
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor};
 
 use crate::config::ModelConfig;
 use crate::ops::{
@@ -17,7 +17,8 @@ struct Layer {
     post_attention_norm: Tensor,
 }
 
-/// A decoder-only language model without its FFNs.
+/// A decoder-only language model without its FFNs. It computes in f32; weights of another type are converted where they
+/// are used, and take less memory in between.
 #[derive(Debug, Clone)]
 pub struct Backbone {
     config: ModelConfig,
@@ -25,6 +26,14 @@ pub struct Backbone {
     layers: Vec<Layer>,
     norm: Tensor,
     lm_head: Option<Tensor>, // (V, D), none where tied
+}
+
+/// Where the rows of a batch stand.
+#[derive(Debug, Clone)]
+pub struct Places {
+    sequences: usize,
+    positions: usize,
+    rotary: Rotary,
 }
 
 /// Supplies a tensor by its Hugging Face name and shape.
@@ -80,24 +89,62 @@ impl Backbone {
         tokens: &Tensor,
         ffn: &mut dyn FnMut(usize, &Tensor) -> CandleResult<Tensor>,
     ) -> CandleResult<Tensor> {
-        let (sequences, positions) = tokens.dims2()?;
-        let eps = self.config.rms_norm_eps;
-        let rotary = Rotary::new(&self.config, positions, tokens.device())?;
-        let mut x = embedding(&self.embed_tokens, &tokens.flatten_all()?)?; // (N, D)
-        for (index, layer) in self.layers.iter().enumerate() {
-            let shape = AttentionShape {
-                sequences,
-                positions,
-                heads: self.config.num_attention_heads,
-                kv_heads: self.config.num_key_value_heads,
-                head_dim: self.config.head_dim,
-                window: self.config.sliding_window[index],
-            };
-            x = layer.attention.forward(&x, &rotary, shape)?;
-            let normed = rms_norm(&x, &layer.post_attention_norm, eps)?;
-            x = (x + ffn(index, &normed)?)?;
+        let places = self.places(tokens)?;
+        let mut x = self.embed(tokens)?; // (N, D)
+        for layer in 0..self.layers.len() {
+            x = self.layer(layer, &x, &places, &mut |normed| ffn(layer, normed))?;
         }
-        rms_norm(&x, &self.norm, eps)
+        self.norm(&x)
+    }
+
+    /// The first layer's input, `(B·T, D)`, for `tokens (B, T)`, u32.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary.
+    pub fn embed(&self, tokens: &Tensor) -> CandleResult<Tensor> {
+        embedding(&self.embed_tokens, &tokens.flatten_all()?)?.to_dtype(DType::F32)
+    }
+
+    /// What layers need to know of `tokens (B, T)` besides their rows.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn places(&self, tokens: &Tensor) -> CandleResult<Places> {
+        let (sequences, positions) = tokens.dims2()?;
+        Ok(Places { sequences, positions, rotary: Rotary::new(&self.config, positions, tokens.device())? })
+    }
+
+    /// Runs one layer on `x (B·T, D)`. `ffn` is as for [`Backbone::forward`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn layer(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        places: &Places,
+        ffn: &mut dyn FnMut(&Tensor) -> CandleResult<Tensor>,
+    ) -> CandleResult<Tensor> {
+        let shape = AttentionShape {
+            sequences: places.sequences,
+            positions: places.positions,
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+            window: self.config.sliding_window[layer],
+        };
+        let Layer { attention, post_attention_norm } = &self.layers[layer].in_f32()?;
+        let x = attention.forward(x, &places.rotary, shape)?;
+        let normed = rms_norm(&x, post_attention_norm, self.config.rms_norm_eps)?;
+        x + ffn(&normed)?
+    }
+
+    /// The norm after the last layer: `(N, D)` → `(N, D)`.
+    ///
+    /// # Errors
+    /// Another width than `D`.
+    pub fn norm(&self, x: &Tensor) -> CandleResult<Tensor> {
+        rms_norm(x, &self.norm.to_dtype(DType::F32)?, self.config.rms_norm_eps)
     }
 
     /// `hidden (N, D)` → `(N, V)`.
@@ -105,7 +152,7 @@ impl Backbone {
     /// # Errors
     /// Another width than `D`.
     pub fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
-        linear(hidden, self.output_matrix())
+        linear(hidden, &self.output_matrix().to_dtype(DType::F32)?)
     }
 
     /// `weights · cross_entropy(logits(hidden), targets)` of each token, `(N)`, in nats, for `hidden (N, D)`,
@@ -114,7 +161,7 @@ impl Backbone {
     /// # Errors
     /// Shapes or dtypes that do not fit, a target outside the vocabulary.
     pub fn losses(&self, hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> CandleResult<Tensor> {
-        linear_cross_entropy(hidden, self.output_matrix(), targets, weights)
+        linear_cross_entropy(hidden, &self.output_matrix().to_dtype(DType::F32)?, targets, weights)
     }
 }
 
@@ -140,6 +187,27 @@ impl Layer {
             eps: config.rms_norm_eps,
         };
         Ok(Self { attention, post_attention_norm: get("post_attention_layernorm.weight", &[d])? })
+    }
+
+    /// The layer with f32 weights; those that are f32 are shared.
+    fn in_f32(&self) -> CandleResult<Self> {
+        let f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        let optional = |tensor: &Option<Tensor>| tensor.as_ref().map(f32).transpose();
+        let projection = |projection: &Projection| -> CandleResult<Projection> {
+            Ok(Projection { weight: f32(&projection.weight)?, bias: optional(&projection.bias)? })
+        };
+        let attention = &self.attention;
+        let attention = SelfAttention {
+            norm: f32(&attention.norm)?,
+            q: projection(&attention.q)?,
+            k: projection(&attention.k)?,
+            v: projection(&attention.v)?,
+            o: projection(&attention.o)?,
+            q_norm: optional(&attention.q_norm)?,
+            k_norm: optional(&attention.k_norm)?,
+            eps: attention.eps,
+        };
+        Ok(Self { attention, post_attention_norm: f32(&self.post_attention_norm)? })
     }
 }
 

@@ -9,6 +9,6 @@ mod backbone;
 mod experts;
 mod routed;
 
-pub use backbone::Backbone;
+pub use backbone::{Backbone, Places};
 pub use experts::Experts;
 pub use routed::RoutedModel;

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, Var, bail};
 use faer::Accum;
 use rayon::prelude::*;
@@ -73,7 +74,27 @@ impl Gradients {
     }
 
     /// Adds the gradients of `loss`, a scalar, with respect to `params`.
+    ///
+    /// # Errors
+    /// candle's.
     pub fn add(&mut self, loss: &Tensor, params: &Params) -> Result<()> {
+        self.add_and_take(loss, params).map(drop)
+    }
+
+    /// [`Gradients::add`] for a loss that starts from `input`, a result of earlier operations that are not in its graph.
+    /// Returns the gradient with respect to `input`, zeros where there is none.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn add_through(&mut self, loss: &Tensor, params: &Params, input: &Var) -> Result<Tensor> {
+        match self.add_and_take(loss, params)?.remove(input) {
+            Some(gradient) => Ok(gradient.detach()),
+            None => Ok(input.zeros_like()?.detach()),
+        }
+    }
+
+    /// Adds gradients; returns those that are not of `params`.
+    fn add_and_take(&mut self, loss: &Tensor, params: &Params) -> Result<GradStore> {
         let lent = Lent::new(&mut self.sums);
         let store = loss.backward();
         drop(lent);
@@ -84,7 +105,7 @@ impl Gradients {
                 self.add_tensor(var, &gradient)?;
             }
         }
-        Ok(())
+        Ok(store)
     }
 
     fn add_tensor(&mut self, var: &Var, gradient: &Tensor) -> Result<()> {

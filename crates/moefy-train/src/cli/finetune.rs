@@ -49,11 +49,14 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
         text: args.text.options(),
     };
     let lab = Lab::open(inputs, &device, stop)?;
+    recipe.check_memory(&lab)?;
     let batches = lab.batches(&recipe.train)?;
-    let teacher = match (&args.teacher, recipe.train.has_teacher()) {
-        (Some(teacher), true) => Some(RoutedModel::load(&open_model(teacher)?, &device)?),
-        (None, true) => Some(lab.teacher()?),
-        (_, false) => None,
+    let teacher = match &args.teacher {
+        Some(teacher) if recipe.train.has_teacher() => {
+            Some(RoutedModel::load(&open_model(teacher)?, &device)?)
+        }
+        None if recipe.train.needs_other_teacher() => Some(lab.teacher()?),
+        _ => None,
     };
     refuse_overlap(lab.model.dir(), &args.out)?;
     let mut settings = lab.settings()?;

@@ -166,6 +166,9 @@ pub struct StepArgs {
     /// Tokens in a sequence
     #[arg(long, default_value_t = TrainConfig::SEQUENCE_LENGTH)]
     sequence_length: usize,
+    /// Compute layers again in the backward pass instead of keeping their activations: less memory, more time
+    #[arg(long)]
+    recompute: bool,
     /// Peak learning rate
     #[arg(long, default_value_t = TrainConfig::LR)]
     lr: f64,
@@ -194,6 +197,7 @@ impl StepArgs {
             batch_size: self.batch_size,
             micro_batch: self.micro_batch,
             sequence_length: self.sequence_length,
+            recompute: self.recompute,
             lr: self.lr,
             seed: self.seed,
             save_every: self.save_every,

@@ -200,7 +200,7 @@ impl Bench<'_> {
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         let calibration = Lab::calibration(batches);
         let source = recipe.convert(self.lab, &calibration, &dir.join("converted"))?;
-        let teacher = recipe.train.has_teacher().then(|| self.lab.teacher()).transpose()?;
+        let teacher = recipe.train.needs_other_teacher().then(|| self.lab.teacher()).transpose()?;
         let job = TrainJob {
             source: &source,
             teacher: teacher.as_ref(),

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dynamoe::{Budget, RouterConfig, RouterKind};
-use dynamoe_model::checkpoint::save_model;
+use dynamoe_model::checkpoint::{float_dtype, save_model};
 use dynamoe_model::tensors::expected_tensors;
 use dynamoe_model::{Checkpoint, ModelConfig, RoutedModel};
 use serde_json::{Value, json};
@@ -17,11 +17,13 @@ use super::lab::Lab;
 use crate::data::{Batches, PaddedBatch};
 use crate::evaluate::budget::{self, DialScale};
 use crate::evaluate::curve::Probe;
+use crate::machine::Machine;
 use crate::methods::Method;
 use crate::prepare::{self, ExpertConfig};
 use crate::progress::Progress;
 use crate::report::results::{Curve, TrainMetrics};
-use crate::train::{Outcome, TrainConfig, TrainModel, Trained, Trainer};
+use crate::train::memory::{bytes, options_that_fit};
+use crate::train::{Memory, Outcome, Teacher, TrainConfig, TrainModel, Trainer};
 
 /// All that decides a checkpoint besides the model and the text.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -36,7 +38,7 @@ pub struct Recipe {
 pub struct TrainJob<'a> {
     /// The checkpoint to train.
     pub source: &'a Checkpoint,
-    /// Its dense origin, where distillation asks for it and the source's own dense weights are trained.
+    /// The dense model to distill from, where [`TrainConfig::needs_other_teacher`]; else the model in training is its own.
     pub teacher: Option<&'a RoutedModel>,
     /// Training batches.
     pub batches: &'a Batches,
@@ -62,6 +64,43 @@ impl Recipe {
     pub fn validate(&self, config: &ModelConfig) -> Result<()> {
         self.train.validate()?;
         self.experts.options(config, self.train.seed).map(drop)
+    }
+
+    /// Says what the recipe needs in memory for the lab's model, and refuses what the machine does not have.
+    ///
+    /// # Errors
+    /// Too little memory, with the options that would do.
+    pub fn check_memory(&self, lab: &Lab<'_>) -> Result<()> {
+        let dense = lab.model.config();
+        let mut config = dense.clone();
+        if dense.dynamoe.is_none() && self.train.method != Method::Dense {
+            config.dynamoe = Some(self.experts.options(dense, self.train.seed)?.section(dense));
+        }
+        let sample = dense.dynamoe.is_none().then(prepare::sample_limit);
+        let stored = lab.model.dtype().bitsize() as u64 / 8;
+        let need = |train: &TrainConfig| Memory::of(&config, train, stored, sample);
+        let found = need(&self.train);
+        // a GPU's memory is not read
+        let Some(machine) = Machine::read().filter(|_| lab.device.is_cpu()) else {
+            tracing::info!("memory: about {found}");
+            return Ok(());
+        };
+        let available = bytes(machine.available);
+        tracing::info!("memory: about {found}; {available} are available");
+        if found.peak() <= machine.available {
+            return Ok(());
+        }
+        let asked = bytes(found.peak());
+        match options_that_fit(&self.train, machine.available, |train| need(train).peak()) {
+            Some((options, need)) => bail!(
+                "about {asked} of memory are needed and {available} are available: {options} needs {}",
+                bytes(need)
+            ),
+            None => bail!(
+                "about {asked} of memory are needed and {available} are available: no option of training makes this \
+                 model fit; take a smaller one or a larger machine"
+            ),
+        }
     }
 
     /// The settings as JSON, without those that do not decide the result.
@@ -98,17 +137,16 @@ impl Recipe {
     /// Those of [`Trainer::run`]; a model that the method cannot train.
     pub fn train(&self, lab: &Lab<'_>, job: &TrainJob<'_>) -> Result<Training> {
         let model = TrainModel::new(&self.trained_config(job.source)?, &self.train, &mut |name, shape| {
-            job.source.tensor(name, shape, DType::F32, lab.device)
+            let stored = job.source.info(name).and_then(|info| float_dtype(info.dtype));
+            job.source.tensor(name, shape, stored.unwrap_or(DType::F32), lab.device)
         })?;
         ensure!(!model.params().is_empty(), "nothing to train with these options");
-        // a model whose dense weights stay as they are is its own teacher: no second copy of them is needed
-        let itself = (self.train.train == Trained::Added).then(|| model.routed()).transpose()?;
-        let teacher = itself.as_ref().or(job.teacher);
+        let teacher = job.teacher.map_or(Teacher::Itself, Teacher::Other);
         let (outcome, metrics) = Trainer {
             config: &self.train,
             model: &model,
             batches: job.batches,
-            teacher: teacher.filter(|_| self.train.has_teacher()),
+            teacher: self.train.has_teacher().then_some(teacher),
             state_dir: Some(job.state_dir),
             fingerprint: &job.source.fingerprint()?,
             stop: lab.stop,
@@ -207,7 +245,7 @@ impl Publication<'_> {
     /// # Errors
     /// Tensors that do not fit.
     pub fn routed(&self, config: &ModelConfig) -> Result<RoutedModel> {
-        RoutedModel::from_tensors(config, &mut |name, _| self.model.tensor(name))
+        RoutedModel::from_tensors(config, &mut |name, _| self.model.in_f32(name))
     }
 }
 

@@ -20,11 +20,13 @@ use crate::evaluate::cost::Cost;
 use crate::evaluate::curve::{WIDTHS, oracle_curve};
 use crate::evaluate::samples::{SampleLimits, samples};
 use crate::evaluate::{Setting, pairs_point, point, scored_tokens};
+use crate::machine;
 use crate::methods::Method;
 use crate::progress::Progress;
 use crate::report;
 use crate::report::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::train::Outcome;
+use crate::train::memory::bytes;
 
 /// Tokens on which curves are measured at most, where no number is given. Measuring must stay cheap beside training.
 pub const EVAL_TOKENS: usize = 20_000;
@@ -66,6 +68,7 @@ impl<'a> Run<'a> {
             lab.model.dir().display()
         );
         recipe.validate(lab.model.config())?;
+        recipe.check_memory(&lab)?;
         let batches = lab.batches(&recipe.train)?;
         let held_out = lab.held_out(recipe.train.sequence_length, options.eval_tokens)?;
         let pairs = options.pairs.as_deref().map(|path| lab.texts.pairs(path)).transpose()?;
@@ -96,15 +99,11 @@ impl<'a> Run<'a> {
     pub fn run(self, folder: &RunFolder) -> Result<Outcome> {
         let started = Instant::now();
         let converted = self.recipe.convert(&self.lab, &self.calibration, &folder.training("converted"))?;
-        let teacher = self.lab.teacher()?;
-        let full = Setting::uniform(1.0, teacher.config().num_hidden_layers);
-        let progress = Progress::new("measuring the dense model", "tokens", scored_tokens(&self.held_out), 0);
-        let dense_loss = point(&teacher, &self.held_out, &full, &progress)?.loss;
-        progress.finish();
+        let dense_loss = self.dense_loss()?;
 
         let method = self.recipe.train.method;
         let state = folder.training("state");
-        let (model, metrics) = match self.train(&self.recipe, &converted, &teacher, &state)? {
+        let (model, metrics) = match self.train(&self.recipe, &converted, &state)? {
             Training::Finished(model, metrics) => (model, metrics),
             Training::Stopped(step) => return Ok(Outcome::Stopped(step)),
         };
@@ -127,7 +126,7 @@ impl<'a> Run<'a> {
         }
         drop(model);
         for &baseline in &self.options.baselines {
-            let Some((curve, metrics)) = self.baseline(baseline, &converted, &teacher, folder)? else {
+            let Some((curve, metrics)) = self.baseline(baseline, &converted, folder)? else {
                 return Ok(Outcome::Stopped(self.recipe.train.steps()));
             };
             if baseline == Method::Dense {
@@ -137,18 +136,25 @@ impl<'a> Run<'a> {
             report.training.push((baseline.label().to_owned(), metrics));
         }
         self.write(&mut report, folder, started)?;
+        if let Some(peak) = machine::peak() {
+            tracing::info!("memory: {} at most", bytes(peak));
+        }
         Ok(Outcome::Finished)
     }
 
-    fn train(
-        &self,
-        recipe: &Recipe,
-        source: &Checkpoint,
-        teacher: &RoutedModel,
-        state_dir: &Path,
-    ) -> Result<Training> {
+    fn dense_loss(&self) -> Result<f64> {
+        let dense = self.lab.teacher()?;
+        let full = Setting::uniform(1.0, dense.config().num_hidden_layers);
+        let progress = Progress::new("measuring the dense model", "tokens", scored_tokens(&self.held_out), 0);
+        let loss = point(&dense, &self.held_out, &full, &progress)?.loss;
+        progress.finish();
+        Ok(loss)
+    }
+
+    fn train(&self, recipe: &Recipe, source: &Checkpoint, state_dir: &Path) -> Result<Training> {
+        let teacher = recipe.train.needs_other_teacher().then(|| self.lab.teacher()).transpose()?;
         let label = recipe.train.method.label();
-        let job = TrainJob { source, teacher: Some(teacher), batches: &self.batches, state_dir, label };
+        let job = TrainJob { source, teacher: teacher.as_ref(), batches: &self.batches, state_dir, label };
         recipe.train(&self.lab, &job)
     }
 
@@ -157,7 +163,6 @@ impl<'a> Run<'a> {
         &self,
         method: Method,
         source: &Checkpoint,
-        teacher: &RoutedModel,
         folder: &RunFolder,
     ) -> Result<Option<(Curve, Vec<TrainMetrics>)>> {
         let done = folder.training(&format!("{method}.json"));
@@ -166,7 +171,7 @@ impl<'a> Run<'a> {
         }
         let recipe = Recipe { train: self.recipe.train.by(method), ..self.recipe.clone() };
         let state = folder.training(&format!("{method}-state"));
-        let Training::Finished(model, metrics) = self.train(&recipe, source, teacher, &state)? else {
+        let Training::Finished(model, metrics) = self.train(&recipe, source, &state)? else {
             return Ok(None);
         };
         let curve = recipe.measure(&model.routed()?, &self.held_out, &WIDTHS)?;

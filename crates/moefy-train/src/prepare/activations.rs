@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
 use crate::data::PaddedBatch;
+use crate::machine::Machine;
 use crate::progress::Progress;
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::linear;
@@ -20,9 +21,17 @@ pub struct DenseFfn {
 }
 
 /// Tokens whose activations are kept, at most.
-const SAMPLE_TOKENS: usize = 16_384;
-/// Memory for them, over all layers.
-const SAMPLE_BYTES: usize = 2 << 30;
+pub const SAMPLE_TOKENS: usize = 16_384;
+/// The activations take this part of the machine's memory at most.
+const SAMPLE_SHARE: u64 = 24;
+/// Bytes that they take at most where the machine's memory is not known.
+const SAMPLE_BYTES: u64 = 1 << 30;
+
+/// Bytes that the activations of all layers take at most. It follows from the memory that there is and not from what is
+/// free, so that a machine finds the same order of neurons each time.
+pub fn sample_limit() -> u64 {
+    Machine::read().map_or(SAMPLE_BYTES, |machine| machine.limit / SAMPLE_SHARE)
+}
 
 /// The activations `h = silu(gate) ∘ up` of one layer's neurons.
 #[derive(Debug, Clone)]
@@ -46,7 +55,7 @@ pub fn measure(
     let count: usize = batches.iter().map(PaddedBatch::scored).sum();
     ensure!(count > 0, "no tokens to calibrate on: expected at least one document of two tokens");
     let width: usize = ffns.iter().map(|ffn| ffn.gate_proj.dim(0)).sum::<candle_core::Result<usize>>()?;
-    let room = (SAMPLE_BYTES / (4 * width.max(1))).clamp(1, SAMPLE_TOKENS);
+    let room = (sample_limit() as usize / (4 * width.max(1))).clamp(1, SAMPLE_TOKENS);
     let mut every = (0..count).map(|token| token % count.div_ceil(room) == 0);
     let mut sums: Vec<Option<Tensor>> = vec![None; ffns.len()];
     let mut samples: Vec<Vec<Tensor>> = vec![Vec::new(); ffns.len()];

@@ -46,6 +46,22 @@ pub struct ConvertOptions {
     pub max_shard_bytes: Option<u64>,
 }
 
+impl ConvertOptions {
+    /// The `dynamoe` section of the converted model's config.json; `config` is the dense model's.
+    pub fn section(&self, config: &ModelConfig) -> DynaMoeConfig {
+        DynaMoeConfig {
+            version: version_for(self.own_shells),
+            base_architecture: config.architecture.name().to_owned(),
+            base_model_type: config.architecture.model_type().to_owned(),
+            expert_widths: self.expert_widths.clone(),
+            own_shells: self.own_shells,
+            router: self.router.clone(),
+            sensitivity: self.sensitivity,
+            budgets: Vec::new(),
+        }
+    }
+}
+
 /// Converts `source` into the new folder `out`. Neurons are ordered by the calibration's importance, or without
 /// one by `‖W_gate[j]‖ · ‖W_up[j]‖ · ‖W_down[:, j]‖`. The source is only read.
 ///
@@ -67,16 +83,7 @@ pub fn convert(
         calibration.check(source)?;
     }
     let mut json = read_json(source.dir())?;
-    let section = DynaMoeConfig {
-        version: version_for(options.own_shells),
-        base_architecture: source.config().architecture.name().to_owned(),
-        base_model_type: source.config().architecture.model_type().to_owned(),
-        expert_widths: options.expert_widths.clone(),
-        own_shells: options.own_shells,
-        router: options.router.clone(),
-        sensitivity: options.sensitivity,
-        budgets: Vec::new(),
-    };
+    let section = options.section(source.config());
     set_section(&mut json, &section)?;
     let config = ModelConfig::from_json(&json)?;
     let plan = plan(source, &config, options.max_shard_bytes)?;

@@ -7,6 +7,7 @@ pub mod convert;
 pub mod experts;
 mod importance;
 
+pub use activations::{SAMPLE_TOKENS, sample_limit};
 pub use calibrate::{Calibration, LayerStatistics, calibrate};
 pub use convert::{ConvertOptions, convert};
 pub use experts::{ExpertConfig, Experts};

@@ -37,6 +37,8 @@ pub struct TrainConfig {
     pub micro_batch: Option<usize>,
     /// Tokens in a sequence.
     pub sequence_length: usize,
+    /// Whether layers are computed again in the backward pass, which saves the memory of their activations.
+    pub recompute: bool,
     /// Peak learning rate.
     pub lr: f64,
     /// Strength of the distillation from the dense model, 0 to 1.
@@ -79,6 +81,7 @@ impl Default for TrainConfig {
             batch_size: Self::BATCH_SIZE,
             micro_batch: None,
             sequence_length: Self::SEQUENCE_LENGTH,
+            recompute: false,
             lr: Self::LR,
             distill: Self::DISTILL,
             focus: Self::FOCUS,
@@ -156,6 +159,12 @@ impl TrainConfig {
     /// Whether training needs the dense model's predictions; plain fine-tuning never does.
     pub fn has_teacher(&self) -> bool {
         self.method != Method::Dense && (self.distill_predictions() > 0.0 || self.distill_hidden() > 0.0)
+    }
+
+    /// Whether training needs the dense model a second time, as its teacher. A model whose dense weights stay as they are is
+    /// its own.
+    pub fn needs_other_teacher(&self) -> bool {
+        self.has_teacher() && self.train == Trained::All
     }
 
     /// What the method's objective needs to know, for experts of these shares of the width.

@@ -1,10 +1,12 @@
 //! Fine-tuning: the weights and the routers of a DynaMoE model, under a method's objective.
 //!
-//! [`Trainer`] runs the loop over [`TrainModel::loss`]; [`optimizer`] changes the weights; [`state`] keeps checkpoints of
+//! [`Trainer`] runs the loop over [`TrainModel::accumulate`]; [`optimizer`] changes the weights; [`state`] keeps checkpoints of
 //! the training. Everything random in a step is a function of (seed, step), so a resumed run needs no generator's state.
 
 mod config;
 mod group;
+mod head;
+pub mod memory;
 mod metrics_log;
 mod model;
 pub mod optimizer;
@@ -17,8 +19,10 @@ mod tuning;
 
 pub use config::{TrainConfig, Trained};
 pub use group::Group;
+pub use memory::Memory;
 pub use model::TrainModel;
 pub use step::{StepBatch, StepContext, StepLoss};
 pub use stop::Stop;
+pub use teacher::Teacher;
 pub use trainer::{Outcome, Trainer};
 pub use tuning::Tuning;

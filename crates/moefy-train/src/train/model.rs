@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor, Var};
-use dynamoe::{TrainableFfn, tensors};
+use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
+use dynamoe::{TrainableFfn, names};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::RouterWeights;
 use dynamoe_model::{ModelConfig, Params, RoutedModel};
@@ -24,7 +24,9 @@ pub struct TrainModel {
 }
 
 impl TrainModel {
-    /// Takes every tensor of `config`'s model from `get`, in f32; what the settings do not train stays frozen.
+    /// Takes every tensor of `config`'s model from `get`; what the settings do not train stays frozen. Weights are f32. But
+    /// where layers are computed again, frozen weights of the dense model stay in the type that they come in and are
+    /// converted when a layer's turn comes.
     ///
     /// # Errors
     /// Those of `get`; tensors that do not fit.
@@ -41,9 +43,13 @@ impl TrainModel {
         let mut params = Params::new();
         let mut frozen = BTreeMap::new();
         let mut take = |name: &str, shape: &[usize]| -> Result<Tensor> {
-            let tensor = get(name, shape)?.to_dtype(DType::F32)?;
+            let mut tensor = get(name, shape)?;
             if is_trained(name, train, separate) {
                 return Ok(params.insert(name, &tensor)?.as_tensor().clone());
+            }
+            let dense = matches!(Group::of(name), Group::DenseFfn | Group::Backbone);
+            if !(dense && train.recompute) {
+                tensor = tensor.to_dtype(DType::F32)?;
             }
             frozen.insert(name.to_owned(), tensor.clone());
             Ok(tensor)
@@ -73,7 +79,7 @@ impl TrainModel {
         &self.params
     }
 
-    /// The present value of a tensor of the model, trained or frozen, in f32, outside any graph.
+    /// The present value of a tensor of the model, trained or frozen, outside any graph.
     ///
     /// # Errors
     /// A name that the model does not have.
@@ -87,13 +93,33 @@ impl TrainModel {
     /// # Errors
     /// Never, unless the device fails.
     pub fn detached_ffns(&self) -> Result<Vec<TrainableFfn>> {
-        let ffn = |layer| Ok(layer_weights(&self.config, layer, &mut |name, _| self.tensor(name))?.0);
+        let ffn = |layer| Ok(layer_weights(&self.config, layer, &mut |name, _| self.in_f32(name))?.0);
         (0..self.config.num_hidden_layers).map(ffn).collect()
     }
 
     /// The model as it is served, with the present weights.
     pub fn routed(&self) -> Result<RoutedModel> {
-        RoutedModel::from_tensors(&self.config, &mut |name, _| self.tensor(name))
+        RoutedModel::from_tensors(&self.config, &mut |name, _| self.in_f32(name))
+    }
+
+    /// [`TrainModel::tensor`] in f32.
+    ///
+    /// # Errors
+    /// A name that the model does not have.
+    pub fn in_f32(&self, name: &str) -> Result<Tensor> {
+        Ok(self.tensor(name)?.to_dtype(DType::F32)?)
+    }
+
+    /// A layer's FFN with f32 weights; those that are f32 are shared.
+    pub(super) fn ffn(&self, layer: usize) -> CandleResult<TrainableFfn> {
+        let f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        let ffn = &self.ffns[layer];
+        Ok(TrainableFfn {
+            gate_proj: f32(&ffn.gate_proj)?,
+            up_proj: f32(&ffn.up_proj)?,
+            down_proj: f32(&ffn.down_proj)?,
+            ..ffn.clone()
+        })
     }
 
     /// Replaces every router's logits by `scale · logit + shift`: the same routes at another place of the dial.
@@ -117,7 +143,7 @@ impl TrainModel {
 }
 
 /// Whether the tensor `name` of a model is trained.
-fn is_trained(name: &str, train: &TrainConfig, separate: bool) -> bool {
+pub(super) fn is_trained(name: &str, train: &TrainConfig, separate: bool) -> bool {
     let group = Group::of(name);
     let routes = train.method.has_router() || name.ends_with("router.compensation");
     let wanted = match group {

@@ -1,13 +1,18 @@
-//! The losses of one batch.
+//! The losses of one batch and their gradients.
+//!
+//! The head (output matrix and losses) runs by itself, in blocks of tokens: its logits are the largest tensors of a step,
+//! and the gradient with respect to the hidden states is all that the layers need of it. The layers run backward at once,
+//! or one by one, each computed again from its input: then only the inputs of layers are kept.
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
-use dynamoe_model::RoutedModel;
-use dynamoe_model::ops::ffn;
+use candle_core::{Result as CandleResult, Tensor, Var};
+use dynamoe_model::model::Places;
+use dynamoe_model::ops::{Gradients, ffn};
 
 use super::config::TrainConfig;
+use super::head::{Head, HeadLosses};
 use super::model::TrainModel;
-use super::teacher::{TeacherOutputs, relative_error};
+use super::teacher::{Teacher, TeacherOutputs, relative_error};
 use crate::methods::{LayerInput, Objective};
 use crate::random::in_step;
 
@@ -24,7 +29,7 @@ pub struct StepContext<'a> {
     /// How tokens are routed.
     pub objective: &'a dyn Objective,
     /// The dense model, where its predictions are a target.
-    pub teacher: Option<&'a RoutedModel>,
+    pub teacher: Option<Teacher<'a>>,
     /// Settings.
     pub config: &'a TrainConfig,
     /// Number of the step, from 0.
@@ -42,12 +47,13 @@ impl StepContext<'_> {
     }
 }
 
-/// The losses of one batch, each a scalar of the graph.
+/// The losses of one batch.
+#[derive(Debug, Clone, PartialEq)]
 pub struct StepLoss {
     /// What is minimised.
-    pub objective: Tensor,
+    pub objective: f64,
     /// The language-model loss alone, nats per token.
-    pub language_model: Tensor,
+    pub language_model: f64,
     /// Mean FFN width used by each sequence, as a share of the dense width: (B).
     pub widths: Vec<f32>,
     /// Each sequence's dial: (B).
@@ -55,60 +61,172 @@ pub struct StepLoss {
 }
 
 impl TrainModel {
-    /// The losses of one batch: the language model's, and what distillation and the objective add.
+    /// Computes the losses of one batch: the language model's, and what distillation and the objective add. Adds their
+    /// gradients to `gradients`.
     ///
     /// # Errors
     /// A batch that does not fit the model.
-    pub fn loss(&self, batch: &StepBatch, context: &StepContext<'_>) -> Result<StepLoss> {
+    pub fn accumulate(
+        &self,
+        batch: &StepBatch,
+        context: &StepContext<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<StepLoss> {
         let (sequences, _) = batch.tokens.dims2()?;
-        let config = context.config;
-        let dials = context.objective.sample(&mut context.rng(StepContext::DIALS), sequences);
-        let teacher =
-            context.teacher.map(|teacher| TeacherOutputs::new(teacher, &batch.tokens)).transpose()?;
-        let shares = Tensor::new(self.shell_shares(), batch.tokens.device())?;
-        let (mut objective_losses, mut widths, mut hidden_errors) = (Vec::new(), Vec::new(), Vec::new());
-        let hidden = self.backbone.forward(&batch.tokens, &mut |layer, x| {
-            let logits = self.routers[layer].as_ref().map(|router| router.logits(x)).transpose()?;
-            let weights = &self.ffns[layer];
-            if let Some(teacher) = teacher.as_ref().filter(|_| config.distill_hidden() > 0.0 && layer > 0) {
-                hidden_errors.push(relative_error(x, &teacher.inputs[layer])?);
+        let teacher = match context.teacher {
+            Some(teacher) => Some(TeacherOutputs::new(teacher, self, &batch.tokens)?),
+            None => None,
+        };
+        let step = Step {
+            model: self,
+            batch,
+            context,
+            dials: context.objective.sample(&mut context.rng(StepContext::DIALS), sequences),
+            shares: Tensor::new(self.shell_shares(), batch.tokens.device())?,
+            places: self.backbone.places(&batch.tokens)?,
+            teacher,
+        };
+        let (head, layers) =
+            if context.config.recompute { step.by_layers(gradients)? } else { step.at_once(gradients)? };
+        Ok(StepLoss {
+            objective: head.objective + step.value(&layers)?,
+            language_model: head.language_model,
+            widths: Tensor::stack(&layers.widths, 0)?.mean(0)?.to_vec1()?,
+            dials: step.dials,
+        })
+    }
+}
+
+/// What layers add to the loss, and their widths.
+#[derive(Default)]
+struct LayerParts {
+    /// The objective's losses, scalars.
+    objective: Vec<Tensor>,
+    /// Differences to the teacher's hidden states, scalars.
+    hidden: Vec<Tensor>,
+    /// Mean width of each sequence, (B), of each layer.
+    widths: Vec<Tensor>,
+}
+
+impl LayerParts {
+    /// Lets go of the graph.
+    fn detached(self) -> Self {
+        let detach = |parts: Vec<Tensor>| parts.iter().map(Tensor::detach).collect();
+        Self { objective: detach(self.objective), hidden: detach(self.hidden), ..self }
+    }
+}
+
+/// One batch on its way.
+struct Step<'a> {
+    model: &'a TrainModel,
+    batch: &'a StepBatch,
+    context: &'a StepContext<'a>,
+    dials: Vec<f64>,
+    /// Each shell's share of the width.
+    shares: Tensor,
+    places: Places,
+    teacher: Option<TeacherOutputs<'a>>,
+}
+
+impl Step<'_> {
+    /// One graph for all layers.
+    fn at_once(&self, gradients: &mut Gradients) -> Result<(HeadLosses, LayerParts)> {
+        let backbone = &self.model.backbone;
+        let mut parts = LayerParts::default();
+        let mut x = backbone.embed(&self.batch.tokens)?;
+        for layer in 0..self.model.ffns.len() {
+            x = self.layer(layer, &x, &mut parts)?;
+        }
+        let hidden = backbone.norm(&x)?;
+        let (losses, gradient) = self.head(&hidden, gradients)?;
+        let loss = self.with_parts((&hidden * gradient)?.sum_all()?, &parts)?;
+        gradients.add(&loss, self.model.params())?;
+        Ok((losses, parts.detached()))
+    }
+
+    /// A graph for each layer, computed again from the layer's input when its turn comes to run backward.
+    fn by_layers(&self, gradients: &mut Gradients) -> Result<(HeadLosses, LayerParts)> {
+        let (backbone, params) = (&self.model.backbone, self.model.params());
+        let mut parts = LayerParts::default();
+        let mut inputs = Vec::with_capacity(self.model.ffns.len());
+        let mut x = backbone.embed(&self.batch.tokens)?.detach();
+        for layer in 0..self.model.ffns.len() {
+            let next = self.layer(layer, &x, &mut parts)?.detach();
+            parts = parts.detached();
+            inputs.push(std::mem::replace(&mut x, next));
+        }
+        let last = Var::from_tensor(&x)?;
+        let hidden = backbone.norm(&last)?;
+        let (losses, gradient) = self.head(&hidden, gradients)?;
+        let mut gradient = gradients.add_through(&(hidden * gradient)?.sum_all()?, params, &last)?;
+        while let Some(x) = inputs.pop() {
+            let (x, mut parts) = (Var::from_tensor(&x)?, LayerParts::default());
+            let y = self.layer(inputs.len(), &x, &mut parts)?;
+            let loss = self.with_parts((y * gradient)?.sum_all()?, &parts)?;
+            gradient = gradients.add_through(&loss, params, &x)?;
+        }
+        let x = backbone.embed(&self.batch.tokens)?;
+        if x.track_op() {
+            gradients.add(&(x * gradient)?.sum_all()?, params)?;
+        }
+        Ok((losses, parts))
+    }
+
+    /// Runs one layer on `x (N, D)`.
+    fn layer(&self, layer: usize, x: &Tensor, parts: &mut LayerParts) -> CandleResult<Tensor> {
+        let context = self.context;
+        self.model.backbone.layer(layer, x, &self.places, &mut |x| {
+            let logits = self.model.routers[layer].as_ref().map(|router| router.logits(x)).transpose()?;
+            let weights = &self.model.ffn(layer)?;
+            let compared =
+                self.teacher.as_ref().filter(|_| context.config.distill_hidden() > 0.0 && layer > 0);
+            if let Some(teacher) = compared {
+                parts.hidden.push(relative_error(x, &teacher.inputs[layer])?);
             }
-            let mut rng = context.rng(layer);
             let routed = context.objective.route(LayerInput {
                 x,
                 logits: logits.as_ref(),
                 ffn: weights,
-                dials: &dials,
-                rng: &mut rng,
+                dials: &self.dials,
+                rng: &mut context.rng(layer),
             })?;
-            objective_losses.extend(routed.loss);
-            let reach = routed.reach.detach().reshape((sequences, (), shares.dim(0)?))?;
-            widths.push(reach.mean(1)?.broadcast_mul(&shares)?.sum(1)?); // (B)
+            parts.objective.extend(routed.loss);
+            let reach = routed.reach.detach().reshape((self.dials.len(), (), self.shares.dim(0)?))?;
+            parts.widths.push(reach.mean(1)?.broadcast_mul(&self.shares)?.sum(1)?); // (B)
             ffn(weights, x, &routed.reach)
-        })?;
-        let targets = batch.targets.flatten_all()?;
-        let ones = Tensor::ones(targets.dim(0)?, DType::F32, targets.device())?;
-        let language_model = self.backbone.losses(&hidden, &targets, &ones)?.mean_all()?;
-        let mut total = language_model.clone();
-        if let Some(teacher) = &teacher {
-            if config.distill_predictions() > 0.0 {
-                let logits = self.backbone.logits(&hidden)?;
-                total = (total + (teacher.shift(&logits, &targets)? * config.distill_predictions())?)?;
-            }
-            if config.distill_hidden() > 0.0 {
-                hidden_errors.push(relative_error(&hidden, &teacher.hidden)?);
-                let error = Tensor::stack(&hidden_errors, 0)?.mean_all()?;
-                total = (total + (error * config.distill_hidden())?)?;
-            }
-        }
-        if !objective_losses.is_empty() {
-            total = (total + Tensor::stack(&objective_losses, 0)?.mean_all()?)?;
-        }
-        Ok(StepLoss {
-            objective: total,
-            language_model: language_model.detach(),
-            widths: Tensor::stack(&widths, 0)?.mean(0)?.to_vec1()?,
-            dials,
         })
+    }
+
+    /// Losses of `hidden (N, D)` and the gradient of all of them with respect to it.
+    fn head(&self, hidden: &Tensor, gradients: &mut Gradients) -> Result<(HeadLosses, Tensor)> {
+        let head = Head {
+            model: self.model,
+            config: self.context.config,
+            teacher: self.teacher.as_ref(),
+            hidden_weight: self.hidden_weight(),
+        };
+        head.run(&hidden.detach(), &self.batch.targets.flatten_all()?, gradients)
+    }
+
+    /// Weight of one difference to the teacher's hidden states: there are as many as layers.
+    fn hidden_weight(&self) -> f64 {
+        self.context.config.distill_hidden() / self.model.ffns.len() as f64
+    }
+
+    /// `loss` and what layers add to it.
+    fn with_parts(&self, mut loss: Tensor, parts: &LayerParts) -> CandleResult<Tensor> {
+        for part in &parts.objective {
+            loss = (loss + (part / self.model.ffns.len() as f64)?)?;
+        }
+        for part in &parts.hidden {
+            loss = (loss + (part * self.hidden_weight())?)?;
+        }
+        Ok(loss)
+    }
+
+    /// What layers add to the loss.
+    fn value(&self, parts: &LayerParts) -> CandleResult<f64> {
+        let zero = Tensor::zeros((), candle_core::DType::F32, self.shares.device())?;
+        Ok(f64::from(self.with_parts(zero, parts)?.to_scalar::<f32>()?))
     }
 }

@@ -1,41 +1,77 @@
 //! Distillation: what the dense model makes of a batch, and how far the trained one is from it.
 
-use candle_core::Tensor;
+use candle_core::{DType, Result, Tensor};
+use dynamoe::TrainableFfn;
 use dynamoe_model::RoutedModel;
+use dynamoe_model::model::Backbone;
+use dynamoe_model::ops::ffn;
+
+use super::model::TrainModel;
+
+/// The dense model that is distilled from.
+#[derive(Debug, Clone, Copy)]
+pub enum Teacher<'a> {
+    /// Another model.
+    Other(&'a RoutedModel),
+    /// The model in training, at full width: its dense weights stay as they are.
+    Itself,
+}
 
 /// What the dense model makes of a batch, without gradient.
-pub(super) struct TeacherOutputs {
-    /// Probabilities of the next token, (N, V).
-    pub(super) predicted: Tensor,
+pub(super) struct TeacherOutputs<'a> {
+    backbone: &'a Backbone,
     /// Input of every layer's FFN, (N, D).
     pub(super) inputs: Vec<Tensor>,
     /// After the final norm, (N, D).
     pub(super) hidden: Tensor,
 }
 
-impl TeacherOutputs {
-    pub(super) fn new(teacher: &RoutedModel, tokens: &Tensor) -> candle_core::Result<Self> {
+impl<'a> TeacherOutputs<'a> {
+    /// `model` is the one in training.
+    pub(super) fn new(teacher: Teacher<'a>, model: &'a TrainModel, tokens: &Tensor) -> Result<Self> {
         let mut inputs = Vec::new();
-        let hidden = teacher.backbone().forward(tokens, &mut |layer, x| {
-            inputs.push(x.detach());
-            Ok(teacher.ffns()[layer].forward_routed(x, &[1.0])?.0)
+        let backbone = match teacher {
+            Teacher::Other(other) => other.backbone(),
+            Teacher::Itself => &model.backbone,
+        };
+        let hidden = backbone.forward(tokens, &mut |layer, x| {
+            let x = x.detach();
+            let y = match teacher {
+                Teacher::Other(other) => other.ffns()[layer].forward_routed(&x, &[1.0])?.0,
+                Teacher::Itself => full_width(&model.ffn(layer)?, &x)?,
+            };
+            inputs.push(x);
+            Ok(y)
         })?;
-        // without gradient, so the fused operation may be used
-        let predicted = candle_nn::ops::softmax_last_dim(&teacher.logits(&hidden)?)?.detach();
-        Ok(Self { predicted, inputs, hidden: hidden.detach() })
+        Ok(Self { backbone, inputs, hidden: hidden.detach() })
     }
 
-    /// Cross entropy under the dense model's predictions, less that under the `targets (N)`. Both have the same
-    /// normaliser, so with `t` predicted and `y` the target, and `z` the logits, it is `z_y - Σ_v t_v z_v`.
-    pub(super) fn shift(&self, logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
-        let target = logits.gather(&targets.unsqueeze(1)?, 1)?.mean_all()?;
-        let predicted = (&self.predicted * logits)?.sum_all()? / targets.dim(0)? as f64;
-        target - predicted?
+    /// [`shift`] under the dense model's predictions of the tokens from `first` on.
+    pub(super) fn shift(&self, logits: &Tensor, targets: &Tensor, first: usize) -> Result<Tensor> {
+        let hidden = self.hidden.narrow(0, first, targets.dim(0)?)?;
+        // without gradient, so the fused operation may be used
+        let predicted = candle_nn::ops::softmax_last_dim(&self.backbone.logits(&hidden)?)?.detach();
+        shift(&predicted, logits, targets)
     }
 }
 
+/// The dense FFN of a layer: `x (N, D)` → `(N, D)`.
+fn full_width(weights: &TrainableFfn, x: &Tensor) -> Result<Tensor> {
+    let width = weights.gate_proj.dim(0)?;
+    let dense = TrainableFfn { own: None, compensation: None, widths: vec![width], ..weights.clone() };
+    ffn(&dense, x, &Tensor::ones((x.dim(0)?, 1), DType::F32, x.device())?)
+}
+
+/// Mean cross entropy under predictions `(N, V)`, less that under the `targets (N)`. Both have the same normaliser, so with
+/// `t` predicted and `y` the target, and `z` the logits, it is `z_y - Σ_v t_v z_v`.
+fn shift(predicted: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let target = logits.gather(&targets.unsqueeze(1)?, 1)?.mean_all()?;
+    let predicted = (predicted * logits)?.sum_all()? / targets.dim(0)? as f64;
+    target - predicted?
+}
+
 /// `Σ (x - y)² / Σ y²`, a scalar.
-pub(super) fn relative_error(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
+pub(super) fn relative_error(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     (x - y)?.sqr()?.sum_all()? / y.sqr()?.sum_all()?
 }
 
@@ -48,14 +84,13 @@ mod tests {
     #[test]
     fn the_shift_turns_one_cross_entropy_into_the_other() {
         let random = |columns| Tensor::randn(0f32, 2.0, (6, columns), &Device::Cpu).unwrap();
-        let (predicted, hidden) = (softmax(&random(11), 1).unwrap(), random(4));
+        let predicted = softmax(&random(11), 1).unwrap();
         let logits = Var::from_tensor(&random(11)).unwrap();
         let targets = Tensor::new(&[0u32, 3, 10, 3, 7, 1], &Device::Cpu).unwrap();
         let log = log_softmax(logits.as_tensor(), 1).unwrap();
         let hard = log.gather(&targets.unsqueeze(1).unwrap(), 1).unwrap().mean_all().unwrap().neg().unwrap();
         let soft = (&predicted * &log).unwrap().sum(1).unwrap().mean_all().unwrap().neg().unwrap();
-        let teacher = TeacherOutputs { predicted, inputs: Vec::new(), hidden };
-        let shifted = (hard + teacher.shift(&logits, &targets).unwrap()).unwrap();
+        let shifted = (hard + shift(&predicted, &logits, &targets).unwrap()).unwrap();
         let value = |t: &Tensor| t.to_scalar::<f32>().unwrap();
         assert!((value(&shifted) - value(&soft)).abs() < 1e-5);
         let gradient =

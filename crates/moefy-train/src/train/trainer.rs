@@ -4,7 +4,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Error, Result, anyhow};
-use dynamoe_model::RoutedModel;
 use dynamoe_model::ops::Gradients;
 
 use super::config::TrainConfig;
@@ -15,9 +14,10 @@ use super::optimizer::{AdamW, Update};
 use super::state::{self, Saved};
 use super::step::{StepBatch, StepContext, StepLoss};
 use super::stop::Stop;
+use super::teacher::Teacher;
 use crate::data::{Batches, Origin};
 use crate::methods::Objective;
-use crate::progress::Progress;
+use crate::progress::{Progress, time};
 use crate::report::results::TrainMetrics;
 
 /// How a run ended.
@@ -29,6 +29,9 @@ pub enum Outcome {
     Stopped(u64),
 }
 
+/// Steps after which the time for all of them is told.
+const TIMED_STEPS: u64 = 3;
+
 /// A training run.
 pub struct Trainer<'a> {
     /// Settings.
@@ -38,7 +41,7 @@ pub struct Trainer<'a> {
     /// Batches, a function of their number.
     pub batches: &'a Batches,
     /// The dense model, where its predictions are a target.
-    pub teacher: Option<&'a RoutedModel>,
+    pub teacher: Option<Teacher<'a>>,
     /// Folder of checkpoints and metrics; none keeps neither.
     pub state_dir: Option<&'a Path>,
     /// Of the model that training starts from.
@@ -65,6 +68,16 @@ struct StepReport {
     objective: f64,
     mean_width: f64,
     grad_norm: f64,
+}
+
+impl StepReport {
+    /// Adds a batch's losses, each times `share`.
+    fn add(&mut self, loss: &StepLoss, share: f64) {
+        self.objective += share * loss.objective;
+        self.loss += share * loss.language_model;
+        self.mean_width +=
+            share * loss.widths.iter().map(|&w| f64::from(w)).sum::<f64>() / loss.widths.len() as f64;
+    }
 }
 
 impl Trainer<'_> {
@@ -94,10 +107,13 @@ impl Trainer<'_> {
             let report = self.step(step, &mut running)?;
             let done = step + 1;
             let StepReport { loss, mean_width, .. } = report;
-            progress
-                .update(done * tokens, format!("step {done}, loss {loss:.3}, width {mean_width:.2}"));
+            progress.update(done * tokens, format!("step {done}, loss {loss:.3}, width {mean_width:.2}"));
             if done % self.config.tuning.log_every == 0 || done == steps {
                 log.push(self.metrics(&report, done, rate.steps_per_second(done)))?;
+            }
+            if done == start + TIMED_STEPS && done < steps {
+                let seconds = progress.seconds_for((steps - start) * tokens);
+                tracing::info!("{}: about {} for all steps", self.label, time(seconds));
             }
             let stop = self.stop.is_asked();
             if done % self.config.save_every == 0 || done == steps || stop {
@@ -156,13 +172,13 @@ impl Trainer<'_> {
             let (tokens, targets) = batch.tensors(self.model.device())?;
             let objective = running.objective.as_ref();
             let context = StepContext { objective, teacher: self.teacher, config: self.config, step, micro };
-            let loss = self.model.loss(&StepBatch { tokens, targets }, &context)?;
+            let gradients = &mut running.gradients;
+            let loss = self.model.accumulate(&StepBatch { tokens, targets }, &context, gradients)?;
             origins.extend(batch.origins);
-            let total = self.account(&loss, share, &mut report)?;
-            if !total.is_finite() {
-                return Err(self.diverged("loss", total, step, running.saved, &origins));
+            if !loss.objective.is_finite() {
+                return Err(self.diverged("loss", loss.objective, step, running.saved, &origins));
             }
-            running.gradients.add(&loss.objective, params)?;
+            report.add(&loss, share);
             running.objective.observe(&loss.dials, &loss.widths);
         }
         report.grad_norm = share * running.gradients.norm(params)?;
@@ -171,17 +187,6 @@ impl Trainer<'_> {
         }
         running.optimizer.update(params, &running.gradients, self.update(step, share, report.grad_norm))?;
         Ok(report)
-    }
-
-    /// Adds a batch's losses to the report, each times `share`. Returns all that was minimised.
-    fn account(&self, loss: &StepLoss, share: f64, report: &mut StepReport) -> Result<f64> {
-        let scalar = |t: &candle_core::Tensor| -> Result<f64> { Ok(f64::from(t.to_scalar::<f32>()?)) };
-        let total = scalar(&loss.objective)?;
-        report.objective += share * total;
-        report.loss += share * scalar(&loss.language_model)?;
-        report.mean_width +=
-            share * loss.widths.iter().map(|&w| f64::from(w)).sum::<f64>() / loss.widths.len() as f64;
-        Ok(total)
     }
 
     /// The optimizer's numbers for a step whose gradients have this norm.
