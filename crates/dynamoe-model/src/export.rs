@@ -4,13 +4,12 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use dynamoe::tensors::is_addition;
+use dynamoe::tensors::is_order;
 use safetensors::Dtype;
 use serde_json::json;
 
 use crate::checkpoint::copy::{copy_tensor, write_folder};
-use crate::checkpoint::{Checkpoint, float_dtype, plan_shards, remove_section};
-use crate::config::read_json;
+use crate::checkpoint::{Checkpoint, float_dtype, plan_shards};
 use crate::tensors::router_tensors;
 
 /// What to change.
@@ -19,7 +18,7 @@ pub struct ExportOptions {
     /// Leave routers, narrow experts' own neurons and the `dynamoe` section out: any engine loads the result as the
     /// base architecture.
     pub dense: bool,
-    /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers stay in F32.
+    /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers and the order of neurons stay in F32.
     pub dtype: Option<Dtype>,
     /// Largest shard; none keeps the source's shards.
     pub max_shard_bytes: Option<u64>,
@@ -27,8 +26,8 @@ pub struct ExportOptions {
     pub force: bool,
 }
 
-/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers and
-/// narrow experts' own neurons.
+/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers and narrow experts' own
+/// neurons. Neurons stand in the base's order again if the checkpoint knows it.
 ///
 /// # Errors
 /// As [`export`].
@@ -45,15 +44,8 @@ pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Resul
     if let Some(dtype) = options.dtype {
         ensure!(float_dtype(dtype).is_some(), "weights can be F32, F16 or BF16, found {dtype}");
     }
-    let mut config = read_json(source.dir())?;
-    if options.dense {
-        ensure!(
-            source.config().dynamoe.is_some(),
-            "{}: is a dense model already; --dense is for DynaMoE checkpoints",
-            source.dir().display()
-        );
-        remove_section(&mut config)?;
-    }
+    let source = &if options.dense { source.dense()? } else { source.clone() };
+    let mut config = source.json().clone();
     if let Some(name) = options.dtype.and_then(torch_name) {
         for key in ["torch_dtype", "dtype"] {
             if let Some(value) = config.get_mut(key) {
@@ -65,8 +57,8 @@ pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Resul
         router_tensors(source.config()).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
     for shard in &mut plan {
-        shard.retain(|spec| !(options.dense && is_addition(&spec.name)));
-        for spec in shard.iter_mut().filter(|spec| !routers.contains(&spec.name)) {
+        let kept = |name: &str| routers.contains(name) || is_order(name);
+        for spec in shard.iter_mut().filter(|spec| !kept(&spec.name)) {
             spec.dtype = options.dtype.filter(|_| float_dtype(spec.dtype).is_some()).unwrap_or(spec.dtype);
         }
     }

@@ -5,7 +5,8 @@ use std::fmt;
 use std::path::Path;
 
 use anyhow::Result;
-use dynamoe::{Budget, RouterConfig};
+use dynamoe::config::{Budget, RouterConfig};
+use dynamoe::tensors::is_order;
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
@@ -50,6 +51,8 @@ pub struct DynaMoePart {
 pub struct Inspection {
     /// The folder.
     pub model: String,
+    /// The add-on's folder, if the model is a base with one.
+    pub add_on: Option<String>,
     /// The base architecture's name.
     pub architecture: &'static str,
     /// Decoder layers.
@@ -79,7 +82,11 @@ pub struct Inspection {
 /// # Errors
 /// As [`Checkpoint::open`].
 pub fn inspect(dir: &Path) -> Result<Inspection> {
-    let checkpoint = Checkpoint::open(dir)?;
+    Ok(describe(&Checkpoint::open(dir)?))
+}
+
+/// Describes an open checkpoint.
+pub fn describe(checkpoint: &Checkpoint) -> Inspection {
     let config = checkpoint.config();
     let size = |tensors: &[(String, Vec<usize>)]| -> usize {
         tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
@@ -114,8 +121,10 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
         sensitivity: section.sensitivity,
         budgets: section.budgets.clone(),
     });
-    Ok(Inspection {
-        model: dir.display().to_string(),
+    let unused = checkpoint.names().filter(|name| !used.contains(name) && !is_order(name));
+    Inspection {
+        model: checkpoint.dir().display().to_string(),
+        add_on: checkpoint.add_on().map(|dir| dir.display().to_string()),
         architecture: config.architecture.name(),
         layers: config.num_hidden_layers,
         hidden_size: config.hidden_size,
@@ -125,9 +134,9 @@ pub fn inspect(dir: &Path) -> Result<Inspection> {
         parameters,
         dtypes,
         shards: checkpoint.shards().len(),
-        unused_tensors: checkpoint.names().filter(|name| !used.contains(name)).map(str::to_owned).collect(),
+        unused_tensors: unused.map(str::to_owned).collect(),
         dynamoe,
-    })
+    }
 }
 
 impl fmt::Display for Inspection {
@@ -136,6 +145,9 @@ impl fmt::Display for Inspection {
         let dtypes: Vec<String> =
             self.dtypes.iter().map(|(dtype, bytes)| format!("{dtype} {}", bytes_text(*bytes))).collect();
         row(f, "model", &self.model)?;
+        if let Some(add_on) = &self.add_on {
+            row(f, "add-on", add_on)?;
+        }
         row(f, "architecture", &format!("{} ({kind})", self.architecture))?;
         row(f, "parameters", &count_text(self.parameters))?;
         row(f, "layers", &self.layers)?;

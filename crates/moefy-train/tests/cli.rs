@@ -577,6 +577,7 @@ fn what_is_not_trained_stays_bit_for_bit() {
     let converted = lab.tensors("converted");
     let group = |name: &str| match name {
         _ if [".router.", ".own."].iter().any(|part| name.contains(part)) => "added",
+        _ if name.ends_with(".order") => "order",
         _ if name.contains(".mlp.") => "dense FFN",
         _ => "backbone",
     };
@@ -591,6 +592,10 @@ fn what_is_not_trained_stays_bit_for_bit() {
         assert_eq!(trained.len(), converted.len(), "{out}");
         for (name, bytes) in &trained {
             let same = bytes == &converted[name];
+            if group(name) == "order" {
+                assert!(same, "{out}: {name} was changed");
+                continue;
+            }
             assert!(same || !frozen(name), "{out}: {name} was changed");
             // what is trained moves, but for biases that see no gradient
             assert!(!same || frozen(name) || name.ends_with("bias"), "{out}: {name} was not trained");
@@ -612,6 +617,8 @@ fn a_run_that_only_adds_is_the_dense_model_at_full_width() {
     assert!(difference.abs() < 1e-5, "{difference}");
     let names: Vec<_> = report["curves"].as_array().unwrap().iter().map(|c| c["name"].clone()).collect();
     assert_eq!(names, ["DynaMoE", "dense fine-tuned", "static nested", "random routing"]);
+    lab.ok(&["export", "--model", "out", "--dense", "--out", "back"]);
+    assert_eq!(lab.tensors("back"), lab.tensors("dense"), "the original tensors, in their order");
 }
 
 /// The number of bytes that a text such as "1.5 GB to train" begins with.
@@ -678,6 +685,53 @@ fn a_training_that_does_not_fit_does_not_start() {
         &[&args[..], &huge, &["--sequence-length", "32", "--train", "added"]].concat(),
         &["--recompute"],
     );
+}
+
+#[test]
+fn an_add_on_and_its_base_are_the_model() {
+    let lab = Lab::with("LlamaForCausalLM", Dtype::BF16);
+    lab.ok(&run_args("out", "1280", &["--train", "added", "--baselines", "none"]));
+    let export = ["export", "--model", "out", "--add-on", "--base", "dense", "--out", "extra"];
+    lab.ok(&export);
+    assert_eq!(contents(&lab.path("extra")).len(), 2, "no tokenizer, no dense weights");
+    let dials = ["--sensitivity", "0.3,1", "--budget", "0.5"];
+    let mut whole = lab.evaluate("out", &dials);
+    let mut joined = lab.evaluate("dense", &[&dials[..], &["--add-on", "extra"]].concat());
+    [&mut whole, &mut joined].map(|found| found["model"].take());
+    assert_eq!(joined, whole);
+    let together = ["--model", "dense", "--add-on", "extra", "--out"];
+    lab.ok(&[&["export"], &together[..], &["joined"]].concat());
+    assert_eq!(lab.tensors("joined"), lab.tensors("out"));
+    assert_eq!(lab.json("joined/config.json"), lab.json("out/config.json"));
+    lab.ok(&[&["export", "--dense"], &together[..], &["back"]].concat());
+    assert_eq!(lab.tensors("back"), lab.tensors("dense"));
+    let told = lab.ok(&["inspect", "dense", "--add-on", "extra"]);
+    assert!(told.contains("extra") && told.contains("DynaMoE") && !told.contains("unused"), "{told}");
+    // new budgets go into the add-on, the base stays as it is
+    let dense = contents(&lab.path("dense"));
+    let solve = ["--budget", "0.6", "--calibration-data", "train.txt", "--add-on", "extra"];
+    lab.evaluate("dense", &solve);
+    let rows = lab.json("extra/add_on.json")["dynamoe"]["budgets"].clone();
+    let solved = |row: &Value| (row["width"].as_f64().unwrap() - 0.6).abs() < 0.01;
+    assert!(rows.as_array().unwrap().iter().any(solved), "{rows}");
+    assert_eq!(contents(&lab.path("dense")), dense);
+
+    let other = ["--model", "back", "--add-on", "extra", "--data", "valid.txt"];
+    lab.ok(&[&["evaluate", "--sensitivity", "1"], &other[..]].concat());
+    lab.ok(&run_args("tuned", "1280", &["--baselines", "none"]));
+    lab.fails(
+        &["export", "--model", "tuned", "--add-on", "--base", "dense", "--out", "no"],
+        &["--train added"],
+    );
+    lab.ok(&["export", "--model", "tuned", "--dense", "--out", "other"]);
+    lab.fails(
+        &["evaluate", "--model", "other", "--add-on", "extra", "--data", "valid.txt"],
+        &["extra", "belongs to dense", "other is another model"],
+    );
+    lab.fails(&["export", "--model", "out", "--add-on", "--out", "no"], &["--base"]);
+    lab.fails(&export, &["exists", "--force"]);
+    lab.ok(&[&export[..], &["--force"]].concat());
+    assert!(!lab.path("no").exists());
 }
 
 #[test]

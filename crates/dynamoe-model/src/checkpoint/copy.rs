@@ -12,8 +12,10 @@ use serde_json::{Value, json};
 
 use super::reader::float_dtype;
 use super::writer::{check_finite, to_bytes};
-use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic};
-use crate::config::{ModelConfig, read_json, remove_not_finite};
+use super::{
+    ADD_ON_CONFIG, AddOn, Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic,
+};
+use crate::config::{ModelConfig, remove_not_finite};
 use crate::files::read_file;
 use crate::tensors::expected_tensors;
 
@@ -36,6 +38,24 @@ const COMPANIONS: [&str; 11] = [
 ];
 
 impl Checkpoint {
+    /// Replaces the `dynamoe` section, such as with a new table of budgets: in config.json or, if the checkpoint is a base
+    /// with an add-on, in the add-on.
+    ///
+    /// # Errors
+    /// A dense model; a section that does not fit the model; the file cannot be written.
+    pub fn store_section(&mut self, section: &DynaMoeConfig) -> Result<()> {
+        DynaMoeConfig::from_config_json(&self.json)?;
+        set_section(&mut self.json, section)?;
+        self.config.dynamoe = Some(section.clone());
+        match &self.add_on {
+            Some(dir) => {
+                let add_on = AddOn { dynamoe: section.clone(), ..AddOn::read(dir)? };
+                write_atomic(&dir.join(ADD_ON_CONFIG), &add_on.text()?)
+            }
+            None => write_atomic(&self.dir.join("config.json"), &pretty(&self.json)?),
+        }
+    }
+
     /// What its files hold, file by file: the plan that keeps its sharding.
     pub fn plan(&self) -> Vec<Vec<TensorSpec>> {
         let mut shards = vec![Vec::new(); self.shards().len()];
@@ -77,17 +97,6 @@ pub fn remove_section(config: &mut Value) -> Result<()> {
     Ok(())
 }
 
-/// Replaces the `dynamoe` section of the checkpoint in `dir`, such as with a new table of budgets.
-///
-/// # Errors
-/// A section that does not fit the model; config.json cannot be written.
-pub fn store_section(dir: &Path, section: &DynaMoeConfig) -> Result<()> {
-    let mut config = read_json(dir)?;
-    DynaMoeConfig::from_config_json(&config)?;
-    set_section(&mut config, section)?;
-    write_atomic(&dir.join("config.json"), &pretty(&config)?)
-}
-
 /// Writes `weights`, and what else `source` holds, as a new checkpoint in the source's types and sharding,
 /// with `section` (if given) as its `dynamoe` section; additions to the base that the section has no use for are left
 /// out. `written` is told the bytes of each tensor once it is written.
@@ -108,7 +117,7 @@ pub fn save_model(
         })?;
         ensure!(info.shape == tensor.dims(), "{name}: expected {:?}, found {:?}", info.shape, tensor.dims());
     }
-    let mut config = read_json(source.dir())?;
+    let mut config = source.json().clone();
     if let Some(section) = section {
         set_section(&mut config, section)?;
     }
@@ -116,7 +125,8 @@ pub fn save_model(
         expected_tensors(&ModelConfig::from_json(&config)?).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
     for shard in &mut plan {
-        shard.retain(|spec| wanted.contains(&spec.name) || !tensors::is_addition(&spec.name));
+        let kept = |name: &str| wanted.contains(name) || tensors::is_order(name) || !tensors::is_addition(name);
+        shard.retain(|spec| kept(&spec.name));
     }
     plan.retain(|shard| !shard.is_empty());
     let specs: Vec<_> = plan.iter().flatten().cloned().collect();
@@ -201,7 +211,7 @@ fn check_link(folder: &Path, file: &Path) -> Result<()> {
 
 /// The text of a config.json. Keys whose numbers are not finite are left out: JSON cannot hold these, and Python's
 /// default for them is better than a text that only Python reads.
-fn pretty(config: &Value) -> Result<Vec<u8>> {
+pub(super) fn pretty(config: &Value) -> Result<Vec<u8>> {
     let mut config = config.clone();
     for key in remove_not_finite(&mut config) {
         tracing::warn!("config.json: \"{key}\" is not a finite number and is left out of what is written");

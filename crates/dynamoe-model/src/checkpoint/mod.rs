@@ -1,14 +1,17 @@
 //! Checkpoint folders: config.json, safetensors, tokenizer.
 //!
 //! [`Checkpoint`] reads one, [`Writer`] writes the tensors of one, [`StagedFolder`] makes a new folder appear
-//! whole or not at all. docs/checkpoint-format.md specifies what is in it.
+//! whole or not at all. [`AddOn`] is what a model has beyond its base, in a folder of its own. docs/checkpoint-format.md specifies what is in it.
 
+mod add_on;
 pub mod copy;
+mod order;
 mod reader;
 mod staged;
 mod writer;
 
-pub use copy::{remove_section, save_model, set_section, store_section};
+pub use add_on::{ADD_ON_CONFIG, ADD_ON_TENSORS, ADD_ON_VERSION, AddOn, Base, write_add_on};
+pub use copy::{remove_section, save_model, set_section};
 pub use reader::{Checkpoint, TensorInfo, float_dtype};
 pub use staged::{StagedFolder, refuse_overlap, write_atomic};
 pub use writer::{

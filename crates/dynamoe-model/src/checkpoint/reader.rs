@@ -6,15 +6,20 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::add_on::ADD_ON_CONFIG;
 use super::copy::CHUNK_BYTES;
+use super::order::{Orders, read_ordered};
 use super::writer::check_finite;
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, read_json};
 use crate::files::read_file;
 use crate::tensors::{EMBEDDING, LM_HEAD, expected_tensors};
 
@@ -38,19 +43,27 @@ pub struct TensorInfo {
     pub len: usize,
 }
 
-struct Shard {
+#[derive(Clone)]
+pub(super) struct Shard {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     header_len: u64,
 }
 
 /// An open checkpoint: a folder with config.json and model.safetensors, or model.safetensors.index.json and
 /// its shards. Data is read on demand with positioned reads, so what stays in memory is what the caller keeps.
+#[derive(Clone)]
 pub struct Checkpoint {
-    dir: PathBuf,
-    config: ModelConfig,
-    shards: Vec<Shard>,
-    tensors: BTreeMap<String, TensorInfo>,
+    pub(super) dir: PathBuf,
+    pub(super) config: ModelConfig,
+    /// What config.json would be if the checkpoint stood alone.
+    pub(super) json: Value,
+    pub(super) shards: Vec<Shard>,
+    pub(super) tensors: BTreeMap<String, TensorInfo>,
+    /// Matrices that are read in another order than they are stored in.
+    pub(super) orders: Orders,
+    /// The add-on's folder, if the checkpoint is a base with one.
+    pub(super) add_on: Option<PathBuf>,
 }
 
 impl Checkpoint {
@@ -61,7 +74,7 @@ impl Checkpoint {
     /// What is missing, broken or not supported, by file and tensor.
     pub fn open(dir: &Path) -> Result<Self> {
         ensure!(dir.is_dir(), "{}: not a folder; a model is a folder with config.json", dir.display());
-        let config = ModelConfig::read(dir)?;
+        let (config, json) = (ModelConfig::read(dir)?, read_json(dir)?);
         let (shards, tensors) = if dir.join(SINGLE).exists() {
             let (shard, found) = open_shard(&dir.join(SINGLE), 0)?;
             (vec![shard], found)
@@ -71,7 +84,8 @@ impl Checkpoint {
             bail!("{}: neither {SINGLE} nor {INDEX} found: safetensors weights are needed", dir.display());
         };
         let tensors = with_prefix(tensors);
-        let mut checkpoint = Self { dir: dir.to_path_buf(), config, shards, tensors };
+        let (dir, orders) = (dir.to_path_buf(), Orders::new());
+        let mut checkpoint = Self { dir, config, json, shards, tensors, orders, add_on: None };
         checkpoint.check_tensors()?;
         checkpoint.drop_alias()?;
         Ok(checkpoint)
@@ -119,6 +133,16 @@ impl Checkpoint {
         &self.config
     }
 
+    /// Its config.json as it is written with it.
+    pub fn json(&self) -> &Value {
+        &self.json
+    }
+
+    /// The add-on's folder, if it is a base with an add-on.
+    pub fn add_on(&self) -> Option<&Path> {
+        self.add_on.as_deref()
+    }
+
     /// Names of all tensors, sorted; more than [`expected_tensors`] if the files hold more.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
@@ -154,13 +178,23 @@ impl Checkpoint {
     /// An unknown name, a range beyond the tensor or a failed read.
     pub fn read_range(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
         let info = self.known(name)?;
-        let shard = &self.shards[info.shard];
         ensure!(
             range.start <= range.end && range.end <= info.len,
             "{}: tensor {name}: bytes {range:?} asked for, it has {}",
-            shard.path.display(),
+            self.shards[info.shard].path.display(),
             info.len
         );
+        match self.orders.get(name) {
+            Some(order) => {
+                read_ordered((name, info), order, range, |range| self.read_stored(name, info, range))
+            }
+            None => self.read_stored(name, info, range),
+        }
+    }
+
+    /// Bytes `range` of a tensor as it is stored.
+    fn read_stored(&self, name: &str, info: &TensorInfo, range: Range<usize>) -> Result<Vec<u8>> {
+        let shard = &self.shards[info.shard];
         let mut bytes = vec![0; range.len()];
         shard
             .file
@@ -192,6 +226,9 @@ impl Checkpoint {
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = Sha256::new();
         hash.update(read_file(&self.dir.join("config.json")).context("config.json")?);
+        if let Some(add_on) = &self.add_on {
+            hash.update(read_file(&add_on.join(ADD_ON_CONFIG)).context(ADD_ON_CONFIG)?);
+        }
         for shard in &self.shards {
             let mut header = vec![0; shard.header_len as usize];
             shard
@@ -200,7 +237,27 @@ impl Checkpoint {
                 .with_context(|| format!("{}: reading the header", shard.path.display()))?;
             hash.update(&header);
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hexadecimal(hash))
+    }
+
+    /// What tells this model's weights from others, however they are divided into files: SHA-256, in hex, of one line for
+    /// each tensor in the order of names, `NAME TYPE [SHAPE] SHA256`, where the last is that of the tensor's bytes.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn content_fingerprint(&self) -> Result<String> {
+        let line = |(name, info): (&String, &TensorInfo)| -> Result<String> {
+            let mut hash = Sha256::new();
+            for start in (0..info.len).step_by(CHUNK_BYTES) {
+                hash.update(self.read_range(name, start..info.len.min(start + CHUNK_BYTES))?);
+            }
+            Ok(format!("{name} {} {:?} {}\n", info.dtype, info.shape, hexadecimal(hash)))
+        };
+        let tensors: Vec<_> = self.tensors.iter().collect();
+        let lines: Vec<String> = tensors.into_par_iter().map(line).collect::<Result<_>>()?;
+        let mut hash = Sha256::new();
+        lines.iter().for_each(|line| hash.update(line));
+        Ok(hexadecimal(hash))
     }
 
     fn known(&self, name: &str) -> Result<&TensorInfo> {
@@ -228,7 +285,7 @@ impl Checkpoint {
         })
     }
 
-    fn check_tensors(&self) -> Result<()> {
+    pub(super) fn check_tensors(&self) -> Result<()> {
         let expected = expected_tensors(&self.config);
         let missing: Vec<&str> = expected
             .iter()
@@ -244,6 +301,10 @@ impl Checkpoint {
         }
         expected.iter().try_for_each(|(name, shape)| self.check(name, shape).map(drop))
     }
+}
+
+fn hexadecimal(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// candle's name of a floating-point type that models are stored in.
@@ -313,7 +374,7 @@ fn is_plain_name(name: &str) -> bool {
 }
 
 /// Opens a safetensors file and reads and checks its header.
-fn open_shard(path: &Path, shard: usize) -> Result<(Shard, BTreeMap<String, TensorInfo>)> {
+pub(super) fn open_shard(path: &Path, shard: usize) -> Result<(Shard, BTreeMap<String, TensorInfo>)> {
     let meta =
         std::fs::metadata(path).with_context(|| format!("{}: file missing or unreadable", path.display()))?;
     ensure!(meta.is_file(), "{}: not a regular file", path.display());
@@ -328,7 +389,7 @@ fn open_shard(path: &Path, shard: usize) -> Result<(Shard, BTreeMap<String, Tens
         .with_context(|| format!("{}: broken safetensors file, fetch or export it again", path.display()))?;
     let data = header_len + 8;
     let tensors = infos(&metadata, shard, data);
-    Ok((Shard { path: path.to_path_buf(), file, header_len: data }, tensors))
+    Ok((Shard { path: path.to_path_buf(), file: Arc::new(file), header_len: data }, tensors))
 }
 
 fn infos(metadata: &Metadata, shard: usize, data: u64) -> BTreeMap<String, TensorInfo> {

@@ -12,6 +12,8 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 
+use super::ADD_ON_CONFIG;
+
 /// A folder under construction. [`StagedFolder::commit`] puts it in place; dropped before, it is removed.
 /// One left behind by a killed process is a hidden sibling named `.<name>.partial-<pid>…`; the next output of that
 /// name removes it.
@@ -127,7 +129,7 @@ fn check_free(out: &Path, force: bool) -> Result<()> {
         bail!("{}: the output folder exists; give --force to replace it, or another --out", out.display());
     }
     ensure!(
-        out.join("config.json").is_file(),
+        ["config.json", ADD_ON_CONFIG].iter().any(|name| out.join(name).is_file()),
         "{}: --force replaces only model folders, this one has no config.json; choose another --out",
         out.display()
     );

@@ -85,18 +85,16 @@ impl Writer {
         let mut writer = Self { files: Vec::with_capacity(count), slots: BTreeMap::new() };
         let mut weight_map = BTreeMap::new();
         let mut total = 0;
-        for (number, mut specs) in shards.into_iter().enumerate() {
+        for (number, specs) in shards.into_iter().enumerate() {
             let file = match count {
                 1 => "model.safetensors".to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             };
-            // wide types first, so that every tensor is aligned to its type
-            specs.sort_by_key(|spec| std::cmp::Reverse(spec.dtype.bitsize()));
             for spec in &specs {
                 total += spec.len();
                 weight_map.insert(spec.name.clone(), Value::from(file.clone()));
             }
-            writer.add_shard(dir.join(file), &specs)?;
+            writer.add_shard(dir.join(file), specs)?;
         }
         if count > 1 {
             let index = json!({
@@ -110,11 +108,23 @@ impl Writer {
         Ok(writer)
     }
 
-    fn add_shard(&mut self, path: PathBuf, specs: &[TensorSpec]) -> Result<()> {
+    /// Creates one file with its header.
+    ///
+    /// # Errors
+    /// As [`Writer::create`].
+    pub fn create_file(path: PathBuf, specs: Vec<TensorSpec>) -> Result<Self> {
+        let mut writer = Self { files: Vec::new(), slots: BTreeMap::new() };
+        writer.add_shard(path, specs)?;
+        Ok(writer)
+    }
+
+    fn add_shard(&mut self, path: PathBuf, mut specs: Vec<TensorSpec>) -> Result<()> {
+        // wide types first, so that every tensor is aligned to its type
+        specs.sort_by_key(|spec| std::cmp::Reverse(spec.dtype.bitsize()));
         let mut header = Map::new();
         header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
         let mut offset = 0;
-        for spec in specs {
+        for spec in &specs {
             let end = offset + spec.len();
             let entry = json!({ "dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, end] });
             header.insert(spec.name.clone(), entry);
@@ -133,7 +143,7 @@ impl Writer {
         let file = write().with_context(|| format!("{}: writing", path.display()))?;
         let shard = self.files.len();
         let mut next = data;
-        for spec in specs {
+        for spec in &specs {
             let slot = Slot { shard, next, end: next + spec.len() };
             next = slot.end;
             ensure!(self.slots.insert(spec.name.clone(), slot).is_none(), "tensor {} comes twice", spec.name);

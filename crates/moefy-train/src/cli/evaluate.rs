@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use dynamoe::{Dial, dial::check_dial};
 
-use super::options::{DeviceArg, TextArgs, open_model};
+use super::options::{DeviceArg, ModelArgs, TextArgs};
 use super::print;
 use dynamoe_model::RoutedModel;
-use dynamoe_model::checkpoint::{Checkpoint, store_section};
+use dynamoe_model::checkpoint::Checkpoint;
 use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
 use moefy_train::evaluate::{Setting, budget, pairs_point, point, scored_tokens, shuffled_point};
 use moefy_train::progress::Progress;
@@ -20,9 +20,8 @@ const SOLVE_TOKENS: usize = 32_768;
 
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
-    /// A DynaMoE or dense model: a folder or a hub id
-    #[arg(long)]
-    model: String,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Text to score: .txt or .jsonl; may be repeated
     #[arg(long)]
     data: Vec<DataSource>,
@@ -66,7 +65,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     args.sensitivity.iter().try_for_each(|&s| check_dial("sensitivity", s))?;
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
     let device = args.device.open()?;
-    let mut checkpoint = open_model(&args.model)?;
+    let mut checkpoint = args.model.open()?;
     let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text.options())?;
     let mut model = RoutedModel::load(&checkpoint, &device)?;
     let scope = if args.documents {
@@ -80,13 +79,12 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
             [] => batches.clone(),
             sources => texts.scored(sources, scope)?,
         };
-        store_budgets(args, &checkpoint, &model, &text)?;
-        checkpoint = Checkpoint::open(checkpoint.dir())?;
+        store_budgets(args, &mut checkpoint, &model, &text)?;
         model = RoutedModel::load(&checkpoint, &device)?;
     }
     let settings = settings(args, &model)?;
     let mut evaluation = Evaluation {
-        model: args.model.clone(),
+        model: args.model.model.clone(),
         data: args.data.iter().map(|source| source.path.display().to_string()).collect(),
         ..Evaluation::default()
     };
@@ -125,7 +123,7 @@ fn needs_solving(args: &EvaluateArgs, model: &RoutedModel) -> bool {
 
 fn store_budgets(
     args: &EvaluateArgs,
-    checkpoint: &Checkpoint,
+    checkpoint: &mut Checkpoint,
     model: &RoutedModel,
     text: &[PaddedBatch],
 ) -> Result<()> {
@@ -141,7 +139,7 @@ fn store_budgets(
     section.budgets.retain(|row| found.iter().all(|new| (new.width - row.width).abs() > 1e-6));
     section.budgets.extend(found);
     section.budgets.sort_by(|a, b| a.width.total_cmp(&b.width));
-    store_section(checkpoint.dir(), &section).context("storing the solved budgets in the checkpoint")
+    checkpoint.store_section(&section).context("storing the solved budgets in the checkpoint")
 }
 
 fn settings(args: &EvaluateArgs, model: &RoutedModel) -> Result<Vec<Setting>> {

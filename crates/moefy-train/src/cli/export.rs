@@ -1,12 +1,13 @@
-//! `export`: rewrites a checkpoint, as a dense model, in another type or in other shards.
+//! `export`: rewrites a checkpoint, as a dense model, as an add-on to its base, in another type or in other shards.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use dynamoe_model::checkpoint::write_add_on;
 use dynamoe_model::export::{ExportOptions, export as export_checkpoint};
 
-use super::options::open_model;
+use super::options::{open_model, with_add_on};
 use super::print;
 
 /// A type of weights.
@@ -19,9 +20,15 @@ enum DtypeArg {
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// The checkpoint
+    /// The checkpoint: a folder or a hub id
     #[arg(long)]
     model: String,
+    /// Without DIR: write what the checkpoint adds to --base. With DIR: read this add-on to the dense --model
+    #[arg(long, value_name = "DIR", num_args = 0..=1)]
+    add_on: Option<Option<PathBuf>>,
+    /// The dense model that an add-on is written for: a folder or a hub id
+    #[arg(long, requires = "add_on", conflicts_with_all = ["dense", "dtype", "max_shard_bytes"])]
+    base: Option<String>,
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
@@ -40,13 +47,43 @@ pub struct ExportArgs {
 }
 
 pub fn export(args: &ExportArgs) -> Result<()> {
-    let dtype = args.dtype.map(|dtype| match dtype {
-        DtypeArg::F32 => safetensors::Dtype::F32,
-        DtypeArg::F16 => safetensors::Dtype::F16,
-        DtypeArg::Bf16 => safetensors::Dtype::BF16,
-    });
-    let options =
-        ExportOptions { dense: args.dense, dtype, max_shard_bytes: args.max_shard_bytes, force: args.force };
-    export_checkpoint(&open_model(&args.model)?, &options, &args.out)?;
+    let model = open_model(&args.model)?;
+    match (&args.add_on, &args.base) {
+        (Some(None), Some(base)) => {
+            let name = base_name(base);
+            write_add_on(&model, &open_model(base)?, &name, &args.out, args.force)?;
+        }
+        (Some(None), None) => {
+            bail!("--add-on writes an add-on to the dense model that --base names; give --base")
+        }
+        (Some(Some(_)), Some(_)) => {
+            bail!("--add-on DIR reads an add-on and --base is for writing one; give one of them")
+        }
+        (add_on, _) => {
+            let model = with_add_on(model, add_on.as_ref().and_then(|dir| dir.as_deref()))?;
+            export_checkpoint(&model, &args.options(), &args.out)?;
+        }
+    }
     print(&format_args!("{}", args.out.display()))
+}
+
+impl ExportArgs {
+    fn options(&self) -> ExportOptions {
+        let dtype = self.dtype.map(|dtype| match dtype {
+            DtypeArg::F32 => safetensors::Dtype::F32,
+            DtypeArg::F16 => safetensors::Dtype::F16,
+            DtypeArg::Bf16 => safetensors::Dtype::BF16,
+        });
+        let (dense, max_shard_bytes, force) = (self.dense, self.max_shard_bytes, self.force);
+        ExportOptions { dense, dtype, max_shard_bytes, force }
+    }
+}
+
+/// A base's name for people: its hub id, or the last part of its path.
+fn base_name(base: &str) -> String {
+    let path = Path::new(base);
+    match path.file_name().filter(|_| path.is_dir()) {
+        Some(name) => name.to_string_lossy().into(),
+        None => base.to_owned(),
+    }
 }

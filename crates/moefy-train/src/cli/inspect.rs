@@ -5,19 +5,25 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
+use super::options::with_add_on;
 use super::print;
+use dynamoe_model::Checkpoint;
+use dynamoe_model::inspect::describe;
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// The checkpoint's folder
     model: PathBuf,
+    /// Add-on that makes a DynaMoE model of it: its folder
+    #[arg(long, value_name = "DIR")]
+    add_on: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn inspect(args: &InspectArgs) -> Result<()> {
-    let inspection = dynamoe_model::inspect::inspect(&args.model)?;
+    let inspection = describe(&with_add_on(Checkpoint::open(&args.model)?, args.add_on.as_deref())?);
     if args.json {
         print(&format_args!("{}", serde_json::to_string_pretty(&inspection)?))
     } else {

@@ -1,6 +1,6 @@
 //! Arguments that several commands share, and what they stand for in the library.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::Device;
@@ -260,6 +260,32 @@ impl ExistingArgs {
     /// As the library takes it.
     pub fn existing(&self) -> Existing {
         Existing { force: self.force, resume: self.resume }
+    }
+}
+
+/// A model to read, whole or as a base with an add-on.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A model: a folder or a hub id
+    #[arg(long)]
+    pub model: String,
+    /// Add-on that makes a DynaMoE model of the dense --model: its folder
+    #[arg(long, value_name = "DIR")]
+    add_on: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Opens it.
+    pub fn open(&self) -> Result<Checkpoint> {
+        with_add_on(open_model(&self.model)?, self.add_on.as_deref())
+    }
+}
+
+/// Puts a base and its add-on together.
+pub fn with_add_on(base: Checkpoint, add_on: Option<&Path>) -> Result<Checkpoint> {
+    match add_on {
+        Some(dir) => base.with_add_on(dir),
+        None => Ok(base),
     }
 }
 

@@ -118,6 +118,12 @@ fn plan(source: &Checkpoint, config: &ModelConfig, max: Option<u64>) -> Result<V
         let dtype = source.info(&name.replace(".own.", ".")).map_or(Dtype::F32, |original| original.dtype);
         shards[shard].push(TensorSpec { name, dtype, shape });
     }
+    for layer in 0..config.num_hidden_layers {
+        let down = names::mlp(layer, names::DOWN_PROJ);
+        let shard = source.info(&down).map_or(0, |info| info.shard);
+        let (name, shape) = (names::mlp(layer, names::ORDER), vec![config.intermediate_size]);
+        shards[shard].push(TensorSpec { name, dtype: Dtype::F32, shape });
+    }
     Ok(match max {
         Some(max) => plan_shards(shards.into_iter().flatten().collect(), max),
         None => shards,
@@ -140,6 +146,8 @@ fn convert_ffn(
     };
     let mut order: Vec<usize> = (0..importance.len()).collect();
     order.sort_by(|&a, &b| importance[b].total_cmp(&importance[a])); // stable
+    let numbers: Vec<u8> = order.iter().flat_map(|&j| (j as f32).to_le_bytes()).collect();
+    writer.push(&names::mlp(layer, names::ORDER), &numbers)?;
     permute_rows(source, [&gate, &gate], &order, writer)?;
     permute_rows(source, [&up, &up], &order, writer)?;
     let first = &order[..section.own_width()];
