@@ -5,8 +5,8 @@ use std::fmt;
 use std::path::Path;
 
 use anyhow::Result;
-use dynamoe::config::{Budget, RouterConfig};
 use dynamoe::tensors::is_order;
+use dynamoe::{Budget, RouterConfig};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;

@@ -38,7 +38,7 @@ fn ffn(criterion: &mut Criterion) {
                     group.bench_function(id, |b| {
                         b.iter(|| {
                             let layer = next();
-                            black_box(layer.routed.router().experts(&x, &[0.0]).unwrap());
+                            black_box(layer.routed.router().route(&x, &[0.0]).unwrap());
                             black_box(layer.routed.forward_with(&x, &routes).unwrap())
                         })
                     });

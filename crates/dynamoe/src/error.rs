@@ -44,6 +44,9 @@ pub enum Error {
         /// The shape found.
         found: Vec<usize>,
     },
+    /// A tensor that whoever hands tensors out could not hand out, in their words.
+    #[error("{0}")]
+    Tensor(String),
     /// An error of candle's.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -32,6 +32,8 @@ pub const SEPARATE_GATE_PROJ: &str = "own.gate_proj.weight";
 pub const SEPARATE_UP_PROJ: &str = "own.up_proj.weight";
 /// The smaller experts' down, `(D, P)`.
 pub const SEPARATE_DOWN_PROJ: &str = "own.down_proj.weight";
+/// Where each neuron stood in the base's FFN, `(I)`: whole numbers in F32. Optional; no layer reads it.
+pub const ORDER: &str = "order";
 /// The smaller experts' gate, up and down.
 pub const SEPARATE_TENSORS: [&str; 3] = [SEPARATE_GATE_PROJ, SEPARATE_UP_PROJ, SEPARATE_DOWN_PROJ];
 
@@ -96,9 +98,14 @@ pub fn is_separate(full_name: &str) -> bool {
     full_name.contains(".mlp.own.")
 }
 
+/// Whether a tensor of this full name is the order of an FFN's neurons.
+pub fn is_order(full_name: &str) -> bool {
+    full_name.ends_with(".mlp.order")
+}
+
 /// Whether a tensor of this full name is one that a DynaMoE checkpoint has beyond its base's.
 pub fn is_addition(full_name: &str) -> bool {
-    is_of_router(full_name) || is_separate(full_name)
+    is_of_router(full_name) || is_separate(full_name) || is_order(full_name)
 }
 
 /// Reads one tensor.

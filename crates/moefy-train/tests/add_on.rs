@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dynamoe::config::{RouterConfig, RouterKind};
-use dynamoe::names;
+use dynamoe::tensors;
 use dynamoe_model::checkpoint::{ADD_ON_CONFIG, ADD_ON_TENSORS, AddOn, Checkpoint, write_add_on};
 use moefy_train::prepare::{ConvertOptions, convert};
 use safetensors::tensor::TensorView;
@@ -91,8 +91,8 @@ fn broken_descriptions_are_refused() {
 
 #[test]
 fn broken_tensors_are_refused() {
-    let order = names::mlp(1, names::ORDER);
-    let fc1 = names::mlp(0, names::ROUTER_FC1_WEIGHT);
+    let order = tensors::full_name(1, tensors::ORDER);
+    let fc1 = tensors::full_name(0, tensors::ROUTER_FC1_WEIGHT);
     let numbers = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
     let count = |from: usize| (from..from + common::WIDTH).map(|n| n as f32);
     let twice = numbers(count(0).map(|n| n.max(1.0)).collect());

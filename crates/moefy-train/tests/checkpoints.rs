@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use common::{ARCHITECTURES, HIDDEN, LAYERS, WIDTH, contents, values};
-use dynamoe::config::{Budget, RouterConfig, RouterKind, Sensitivity};
 use dynamoe::tensors;
+use dynamoe::{Budget, RouterConfig, RouterKind, Sensitivity};
 use dynamoe_model::checkpoint::{Checkpoint, StagedFolder, save_model, write_atomic};
 use dynamoe_model::export::{ExportOptions, export, export_dense};
 use dynamoe_model::inspect::inspect;
@@ -280,7 +280,7 @@ fn static_routing_has_no_tensors() {
     let router = RouterConfig { kind: RouterKind::Static, hidden_size: 0, compensation: false };
     convert(&source, None, &ConvertOptions { router, ..options() }, &dir.path().join("out")).unwrap();
     let converted = Checkpoint::open(&dir.path().join("out")).unwrap();
-    assert!(source.names().eq(converted.names().filter(|name| !names::is_order(name))));
+    assert!(source.names().eq(converted.names().filter(|name| !tensors::is_order(name))));
 }
 
 #[test]
@@ -332,7 +332,7 @@ fn dense_export_undoes_the_conversion() {
         // any part of a reordered matrix can be read alone
         let view = converted.dense().unwrap();
         assert_eq!(view.content_fingerprint().unwrap(), source.content_fingerprint().unwrap());
-        for name in [names::GATE_PROJ, names::DOWN_PROJ].map(|name| names::mlp(1, name)) {
+        for name in [tensors::GATE_PROJ, tensors::DOWN_PROJ].map(|name| tensors::full_name(1, name)) {
             let whole = source.read_bytes(&name).unwrap();
             for range in [0..0, 0..1, 5..6, 7..whole.len() - 3, whole.len()..whole.len()] {
                 assert_eq!(view.read_range(&name, range.clone()).unwrap(), whole[range], "{name}");
@@ -355,7 +355,7 @@ fn export_changes_type_and_sharding() {
     assert!(half.shards().len() > 3);
     assert_eq!(half.config().dynamoe, routed.config().dynamoe);
     for name in routed.names() {
-        let router = name.contains(".router.") || names::is_order(name);
+        let router = name.contains(".router.") || tensors::is_order(name);
         assert_eq!(half.info(name).unwrap().dtype, if router { Dtype::F32 } else { Dtype::BF16 }, "{name}");
         for (a, b) in values(&routed, name).iter().zip(values(&half, name)) {
             let expected = if router { *a } else { half::bf16::from_f32(*a).to_f32() };

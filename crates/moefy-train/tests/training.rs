@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use dynamoe::{DynaMoeConfig, RouterConfig, RouterKind, TrainableFfn, names};
+use dynamoe::{DynaMoeConfig, Projections, RouterConfig, RouterKind, TrainableFfn, tensors};
 use dynamoe_model::config::{Architecture, ModelConfig};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
@@ -138,16 +138,16 @@ fn frozen_matrices_get_no_gradient_on_any_device() {
         Ok(tensor)
     };
     let backbone = Backbone::from_tensors(&config, &mut get).unwrap();
-    let mut matrix = |name: &str, shape: [usize; 2]| get(&names::mlp(0, name), &shape).unwrap();
+    let mut matrix = |name: &str, shape: [usize; 2]| get(&tensors::full_name(0, name), &shape).unwrap();
     let weights = TrainableFfn {
-        gate_proj: matrix(names::GATE_PROJ, [40, 24]),
-        up_proj: matrix(names::UP_PROJ, [40, 24]),
-        down_proj: matrix(names::DOWN_PROJ, [24, 40]),
-        own: Some([
-            matrix(names::OWN_GATE_PROJ, [8, 24]),
-            matrix(names::OWN_UP_PROJ, [8, 24]),
-            matrix(names::OWN_DOWN_PROJ, [24, 8]),
-        ]),
+        gate_proj: matrix(tensors::GATE_PROJ, [40, 24]),
+        up_proj: matrix(tensors::UP_PROJ, [40, 24]),
+        down_proj: matrix(tensors::DOWN_PROJ, [24, 40]),
+        separate: Some(Projections {
+            gate_proj: matrix(tensors::SEPARATE_GATE_PROJ, [8, 24]),
+            up_proj: matrix(tensors::SEPARATE_UP_PROJ, [8, 24]),
+            down_proj: matrix(tensors::SEPARATE_DOWN_PROJ, [24, 8]),
+        }),
         compensation: None,
         widths: config.expert_widths(),
     };

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use dynamoe::DynaMoeConfig;
-use dynamoe::names::is_addition;
+use dynamoe::tensors::is_addition;
 use serde::{Deserialize, Serialize};
 
 use super::copy::{copy_tensor, pretty, remove_section, set_section};

@@ -125,7 +125,8 @@ pub fn save_model(
         expected_tensors(&ModelConfig::from_json(&config)?).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
     for shard in &mut plan {
-        let kept = |name: &str| wanted.contains(name) || tensors::is_order(name) || !tensors::is_addition(name);
+        let kept =
+            |name: &str| wanted.contains(name) || tensors::is_order(name) || !tensors::is_addition(name);
         shard.retain(|spec| kept(&spec.name));
     }
     plan.retain(|shard| !shard.is_empty());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
-use dynamoe::names;
+use dynamoe::tensors;
 
 use super::{Checkpoint, TensorInfo};
 
@@ -46,7 +46,7 @@ impl Checkpoint {
     /// # Errors
     /// A list that does not name every neuron once; a failed read.
     pub(super) fn order(&self, layer: usize) -> Result<Option<Order>> {
-        let name = names::mlp(layer, names::ORDER);
+        let name = tensors::full_name(layer, tensors::ORDER);
         if self.info(&name).is_none() {
             return Ok(None);
         }
@@ -59,8 +59,8 @@ impl Checkpoint {
 
 /// The matrices of a layer whose neurons stand in `order`.
 pub(super) fn of_layer(layer: usize, order: &Order) -> impl Iterator<Item = (String, Order)> {
-    let matrices = [names::GATE_PROJ, names::UP_PROJ, names::DOWN_PROJ];
-    matrices.into_iter().map(move |name| (names::mlp(layer, name), Arc::clone(order)))
+    let matrices = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ];
+    matrices.into_iter().map(move |name| (tensors::full_name(layer, name), Arc::clone(order)))
 }
 
 /// Bytes `range` of a matrix whose neurons are put into `order`; `read` reads bytes of the matrix as it is stored.
@@ -77,7 +77,7 @@ pub(super) fn read_ordered(
     let row = info.len / rows;
     // whole rows first
     let (first, end) = (range.start / row, range.end.div_ceil(row));
-    let whole = if name.ends_with(names::DOWN_PROJ) {
+    let whole = if name.ends_with(tensors::DOWN_PROJ) {
         let stored = read(first * row..end * row)?;
         let element = row / order.len();
         let mut whole = Vec::with_capacity(stored.len());

@@ -108,7 +108,7 @@ fn ffn(
     let (d, widths) = (config.hidden_size, config.expert_widths());
     let mut get = |name: &str, shape: &[usize]| {
         get(&tensors::full_name(layer, name), shape)
-            .map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
+            .map_err(|error| dynamoe::Error::Tensor(format!("{error:#}")))
     };
     let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut get)?;
     let mut experts = Experts::new(dense, &widths)?;

@@ -305,7 +305,7 @@ impl<F: Fn(&[f64]) -> Result<Scores>> Solver<F> {
     fn table(&mut self, widths: &[f64], drift: &Drift, progress: &Progress) -> Result<Vec<Budget>> {
         let mut rows: Vec<Budget> = Vec::new();
         for &asked in widths {
-            dynamoe::config::check_dial("budget", asked)?;
+            dynamoe::dial::check_dial("budget", asked)?;
             let drift = drift.at(asked);
             let (sensitivity, found) = self.solve((asked - drift).clamp(0.0, 1.0))?;
             let found = found + drift;

@@ -4,8 +4,8 @@ use candle_core::{DType, Result, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use super::{Definition, LayerInput, Objective, Routed, Routing};
-use crate::evaluate::Dial;
 use crate::evaluate::curve::{Place, Probe};
+use dynamoe::Dial;
 
 pub(super) struct Dense;
 

@@ -21,9 +21,9 @@ use dynamoe::TrainableFfn;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::evaluate::Dial;
 use crate::evaluate::curve::{Place, Probe};
 use crate::report::results::Curve;
+use dynamoe::Dial;
 
 /// How tokens are routed while training, and so what the model is trained for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,8 +6,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Definition, LayerInput, Objective, Routed, Routing, per_token};
-use crate::evaluate::Dial;
 use crate::evaluate::curve::{Place, Probe};
+use dynamoe::Dial;
 
 pub(super) struct StaticNested;
 

@@ -87,8 +87,9 @@ pub fn convert(
     set_section(&mut json, &section)?;
     let config = ModelConfig::from_json(&json)?;
     let plan = plan(source, &config, options.max_shard_bytes)?;
-    let ffns: HashSet<String> =
-        (0..config.num_hidden_layers).flat_map(|layer| FFN.map(|name| tensors::full_name(layer, name))).collect();
+    let ffns: HashSet<String> = (0..config.num_hidden_layers)
+        .flat_map(|layer| FFN.map(|name| tensors::full_name(layer, name)))
+        .collect();
     let progress = Progress::new("converting", "layers", config.num_hidden_layers as u64, 0);
     write_folder(source, &json, plan, out, options.force, |writer| {
         for name in source.names().filter(|name| !ffns.contains(*name)) {
@@ -119,9 +120,9 @@ fn plan(source: &Checkpoint, config: &ModelConfig, max: Option<u64>) -> Result<V
         shards[shard].push(TensorSpec { name, dtype, shape });
     }
     for layer in 0..config.num_hidden_layers {
-        let down = names::mlp(layer, names::DOWN_PROJ);
+        let down = tensors::full_name(layer, tensors::DOWN_PROJ);
         let shard = source.info(&down).map_or(0, |info| info.shard);
-        let (name, shape) = (names::mlp(layer, names::ORDER), vec![config.intermediate_size]);
+        let (name, shape) = (tensors::full_name(layer, tensors::ORDER), vec![config.intermediate_size]);
         shards[shard].push(TensorSpec { name, dtype: Dtype::F32, shape });
     }
     Ok(match max {
@@ -147,7 +148,7 @@ fn convert_ffn(
     let mut order: Vec<usize> = (0..importance.len()).collect();
     order.sort_by(|&a, &b| importance[b].total_cmp(&importance[a])); // stable
     let numbers: Vec<u8> = order.iter().flat_map(|&j| (j as f32).to_le_bytes()).collect();
-    writer.push(&names::mlp(layer, names::ORDER), &numbers)?;
+    writer.push(&tensors::full_name(layer, tensors::ORDER), &numbers)?;
     permute_rows(source, [&gate, &gate], &order, writer)?;
     permute_rows(source, [&up, &up], &order, writer)?;
     let first = &order[..section.own_width()];

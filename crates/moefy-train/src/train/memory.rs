@@ -20,7 +20,7 @@
 use std::fmt;
 
 use dynamoe::DynaMoeConfig;
-use dynamoe::names::is_addition;
+use dynamoe::tensors::is_addition;
 use dynamoe_model::ModelConfig;
 use dynamoe_model::tensors::{added_tensors, expected_tensors};
 

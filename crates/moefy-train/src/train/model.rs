@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
-use dynamoe::{TrainableFfn, names};
+use dynamoe::{TrainableFfn, tensors};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::RouterWeights;
 use dynamoe_model::{ModelConfig, Params, RoutedModel};
@@ -162,7 +162,7 @@ fn layer_weights(
     let (d, section) = (config.hidden_size, config.dynamoe.as_ref());
     let mut take = |name: &str, shape: &[usize]| {
         take(&tensors::full_name(layer, name), shape)
-            .map_err(|error| dynamoe::Error::Config(format!("{error:#}")))
+            .map_err(|error| dynamoe::Error::Tensor(format!("{error:#}")))
     };
     let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut take)?;
     let separate = section.and_then(|section| tensors::separate(section, d));

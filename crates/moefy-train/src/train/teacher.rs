@@ -58,7 +58,7 @@ impl<'a> TeacherOutputs<'a> {
 /// The dense FFN of a layer: `x (N, D)` → `(N, D)`.
 fn full_width(weights: &TrainableFfn, x: &Tensor) -> Result<Tensor> {
     let width = weights.gate_proj.dim(0)?;
-    let dense = TrainableFfn { own: None, compensation: None, widths: vec![width], ..weights.clone() };
+    let dense = TrainableFfn { separate: None, compensation: None, widths: vec![width], ..weights.clone() };
     ffn(&dense, x, &Tensor::ones((x.dim(0)?, 1), DType::F32, x.device())?)
 }
 
