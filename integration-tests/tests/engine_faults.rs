@@ -99,3 +99,15 @@ async fn who_leaves_is_cancelled_and_fails_nobody() {
     assert!(computed < 4000, "24 requests of up to 1200 tokens were left, and {computed} tokens computed");
     assert_eq!(ask(&engine, completion(PROMPT, 100, 1)).await.unwrap(), expected);
 }
+
+#[tokio::test]
+async fn a_prompt_that_is_cut_keeps_a_token() {
+    let (_checkpoints, engine) = llama().await;
+    for tokens in [1, 511, 512, 10_000] {
+        let (mut request, answers) = completion(&"x".repeat(600), tokens, 1);
+        request.truncate_sequence = true;
+        assert_eq!(ask(&engine, (request, answers)).await.unwrap().1, "length", "{tokens}");
+    }
+    let refused = ask(&engine, completion(&"x".repeat(600), 1, 1)).await.unwrap_err();
+    assert!(refused.contains("600 tokens") && refused.contains("512"), "{refused}");
+}

@@ -108,3 +108,23 @@ fn computed(server: &Server) -> f64 {
     let counts = metrics.lines().filter(|line| line.starts_with("dynamoe_ffn_tokens_total{layer=\"0\""));
     counts.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
 }
+
+#[test]
+fn an_answer_ends_with_the_context() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    for (prompt, most, tokens) in [(505, 50, 8), (512, 50, 1), (3, 1000, 510), (505, 8, 8), (505, 7, 7)] {
+        let body = endless(&"x".repeat(prompt), most);
+        let answer = server.json(TEXT, &body);
+        assert_eq!(answer["usage"]["completion_tokens"], tokens, "{prompt} and {most}");
+        assert_eq!(told(&server, TEXT, &body).1, "length");
+    }
+    let mut unlimited = endless(&"x".repeat(500), 1);
+    unlimited.as_object_mut().unwrap().remove("max_tokens");
+    assert_eq!(told(&server, TEXT, &unlimited).1, "length");
+
+    let refused = server.post(TEXT, &endless(&"x".repeat(513), 1));
+    assert_eq!(refused.status(), 400);
+    let refused = refused.text().unwrap();
+    assert!(refused.contains("513 tokens") && refused.contains("512"), "{refused}");
+}
