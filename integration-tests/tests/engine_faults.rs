@@ -101,6 +101,67 @@ async fn who_leaves_is_cancelled_and_fails_nobody() {
 }
 
 #[tokio::test]
+async fn an_error_of_one_request_is_its_own() {
+    let (_checkpoints, engine) = llama().await;
+    let expected = ask(&engine, completion(PROMPT, 80, 1)).await.unwrap();
+    let (beside, mut answers) = slow(stream(PROMPT, 80, 1));
+    send(&engine, beside).await;
+    // equally long prompts run in one batch
+    for after in 0..8 {
+        let fails = with_processor(stream("It is not a tree", 80, 100), move |logits, context| {
+            if context.len() > 16 + after {
+                candle_core::bail!("no more")
+            }
+            Ok(logits.clone())
+        });
+        let fine = stream(PROMPT, 80, 1);
+        let (failed, told) = tokio::join!(ask(&engine, fails), ask(&engine, fine));
+        assert!(failed.unwrap_err().contains("no more"));
+        assert_eq!(told.unwrap(), expected);
+    }
+    assert_eq!(text(&mut answers).await.unwrap(), expected);
+}
+
+#[tokio::test]
+async fn a_failed_step_is_told_and_the_engine_goes_on() {
+    let (_checkpoints, engine) = llama().await;
+    let expected = ask(&engine, completion(PROMPT, 80, 1)).await.unwrap();
+    let (beside, mut answers) = slow(stream(PROMPT, 80, 1));
+    send(&engine, beside).await;
+    for _ in 0..6 {
+        let (mut request, answers) = completion("", 8, 1);
+        request.messages = RequestMessage::CompletionTokens(vec![1, 100_000, 2]); // no such token
+        assert!(ask(&engine, (request.clone(), answers)).await.is_err());
+        // the error finds nobody
+        send(&engine, request).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(text(&mut answers).await.unwrap(), expected);
+}
+
+#[tokio::test]
+async fn raw_logits_go_beside_other_requests() {
+    let (_checkpoints, engine) = llama().await;
+    let expected = ask(&engine, completion(PROMPT, 20, 1)).await.unwrap();
+    let raw = || async {
+        let (mut request, mut answers) = completion(PROMPT, 1, 1);
+        request.return_raw_logits = true;
+        send(&engine, request).await;
+        matches!(answers.recv().await, Some(Response::Raw { .. }))
+    };
+    let (busy, mut answers) = slow(completion("Waiting", 10, 1));
+    send(&engine, busy).await;
+    for _ in 0..4 {
+        let plain = || ask(&engine, completion(PROMPT, 20, 1));
+        let (first, told, second, again) = tokio::join!(raw(), plain(), raw(), plain());
+        assert!(first && second);
+        assert_eq!(told.unwrap(), expected);
+        assert_eq!(again.unwrap(), expected);
+    }
+    text(&mut answers).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_prompt_that_is_cut_keeps_a_token() {
     let (_checkpoints, engine) = llama().await;
     for tokens in [1, 511, 512, 10_000] {
