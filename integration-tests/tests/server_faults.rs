@@ -128,3 +128,117 @@ fn an_answer_ends_with_the_context() {
     let refused = refused.text().unwrap();
     assert!(refused.contains("513 tokens") && refused.contains("512"), "{refused}");
 }
+
+#[test]
+fn stop_strings_are_never_told() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    let line = "there was a little girl";
+    for (stop, text) in [
+        (json!(["was"]), "there "),
+        (json!("re was"), "the"),
+        (json!([" little girl"]), "there was a"),
+        (json!(["girls", "boy", "girl"]), "there was a little "),
+        (json!(["a little", "was a"]), "there "),
+        (json!(["t"]), ""),
+    ] {
+        expect(told(&server, TEXT, &with(saying(line, 40), "stop", stop.clone())), text, "stop");
+        let body = with(chat("Once", 40), "grammar", json!({"type": "regex", "value": line}));
+        expect(told(&server, CHAT, &with(body, "stop", stop)), text, "stop");
+    }
+    // what began like one is told when it is none, and at the end
+    expect(told(&server, TEXT, &with(saying(line, 40), "stop", json!(["wax", "girls", ""]))), line, "stop");
+    expect(told(&server, TEXT, &with(saying(line, 8), "stop", json!(["was"]))), "there wa", "length");
+}
+
+#[test]
+fn letters_of_several_tokens_come_whole() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    expect(told(&server, TEXT, &saying("naïve 😀ok", 40)), "naïve 😀ok", "stop");
+    expect(told(&server, TEXT, &saying("😀ok", 2)), "\u{fffd}", "length");
+    expect(told(&server, TEXT, &saying("ok😀", 3)), "ok\u{fffd}", "length");
+    expect(told(&server, TEXT, &with(saying("ok😀 🙂", 40), "stop", json!(["🙂"]))), "ok😀 ", "stop");
+}
+
+#[test]
+fn leading_white_space_stays() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    expect(told(&server, TEXT, &saying(r"\n\t there", 40)), "\n\t there", "stop");
+    let echo = server.json(TEXT, &with(saying(" there", 40), "echo", true));
+    assert_eq!(whole(&echo)[0].0, "Once there");
+}
+
+/// A tokenizer that writes spaces as `▁`, and drops the one before a token that it decodes alone.
+#[test]
+fn log_probabilities_tell_tokens_with_their_spaces() {
+    let shape = Shape { vocab_size: 260, ..SMALL };
+    let checkpoints = checkpoints("LlamaForCausalLM", shape, 11);
+    let bytes = (0..256).map(|byte| (format!("<0x{byte:02X}>"), json!(byte)));
+    let words =
+        [("<s>", 256), ("</s>", 257), ("▁there", 258), ("▁", 259)].map(|(word, id)| (word.into(), json!(id)));
+    let vocab: serde_json::Map<String, Value> = bytes.chain(words).collect();
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": true})
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(256, "<s>"), special(257, "</s>")],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": null, "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": true, "vocab": vocab, "merges": []},
+    });
+    std::fs::write(format!("{}/tokenizer.json", checkpoints.dense()), tokenizer.to_string()).unwrap();
+    let server = Server::start(&checkpoints.dense(), &[]);
+    let body = with(with(completion("Once", 3), "logit_bias", json!({"258": 1000})), "logprobs", 1);
+    expect(told(&server, TEXT, &body), " there there there", "length");
+    let answer = server.json(TEXT, &body);
+    let tokens = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    let events = server.stream(TEXT, &body);
+    assert!(tokens.len() == 3 && events.len() == 3);
+    let of_events = events.iter().map(|event| &event["choices"][0]["logprobs"]);
+    for token in tokens.iter().chain(of_events) {
+        assert_eq!(token["token"], " there", "{token}");
+        assert_eq!(token["bytes"], json!(b" there"), "{token}");
+        assert_eq!(token["top_logprobs"][0]["bytes"], " there", "{token}");
+    }
+}
+
+#[test]
+fn streams_of_several_choices_keep_their_tails() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    let mut lengths = std::collections::BTreeSet::new();
+    for _ in 0..5 {
+        let body = with(with(saying(r"[ab]{3,40}\.", 60), "n", 4), "temperature", 1.0);
+        let choices = streamed(&server.stream(TEXT, &body));
+        assert_eq!(choices.len(), 4);
+        for (text, reason) in choices {
+            assert!(text.ends_with('.') && reason == "stop", "{text:?}, {reason}");
+            lengths.insert(text.len());
+        }
+    }
+    assert!(lengths.len() > 1, "all choices are equally long");
+}
+
+#[test]
+fn a_tool_call_may_hold_any_letter() {
+    let checkpoints = llama();
+    let server = Server::start(&checkpoints.dynamoe(), &[]);
+    let call = r#"<\|tool_call>call:weather\{city:<\|"\|>Zürich, Łódź<\|"\|>\}<tool_call\|>"#;
+    let tool = json!({"type": "function", "function": {"name": "weather", "description": "tells the weather",
+                      "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}});
+    let body = with(chat("Once", 200), "grammar", json!({"type": "regex", "value": call}));
+    let answer = server.json(CHAT, &with(body, "tools", json!([tool])));
+    let function = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+    assert_eq!(function["name"], "weather", "{answer}");
+    assert!(function["arguments"].as_str().unwrap().contains("Zürich, Łódź"), "{answer}");
+}
