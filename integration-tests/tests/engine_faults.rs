@@ -172,3 +172,51 @@ async fn a_prompt_that_is_cut_keeps_a_token() {
     let refused = ask(&engine, completion(&"x".repeat(600), 1, 1)).await.unwrap_err();
     assert!(refused.contains("600 tokens") && refused.contains("512"), "{refused}");
 }
+
+/// The engine's death is told to its clients and ends the service, so that a supervisor can start it again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_engine_ends_the_service_with_an_error() {
+    let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 21);
+    let model = checkpoints.dynamoe();
+    let options = serve::Options::parse_from(["dynamoe-serve", "--model", &model, "--cpu"]);
+    let served = {
+        let _one = engine::LOADING.lock().await;
+        serve::load(&options).await.unwrap()
+    };
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let to_engine = served.engine.get_sender(None).unwrap();
+    let service = tokio::spawn({
+        let options = options.clone();
+        async move { serve::serve(listener, served, &options, std::future::pending()).await }
+    });
+    let post = |stream: bool| {
+        let body = serde_json::json!({"model": "default", "prompt": PROMPT, "max_tokens": 400, "temperature": 0.7,
+                                      "stream": stream, "logit_bias": {"257": -100}});
+        answer(address, body.to_string())
+    };
+    let dies = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let (request, _answers) = with_processor(completion(PROMPT, 1, 1), |_, _| panic!("a test's own"));
+        let request = mistralrs::Request::Normal(Box::new(request));
+        assert!(to_engine.send(request).await.is_ok());
+        to_engine.closed().await;
+    };
+    let (streamed, whole, ()) = tokio::join!(post(true), post(false), dies);
+    let error = service.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("engine has ended"), "{error}");
+    assert!(streamed.contains("server_error") && !streamed.contains("\"length\""), "{streamed}");
+    assert!(whole.starts_with("HTTP/1.1 503"), "{whole}");
+}
+
+/// The whole of an answer over HTTP.
+async fn answer(address: SocketAddr, body: String) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+                Content-Type: application/json\r\nContent-Length:";
+    connection.write_all(format!("{head} {}\r\n\r\n{body}", body.len()).as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    answer
+}

@@ -6,16 +6,14 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     body::Bytes,
     extract::State,
+    http::StatusCode,
     response::{
         IntoResponse, Response,
         sse::{Event, KeepAlive, Sse},
     },
 };
 use mistralrs_core::{NormalRequest, Request, Response as Answer};
-use mistralrs_server_core::{
-    chat_completion, completions,
-    handler_core::{create_response_channel, send_request_with_model},
-};
+use mistralrs_server_core::{chat_completion, completions, handler_core::create_response_channel};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{Receiver, Sender};
@@ -126,16 +124,12 @@ async fn complete(
 ) -> ApiResult<Response> {
     let (mut request, streaming) = parsed.map_err(|error| ApiError::bad_request(in_words(error.as_ref())))?;
     let mut usage = None;
-    let mut model_id = None;
     if let Request::Normal(request) = &mut request {
         usage = Usage::attach(app, dial, request)?;
-        model_id = request.model_id.clone();
     }
-    send_request_with_model(&app.engine, request, model_id.as_deref())
-        .await
-        .map_err(|error| ApiError::internal(in_words(error.as_ref())))?;
+    app.to_engine.send(request).await.map_err(|_| cut_short())?;
     if !streaming {
-        let answer = answers.recv().await.ok_or_else(|| ApiError::internal("the engine did not answer"))?;
+        let answer = answers.recv().await.ok_or_else(cut_short)?;
         let (answer, _) = answer_json(answer, usage.as_ref())?;
         return Ok(axum::Json(answer).into_response());
     }
@@ -151,7 +145,6 @@ async fn complete(
 /// Passes the engine's answers on as events until the last one or until the client is gone, which drops
 /// `answers`, and thereby ends the request in the engine.
 async fn forward(mut answers: Receiver<Answer>, usage: Option<Usage>, events: Sender<Event>) {
-    let mut before = None;
     loop {
         let answer = tokio::select! {
             answer = answers.recv() => answer,
@@ -159,7 +152,7 @@ async fn forward(mut answers: Receiver<Answer>, usage: Option<Usage>, events: Se
         };
         let told = match answer {
             Some(answer) => answer_json(answer, usage.as_ref()),
-            None => without_last_word(before.take(), usage.as_ref()),
+            None => Err(cut_short()),
         };
         let (json, last) = told.unwrap_or_else(|error| (error.body(), true));
         if events.send(Event::default().data(json.to_string())).await.is_err() {
@@ -169,23 +162,12 @@ async fn forward(mut answers: Receiver<Answer>, usage: Option<Usage>, events: Se
             let _ = events.send(Event::default().data("[DONE]")).await;
             return;
         }
-        before = Some(json);
     }
 }
 
-/// The end of a stream whose last token completes no letter: the engine sends nothing for it. Only an answer that
-/// is as long as it may be ends so; its last chunk says that, with no more text.
-fn without_last_word(before: Option<Value>, usage: Option<&Usage>) -> ApiResult<(Value, bool)> {
-    let mut chunk = before.ok_or_else(|| ApiError::internal("the engine did not answer"))?;
-    for choice in chunk["choices"].as_array_mut().into_iter().flatten() {
-        choice["finish_reason"] = "length".into();
-        for text in ["/delta/content", "/text"] {
-            if let Some(text) = choice.pointer_mut(text) {
-                *text = "".into();
-            }
-        }
-    }
-    Ok((Usage::tell(usage, chunk)?, true))
+/// The engine ends every answer by itself, so an answer without an end is one that the engine did not live to give.
+fn cut_short() -> ApiError {
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine has ended before it gave the whole answer")
 }
 
 /// One of the engine's answers as JSON, and whether it is the last one.
@@ -226,19 +208,6 @@ mod tests {
         assert_eq!(body, json!({"prompt": "x"}));
         assert_eq!(take_dial(&mut json!({"sensitivity": 1})).unwrap(), Some(Dial::Sensitivity(1.0)));
         assert_eq!(take_dial(&mut json!({})).unwrap(), None);
-    }
-
-    #[test]
-    fn a_stream_that_ends_within_a_letter_says_that_it_ended() {
-        let chat = json!({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "so"}}]});
-        let text = json!({"choices": [{"index": 0, "text": "so", "finish_reason": null}]});
-        for (chunk, content) in [(chat, "/delta/content"), (text, "/text")] {
-            let (last, done) = without_last_word(Some(chunk), None).unwrap();
-            let choice = &last["choices"][0];
-            assert!(done && choice["finish_reason"] == "length");
-            assert_eq!(choice.pointer(content).unwrap(), "");
-        }
-        assert!(without_last_word(None, None).is_err());
     }
 
     #[test]

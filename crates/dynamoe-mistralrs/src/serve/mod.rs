@@ -20,9 +20,17 @@ mod metrics;
 mod models;
 mod options;
 
-use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use axum::{
     Router,
     extract::DefaultBodyLimit,
@@ -30,10 +38,14 @@ use axum::{
     routing::{get, post},
 };
 use clap::Parser;
+use mistralrs_core::Request;
 use mistralrs_server_core::{
     mistralrs_for_server_builder::MistralRsForServerBuilder, types::SharedMistralRsState,
 };
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+};
 use tracing_subscriber::EnvFilter;
 
 pub use options::Options;
@@ -53,6 +65,8 @@ pub struct Served {
 #[derive(Clone)]
 struct App {
     engine: SharedMistralRsState,
+    /// The engine that was loaded. The state would start another one over what a dead one has left.
+    to_engine: mpsc::Sender<Request>,
     model: Option<Arc<LoadedModel>>,
     /// Whoever presents it may set the default dial from anywhere.
     token: Option<Arc<str>>,
@@ -83,15 +97,15 @@ pub async fn run(options: Options) -> Result<()> {
         .log_internal_errors(false)
         .init();
 
+    options.token()?;
     // bound first: a port that is taken is known before a large model is read
     let listener = TcpListener::bind((options.host, options.port))
         .await
         .with_context(|| format!("cannot listen at {}, port {}", options.host, options.port))?;
     let stop = stop_signal()?;
     let served = load(&options).await?;
-    let router = router(served, &options)?;
     println!("dynamoe-serve listens at http://{}", listener.local_addr()?);
-    serve(listener, router, stop, Duration::from_secs(options.drain_seconds)).await
+    serve(listener, served, &options, stop).await
 }
 
 /// Loads the model that `options` names.
@@ -131,16 +145,17 @@ pub async fn load(options: &Options) -> Result<Served> {
 /// All routes over a loaded model.
 ///
 /// # Errors
-/// A token that is empty.
+/// A token that is empty; an engine that has ended.
 pub fn router(served: Served, options: &Options) -> Result<Router> {
     let Served { engine, model } = served;
+    let to_engine = engine.get_sender(None)?;
     let limits = limits::Limits {
         choices: options.max_choices,
         top_logprobs: options.max_top_logprobs,
         prompt_bytes: options.max_prompt_kib * 1024,
     };
     let token = options.token()?.map(Arc::from);
-    let app = App { engine, model, token, requests: Arc::default(), limits };
+    let app = App { engine, to_engine, model, token, requests: Arc::default(), limits };
     Ok(Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))
@@ -155,17 +170,39 @@ pub fn router(served: Served, options: &Options) -> Result<Router> {
         .with_state(app))
 }
 
-/// Serves until `stop` is done, then lets requests in flight finish, for `drain` at most.
+/// Serves until `stop` is done, then lets requests in flight finish, for the options' drain time at most.
 ///
 /// # Errors
-/// The listener's.
+/// The listener's; the end of the engine, which also ends the service.
 pub async fn serve(
+    listener: TcpListener,
+    served: Served,
+    options: &Options,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<()> {
+    let to_engine = served.engine.get_sender(None)?;
+    let engine_ended = Arc::new(AtomicBool::new(false));
+    let stop = {
+        let engine_ended = Arc::clone(&engine_ended);
+        async move {
+            tokio::select! {
+                () = stop => {}
+                () = to_engine.closed() => engine_ended.store(true, Relaxed),
+            }
+        }
+    };
+    serve_until(listener, router(served, options)?, stop, Duration::from_secs(options.drain_seconds)).await?;
+    ensure!(!engine_ended.load(Relaxed), "the engine has ended; the log says why");
+    Ok(())
+}
+
+async fn serve_until(
     listener: TcpListener,
     router: Router,
     stop: impl Future<Output = ()> + Send + 'static,
     drain: Duration,
 ) -> Result<()> {
-    let (stopping, stopped) = tokio::sync::oneshot::channel();
+    let (stopping, stopped) = oneshot::channel();
     let service = router.into_make_service_with_connect_info::<SocketAddr>();
     let server = axum::serve(listener, service).with_graceful_shutdown(async move {
         stop.await;

@@ -39,7 +39,6 @@ fn name(id: &str) -> &str {
 /// `GET /health`: asks the engine's thread for the tokens of one letter.
 pub(super) async fn health(State(app): State<App>) -> ApiResult<Json<Value>> {
     let dead = |why: &str| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, format!("the engine {why}"));
-    let engine = app.engine.get_sender(None).map_err(|_| dead("has ended"))?;
     let (sender, mut tokens) = channel(1);
     let request = Request::Tokenize(TokenizationRequest {
         text: Either::Right("a".into()),
@@ -51,7 +50,7 @@ pub(super) async fn health(State(app): State<App>) -> ApiResult<Json<Value>> {
         response: sender,
     });
     let asked = async {
-        engine.send(request).await.map_err(|_| dead("has ended"))?;
+        app.to_engine.send(request).await.map_err(|_| dead("has ended"))?;
         tokens.recv().await.ok_or_else(|| dead("did not answer"))
     };
     match tokio::time::timeout(PATIENCE, asked).await {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Result, anyhow, ensure};
+use candle_core::utils::{cuda_is_available, metal_is_available};
 use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
 use dynamoe::dial::check_dial;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
@@ -40,7 +41,7 @@ pub struct Options {
     /// Write the quantized weights to this UQFF file after loading
     #[arg(long, value_name = "FILE")]
     pub write_uqff: Option<PathBuf>,
-    /// Type of the unquantized weights: auto, bf16, f16 or f32
+    /// Type of the unquantized weights: auto, bf16, f16 or f32; auto is f32 on a CPU, else bf16 or f16
     #[arg(long, default_value = "auto", value_parser = dtype)]
     pub dtype: ModelDType,
     /// Jinja chat template, if the model's own is missing or to be replaced
@@ -123,6 +124,10 @@ impl Options {
         Ok(token)
     }
 
+    fn on_cpu(&self) -> bool {
+        self.cpu || !(cuda_is_available() || metal_is_available())
+    }
+
     /// What the model is loaded from, for messages.
     pub(super) fn source(&self) -> String {
         match (&self.model, &self.config) {
@@ -141,6 +146,11 @@ impl Options {
             return Ok(ModelSelected::Toml { file: file.display().to_string() });
         }
         let model_id = self.model.clone().ok_or_else(|| anyhow!("--model or --config is needed"))?;
+        let quantized = self.isq.is_some() || self.from_uqff.is_some();
+        ensure!(
+            self.dtype != ModelDType::BF16 || quantized || !self.on_cpu() || cfg!(feature = "accelerate"),
+            "--dtype bf16 does not run on a CPU, which does not multiply it: use f32, or f16 with half the memory"
+        );
         // the hub is asked only for what can be an id there
         let is_path = model_id.starts_with(['.', '/', '~']) || model_id.matches(['/', '\\']).count() > 1;
         ensure!(
@@ -204,5 +214,15 @@ mod tests {
         assert!(error.contains("./nowhere is not a folder"), "{error}");
         assert!(parse("--model m").unwrap().host.is_loopback());
         assert!(parse("--model m --max-seqs 0").is_err());
+    }
+
+    #[test]
+    #[cfg(not(feature = "accelerate"))]
+    fn bf16_is_refused_on_a_cpu_that_does_not_multiply_it() {
+        let error = parse("--model m --cpu --dtype bf16").unwrap().model_selected().unwrap_err().to_string();
+        assert!(error.contains("use f32"), "{error}");
+        for fine in ["--dtype f16", "--dtype f32", "--dtype auto", "--dtype bf16 --isq q4k"] {
+            assert!(parse(&format!("--model m --cpu {fine}")).unwrap().model_selected().is_ok(), "{fine}");
+        }
     }
 }
