@@ -242,3 +242,26 @@ fn a_tool_call_may_hold_any_letter() {
     assert_eq!(function["name"], "weather", "{answer}");
     assert!(function["arguments"].as_str().unwrap().contains("Zürich, Łódź"), "{answer}");
 }
+
+/// Activations that F16 does not hold: the default type on a CPU has to.
+#[test]
+fn the_default_type_on_a_cpu_holds_what_bf16_holds() {
+    let checkpoints = llama();
+    let large = |name: &str, tensor: &candle_core::Tensor| {
+        let factor = if name.ends_with("down_proj.weight") { 1e6 } else { 1.0 };
+        (tensor * factor).unwrap()
+    };
+    let model = checkpoints.write_dense("large", large);
+    let f32 = Server::start(&model, &[]);
+    let auto = Server::run(&["--model", &model, "--cpu"]);
+    let f16 = Server::run(&["--model", &model, "--cpu", "--dtype", "f16"]);
+    let body = endless("Once upon a time", 20);
+    assert_eq!(whole(&auto.json(TEXT, &body)), whole(&f32.json(TEXT, &body)));
+    // and where a type does not, the answer is an error, at any temperature
+    for temperature in [0.0, 1.0] {
+        let refused = f16.post(TEXT, &with(body.clone(), "temperature", temperature));
+        assert_eq!(refused.status(), 500);
+        let refused = refused.text().unwrap();
+        assert!(refused.contains("NaN"), "{refused}");
+    }
+}
