@@ -173,6 +173,17 @@ async fn a_prompt_that_is_cut_keeps_a_token() {
     assert!(refused.contains("600 tokens") && refused.contains("512"), "{refused}");
 }
 
+#[tokio::test]
+async fn min_p_needs_no_top_p() {
+    let (_checkpoints, engine) = llama().await;
+    let expected = ask(&engine, completion(PROMPT, 40, 1)).await.unwrap();
+    let (mut request, answers) = completion(PROMPT, 40, 1);
+    request.sampling_params.temperature = Some(1.0);
+    request.sampling_params.top_k = None;
+    request.sampling_params.min_p = Some(0.9999);
+    assert_eq!(ask(&engine, (request, answers)).await.unwrap(), expected);
+}
+
 /// The engine's death is told to its clients and ends the service, so that a supervisor can start it again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_engine_ends_the_service_with_an_error() {
