@@ -174,6 +174,30 @@ async fn a_prompt_that_is_cut_keeps_a_token() {
 }
 
 #[tokio::test]
+async fn no_more_sequences_run_than_allowed_after_a_pause() {
+    let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 21);
+    let engine = build(plain(&checkpoints.dynamoe()).with_max_num_seqs(1)).await;
+    let turns: Arc<Mutex<Vec<usize>>> = Arc::default();
+    let request = |id: usize, pause: u64| {
+        let turns = Arc::clone(&turns);
+        with_processor(completion(PROMPT, 3, 1), move |logits, _| {
+            turns.lock().unwrap().push(id);
+            std::thread::sleep(Duration::from_millis(pause));
+            Ok(logits.clone())
+        })
+    };
+    // the others arrive while the first runs, and all wait when it is done
+    tokio::join!(
+        ask(&engine, request(0, 50)),
+        ask(&engine, request(1, 0)),
+        ask(&engine, request(2, 0)),
+        ask(&engine, request(3, 0))
+    );
+    let turns = turns.lock().unwrap();
+    assert!(turns.chunks(3).all(|turns| turns.iter().all(|id| *id == turns[0])), "{turns:?}");
+}
+
+#[tokio::test]
 async fn min_p_needs_no_top_p() {
     let (_checkpoints, engine) = llama().await;
     let expected = ask(&engine, completion(PROMPT, 40, 1)).await.unwrap();
