@@ -208,6 +208,22 @@ async fn min_p_needs_no_top_p() {
     assert_eq!(ask(&engine, (request, answers)).await.unwrap(), expected);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_prompt_is_tokenized_beside_the_engine() {
+    let long = Shape { positions: 4096, ..SMALL };
+    let checkpoints = checkpoints("LlamaForCausalLM", long, 21);
+    let engine = build(plain(&checkpoints.dynamoe())).await;
+    let (request, mut refused) = completion(&"a".repeat(4 << 20), 1, 1);
+    send(&engine, request).await;
+    ask(&engine, completion(PROMPT, 2, 1)).await.unwrap();
+    assert!(refused.try_recv().is_err(), "the long prompt went first");
+    let refused = text(&mut refused).await.unwrap_err();
+    assert!(refused.contains("4194304 tokens") && refused.contains("4096"), "{refused}");
+    // one that fits is answered
+    let (text, reason) = ask(&engine, completion(&"a".repeat(4000), 2, 1)).await.unwrap();
+    assert!(!text.is_empty() && reason == "length");
+}
+
 /// The engine's death is told to its clients and ends the service, so that a supervisor can start it again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_engine_ends_the_service_with_an_error() {
