@@ -52,7 +52,7 @@ async fn losses_agree(folder: &Path, batches: &[PaddedBatch], sensitivities: [f6
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
             for (inputs, targets) in (0..batch.batch_size).map(|n| row(batch, n)) {
-                let logits = engine.token_logits(inputs, Dial::Sensitivity(sensitivity)).await;
+                let logits = engine.token_logits(inputs, Some(Dial::Sensitivity(sensitivity))).await;
                 sum += loss(&logits, targets);
                 tokens += targets.len();
             }

@@ -1,46 +1,31 @@
-//! config.json of a DynaMoE checkpoint, and of the dense model in it.
+//! config.json of a checkpoint, rewritten for mistral.rs's own loaders.
 
 use anyhow::{Context, Result, bail, ensure};
-use dynamoe::DynaMoeConfig;
+use dynamoe::{DynaMoeConfig, config::ARCHITECTURE};
+use dynamoe_model::config::{self, engine};
+use mistralrs_core::{
+    LlamaLoader, MistralLoader, Qwen2Loader,
+    plugin::{AutoNormalLoader, NormalModelLoader, Qwen3Loader},
+};
 use serde_json::Value;
 
-/// Dense models whose FFN is SwiGLU-shaped in three separate matrices and can be swapped in mistral.rs.
-pub(crate) const BASES: [&str; 7] = [
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "SmolLM3ForCausalLM",
-];
-
-/// The config.json of a DynaMoE checkpoint, from which that of its dense model is made.
+/// The dense model of a checkpoint, as mistral.rs understands its config.json.
 pub(crate) struct BaseConfig {
     json: Value,
-    /// Its `dynamoe` section.
-    pub dynamoe: DynaMoeConfig,
+    /// The `dynamoe` section; none in a dense checkpoint.
+    pub dynamoe: Option<DynaMoeConfig>,
     /// `hidden_size`.
     pub hidden_size: usize,
 }
 
 impl BaseConfig {
     /// Parses the text of a config.json.
-    pub fn parse(config: &str) -> Result<Self> {
-        let json: Value = serde_json::from_str(config).context("config.json is not JSON")?;
-        let dynamoe = DynaMoeConfig::from_config_json(&json)?;
-        ensure!(
-            BASES.contains(&dynamoe.base_architecture.as_str()),
-            "config.json: base_architecture must be one of {}, found {}",
-            BASES.join(", "),
-            dynamoe.base_architecture
-        );
-        if json.get("quantization_config").is_some_and(|section| !section.is_null()) {
-            bail!(
-                "config.json has a quantization_config: a checkpoint that is quantized already is not supported; \
-                 convert the unquantized one and quantize it in place (ISQ) or to UQFF"
-            );
-        }
+    pub fn parse(text: &str) -> Result<Self> {
+        let json = config::parse(text).context("config.json is not JSON")?;
+        let (json, dynamoe) = match json.pointer("/architectures/0").and_then(Value::as_str) {
+            Some(ARCHITECTURE) => (dense_part(&json)?, Some(DynaMoeConfig::from_config_json(&json)?)),
+            _ => (engine::dense_for_engine(&json)?, None),
+        };
         let hidden_size =
             json.get("hidden_size").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
         let hidden_size = hidden_size.context("config.json needs \"hidden_size\", a whole number")?;
@@ -49,26 +34,66 @@ impl BaseConfig {
 
     /// The text of the dense model's config.json.
     pub fn text(&self) -> String {
-        let mut json = self.json.clone();
-        json["architectures"] = vec![self.dynamoe.base_architecture.as_str()].into();
-        json["model_type"] = self.dynamoe.base_model_type.as_str().into();
-        json.to_string()
+        self.json.to_string()
     }
 
     /// The text of the dense model's config.json with FFNs of `width` neurons.
-    pub fn text_with_width(&self, width: usize) -> Result<String> {
-        let mut json: Value = serde_json::from_str(&self.text())?;
+    pub fn text_with_width(&self, width: usize) -> String {
+        let mut json = self.json.clone();
         json["intermediate_size"] = width.into();
-        Ok(json.to_string())
+        json.to_string()
+    }
+
+    /// Whether the output matrix is the embedding.
+    pub fn is_tied(&self) -> bool {
+        self.json.get("tie_word_embeddings") == Some(&Value::Bool(true))
+    }
+
+    /// Whether the weights are quantized already.
+    pub fn is_quantized(&self) -> bool {
+        is_quantized(&self.json)
+    }
+
+    /// mistral.rs's own loader of the dense model.
+    pub fn loader(&self) -> Box<dyn NormalModelLoader> {
+        match self.json["architectures"][0].as_str() {
+            Some("LlamaForCausalLM") => Box::new(LlamaLoader),
+            Some("MistralForCausalLM") => Box::new(MistralLoader),
+            Some("Qwen2ForCausalLM") => Box::new(Qwen2Loader),
+            Some("Qwen3ForCausalLM") => Box::new(Qwen3Loader),
+            _ => Box::new(AutoNormalLoader),
+        }
     }
 
     /// Numbers in each layer's router and compensation.
     pub fn router_elements(&self) -> usize {
-        let (d, r, narrower) =
-            (self.hidden_size, self.dynamoe.router.hidden_size, self.dynamoe.experts() - 1);
-        let compensation = if self.dynamoe.router.compensation { narrower * d } else { 0 };
+        let Some(dynamoe) = &self.dynamoe else { return 0 };
+        let (d, r, narrower) = (self.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
+        let compensation = if dynamoe.router.compensation { narrower * d } else { 0 };
         r * (d + 1) + if r > 0 { narrower * (r + 1) } else { 0 } + compensation
     }
+}
+
+fn is_quantized(json: &Value) -> bool {
+    json.get("quantization_config").is_some_and(|section| !section.is_null())
+}
+
+/// The dense model's config.json, from a DynaMoE checkpoint's.
+fn dense_part(json: &Value) -> Result<Value> {
+    let base = DynaMoeConfig::from_config_json(json)?.base_architecture;
+    let known = engine::bases();
+    ensure!(
+        known.contains(&base.as_str()),
+        "config.json: base_architecture must be one of {}, found {base}",
+        known.join(", ")
+    );
+    if is_quantized(json) {
+        bail!(
+            "config.json has a quantization_config: a checkpoint that is quantized already is not supported; \
+             convert the unquantized one and quantize it in place (ISQ) or to UQFF"
+        );
+    }
+    engine::for_engine(json)
 }
 
 #[cfg(test)]
@@ -79,7 +104,8 @@ mod tests {
     fn config_json() -> Value {
         json!({
             "architectures": ["DynaMoeForCausalLM"], "model_type": "dynamoe",
-            "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
+            "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "vocab_size": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
             "dynamoe": {
                 "version": 1, "base_architecture": "LlamaForCausalLM", "base_model_type": "llama",
                 "expert_widths": [32, 64], "router": {"kind": "mlp", "hidden_size": 4, "compensation": true},
@@ -94,10 +120,23 @@ mod tests {
         let base: Value = serde_json::from_str(&config.text()).unwrap();
         assert_eq!(base["architectures"], json!(["LlamaForCausalLM"]));
         assert_eq!((&base["model_type"], &base["intermediate_size"]), (&json!("llama"), &json!(64)));
-        let stub: Value = serde_json::from_str(&config.text_with_width(1).unwrap()).unwrap();
+        assert_eq!((&base["rope_theta"], base.get("dynamoe")), (&json!(500.0), None));
+        let stub: Value = serde_json::from_str(&config.text_with_width(1)).unwrap();
         assert_eq!(stub["intermediate_size"], 1);
         // fc1 4·16 + 4, fc2 1·4 + 1, compensation 1·16
         assert_eq!(config.router_elements(), 68 + 5 + 16);
+    }
+
+    #[test]
+    fn a_dense_models_text_is_rewritten_too() {
+        let mut dense = config_json();
+        dense["architectures"] = json!(["LlamaForCausalLM"]);
+        dense["model_type"] = "llama".into();
+        let text = dense.to_string().replace("500.0", "500.0, \"ignored\": NaN");
+        let config = BaseConfig::parse(&text).unwrap();
+        assert!(config.dynamoe.is_none() && !config.is_quantized() && !config.is_tied());
+        assert!(config.text().contains("\"rope_theta\":500.0"));
+        assert_eq!(config.router_elements(), 0);
     }
 
     #[test]
@@ -105,12 +144,17 @@ mod tests {
         let error = |change: fn(&mut Value)| {
             let mut json = config_json();
             change(&mut json);
-            BaseConfig::parse(&json.to_string()).map(|_| ()).unwrap_err().to_string()
+            format!("{:#}", BaseConfig::parse(&json.to_string()).map(|_| ()).unwrap_err())
         };
         let unknown = error(|json| json["dynamoe"]["base_architecture"] = "PhiForCausalLM".into());
         assert!(unknown.contains("PhiForCausalLM") && unknown.contains("Qwen3ForCausalLM"), "{unknown}");
         let quantized = error(|json| json["quantization_config"] = json!({"quant_method": "gptq"}));
         assert!(quantized.contains("quantization_config"), "{quantized}");
+        let head = error(|json| {
+            json["attention_bias"] = true.into();
+            json["head_dim"] = 16.into();
+        });
+        assert!(head.contains("\"head_dim\" 16"), "{head}");
         assert!(error(|json| json["hidden_size"] = "wide".into()).contains("hidden_size"));
         assert!(error(|json| json["dynamoe"] = Value::Null).contains("dynamoe"));
     }

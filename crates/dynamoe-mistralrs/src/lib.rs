@@ -1,7 +1,9 @@
 //! DynaMoE models (arXiv 2502.12325) in mistral.rs.
 //!
 //! Linking this crate is enough: mistral.rs then loads a checkpoint whose config.json says
-//! `"architectures": ["DynaMoeForCausalLM"]`, and knows `--arch dynamoe` and, in a TOML file, `arch = "dynamoe"`.
+//! `"architectures": ["DynaMoeForCausalLM"]`, and knows `--arch dynamoe` and, in a TOML file, `arch = "dynamoe"`. Dense
+//! Llama, Mistral, Qwen2 and Qwen3 models are then loaded through this crate too: it rewrites their config.json to what
+//! the engine understands, and refuses what the engine would ignore.
 //!
 //! ```
 //! use dynamoe_mistralrs as _; // linked only if something refers to it
@@ -13,6 +15,7 @@
 //! one request, and counts. docs/engine.md tells what the patched engine adds, docs/serving.md how to serve.
 
 mod base_config;
+mod checked;
 mod counters;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -28,7 +31,6 @@ mod pending;
 mod projection;
 #[cfg(feature = "serve")]
 pub mod serve;
-mod stub;
 mod weights;
 
 pub use counters::{Counters, LayerCounts};
@@ -41,10 +43,19 @@ pub use weights::LayerWeights;
 
 use mistralrs_core::plugin::{ModelPlugin, inventory};
 
-inventory::submit! {
-    ModelPlugin {
-        name: dynamoe::config::MODEL_TYPE,
-        architecture: dynamoe::config::ARCHITECTURE,
-        loader: || Box::new(DynaMoeLoader),
-    }
+/// A registered loader comes before the engine's own.
+macro_rules! register {
+    ($($name:expr => $architecture:expr),* $(,)?) => {
+        $(inventory::submit! {
+            ModelPlugin { name: $name, architecture: $architecture, loader: || Box::new(DynaMoeLoader) }
+        })*
+    };
+}
+
+register! {
+    dynamoe::config::MODEL_TYPE => dynamoe::config::ARCHITECTURE,
+    "llama" => "LlamaForCausalLM",
+    "mistral" => "MistralForCausalLM",
+    "qwen2" => "Qwen2ForCausalLM",
+    "qwen3" => "Qwen3ForCausalLM",
 }

@@ -13,6 +13,7 @@ use mistralrs_quant::{
 };
 
 use crate::{
+    checked::check_finite,
     experts::{EngineExperts, FastExperts},
     projection::{Projection, fused_glu},
 };
@@ -45,7 +46,11 @@ impl LayerWeights {
             cuda: Arc::default(),
         };
         let exact = self.vb.clone().set_dtype(DType::F32).set_device(self.device.clone());
-        let mut get = |name: &str, shape: &[usize]| Ok(exact.get(shape, name)?);
+        let mut get = |name: &str, shape: &[usize]| {
+            let tensor = exact.get(shape, name)?;
+            check_finite(&format!("{}.{name}", exact.prefix()), &tensor)?;
+            Ok(tensor)
+        };
         let router = Router::load(config, hidden_size, &mut get)?;
         let compensation = tensors::read_compensation(config, hidden_size, &mut get)?;
         Ok(DynaMoeFfn::new(experts, router, compensation, config.sensitivity)?)
@@ -87,6 +92,7 @@ impl LayerWeights {
             }
             let slice = Shard::Offset { dim, offset, len };
             let weight = from.get_with_hints(shape, "weight", slice)?.force_contiguous()?;
+            check_finite(&format!("{}.weight", from.prefix()), &weight)?;
             let linear = UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(weight, None)))?;
             Ok(Projection(apply_immediate_isq(Arc::new(linear), to)?))
         };

@@ -25,11 +25,16 @@ pub struct Engine {
 
 /// Loads a model on the CPU, in f32.
 pub async fn build(builder: TextModelBuilder) -> Engine {
+    try_build(builder).await.unwrap()
+}
+
+/// The same of a model that may be refused.
+pub async fn try_build(builder: TextModelBuilder) -> anyhow::Result<Engine> {
     let _one = LOADING.lock().await;
     let before = loaded();
-    let model = builder.with_force_cpu().with_dtype(ModelDType::F32).build().await.unwrap();
+    let model = builder.with_force_cpu().with_dtype(ModelDType::F32).build().await?;
     let handle = loaded().into_iter().find(|model| !before.iter().any(|other| Arc::ptr_eq(other, model)));
-    Engine { model, handle }
+    Ok(Engine { model, handle })
 }
 
 /// A model that computes every prompt anew.
@@ -56,12 +61,12 @@ impl Engine {
     }
 
     /// Logits of every one of `tokens`.
-    pub async fn token_logits(&self, tokens: &[u32], dial: Dial) -> Vec<f32> {
+    pub async fn token_logits(&self, tokens: &[u32], dial: Option<Dial>) -> Vec<f32> {
         let (sender, mut answers) = mpsc::channel(1);
         let messages = RequestMessage::CompletionTokens(tokens.to_vec());
         let sampling = SamplingParams { max_len: Some(1), ..SamplingParams::deterministic() };
         let mut request = NormalRequest::new_simple(messages, sampling, sender, 0, None, None);
-        request.logits_processors = Some(vec![self.handle().request(dial).unwrap().processor()]);
+        request.logits_processors = dial.map(|dial| vec![self.handle().request(dial).unwrap().processor()]);
         request.return_raw_logits = true;
         let engine = self.model.inner().get_sender(None).unwrap();
         engine.send(Request::Normal(Box::new(request))).await.unwrap();

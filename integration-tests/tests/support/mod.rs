@@ -289,7 +289,8 @@ fn router(layer: usize, shape: Shape, numbers: &mut Numbers) -> Vec<(String, Ten
     .collect()
 }
 
-fn write(folder: &Path, config: &Value, tensors: &BTreeMap<String, Tensor>) {
+/// Writes a checkpoint.
+pub fn write(folder: &Path, config: &Value, tensors: &BTreeMap<String, Tensor>) {
     fs::create_dir_all(folder).unwrap();
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
@@ -331,6 +332,11 @@ fn tokenizer() -> Value {
                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab,
                   "merges": []},
     })
+}
+
+/// Normal numbers.
+pub fn random(shape: &[usize], seed: u64) -> Tensor {
+    Numbers(rand_chacha::ChaCha8Rng::seed_from_u64(seed)).tensor(shape, 0.0, 0.5)
 }
 
 /// The largest difference of two equally long lists, which must not hold anything but numbers.

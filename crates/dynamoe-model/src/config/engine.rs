@@ -1,4 +1,5 @@
-//! What mistral.rs 0.8.1 can compute of the models that we know, and how to say it in a config.json that it understands.
+//! What mistral.rs 0.8.1, with our patches, can compute of the models that we know, and how to say it in a config.json
+//! that it understands.
 //!
 //! The engine reads config.json into one struct for each architecture. It needs some keys that Hugging Face leaves out,
 //! and it ignores others that change the computation. So what it is given is never a checkpoint's own text, but
@@ -19,11 +20,18 @@ struct Engine {
     rope: &'static [&'static str],
     /// Whether a head may have another size than `hidden_size / num_attention_heads`.
     head_dim: bool,
-    /// Biases of q, k and v, and of the output projection.
-    biases: [bool; 2],
+    /// Biases of q, k and v, and of the output projection: all that it can do.
+    biases: &'static [[bool; 2]],
     qk_norm: bool,
-    /// Keys that its struct reads, besides [`COMMON`].
-    reads: &'static [&'static str],
+    windows: Windows,
+}
+
+/// Which layers may have a window.
+#[derive(PartialEq)]
+enum Windows {
+    None,
+    All,
+    Any,
 }
 
 /// The table: one row for each of the engine's models.
@@ -32,49 +40,34 @@ const ENGINES: [Engine; 4] = [
         architecture: Architecture::Llama,
         rope: &["linear", "llama3"],
         head_dim: false,
-        biases: [false, false],
+        biases: &[[false, false], [true, true]],
         qk_norm: false,
-        reads: &["rope_scaling"],
+        windows: Windows::None,
     },
     Engine {
         architecture: Architecture::Mistral,
-        rope: &[],
+        rope: &["linear", "llama3", "yarn"],
         head_dim: true,
-        biases: [false, false],
+        biases: &[[false, false]],
         qk_norm: false,
-        reads: &["head_dim", "sliding_window"],
+        windows: Windows::All,
     },
     Engine {
         architecture: Architecture::Qwen2,
-        rope: &[],
+        rope: &["linear", "llama3", "yarn"],
         head_dim: false,
-        biases: [true, false],
+        biases: &[[true, false]],
         qk_norm: false,
-        reads: &["sliding_window"],
+        windows: Windows::Any,
     },
     Engine {
         architecture: Architecture::Qwen3,
-        rope: &[],
+        rope: &["linear", "llama3", "yarn"],
         head_dim: true,
-        biases: [false, false],
+        biases: &[[false, false], [true, true]],
         qk_norm: true,
-        reads: &["head_dim", "sliding_window", "use_sliding_window", "max_window_layers"],
+        windows: Windows::Any,
     },
-];
-
-/// Keys that all of the engine's structs read.
-const COMMON: [&str; 11] = [
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "max_position_embeddings",
-    "tie_word_embeddings",
 ];
 
 /// Bases that the engine's plugin loads and the trainer does not know.
@@ -110,7 +103,7 @@ pub fn refusals(config: &ModelConfig) -> Vec<Refusal> {
     }
 }
 
-/// The config.json of the dense model in `json` (a dense or a DynaMoE model's) as the engine understands it.
+/// The config.json of the dense model in a DynaMoE model's, as the engine understands it.
 ///
 /// # Errors
 /// As [`ModelConfig::from_json`]; the keys that the engine does not honour, by name and value.
@@ -125,25 +118,23 @@ pub fn for_engine(json: &Value) -> Result<Value> {
     }
 }
 
-/// Where the engine, given a dense model's config.json as it is, computes something else than the model: one sentence
-/// for each key. Nothing for architectures that we do not know.
-pub fn misread(json: &Value) -> Vec<String> {
-    let Ok(config) = ModelConfig::from_json(json) else { return Vec::new() };
-    let engine = match choose(&config) {
-        Ok(engine) => engine,
-        Err(refusals) => return refusals.iter().map(Refusal::to_string).collect(),
-    };
-    let own = Engine::of(config.architecture);
-    let mut found: Vec<String> = own.refusals(&config).iter().map(Refusal::to_string).collect();
-    let wanted = engine.config(&config);
-    for key in COMMON.iter().chain(own.reads) {
-        let (raw, wanted) = (own.raw(&config, json, key), &wanted[*key]);
-        if !same(&raw, wanted) {
-            let raw = if raw.is_null() { "no value".to_owned() } else { raw.to_string() };
-            found.push(format!("\"{key}\": mistral.rs reads {raw}, the model means {wanted}"));
+/// The same of a dense model's config.json. The engine reads two keys of dense models by itself: quantized weights, and
+/// other activations.
+///
+/// # Errors
+/// As [`for_engine`].
+pub fn dense_for_engine(json: &Value) -> Result<Value> {
+    let mut known = json.clone();
+    let map = known.as_object_mut().context("config.json: expected an object")?;
+    let quantization = map.shift_remove("quantization_config");
+    let activation = map.shift_remove("hidden_act");
+    let mut rewritten = for_engine(&known)?;
+    for (key, found) in [("quantization_config", quantization), ("hidden_act", activation)] {
+        if let Some(found) = found.filter(|found| !found.is_null()) {
+            rewritten[key] = found;
         }
     }
-    found
+    Ok(rewritten)
 }
 
 /// One line that names all keys.
@@ -154,29 +145,21 @@ pub fn describe(refusals: &[Refusal]) -> String {
 
 /// The engine's model that computes this one: that of its own architecture, or another one with the same tensors.
 fn choose(config: &ModelConfig) -> Result<&'static Engine, Vec<Refusal>> {
-    let own = Engine::of(config.architecture);
-    let refusals = own.refusals(config);
-    if refusals.is_empty() {
-        return Ok(own);
-    }
-    ENGINES.iter().find(|engine| engine.refusals(config).is_empty()).ok_or(refusals)
+    let own = ENGINES.iter().find(|engine| engine.architecture == config.architecture);
+    let refusals = own.expect("the table has a row for each architecture").refusals(config);
+    let able = |engine: &&Engine| engine.refusals(config).is_empty();
+    if refusals.is_empty() { own } else { ENGINES.iter().find(able) }.ok_or(refusals)
 }
 
 impl Engine {
-    fn of(architecture: Architecture) -> &'static Self {
-        let position = ENGINES.iter().position(|engine| engine.architecture == architecture);
-        &ENGINES[position.expect("the table has a row for each architecture")]
-    }
-
     fn refusals(&self, config: &ModelConfig) -> Vec<Refusal> {
         let name = self.architecture.name();
         let mut refusals = Vec::new();
         let mut refuse = |key, found: String, reason: &str| {
             refusals.push(Refusal { key, found, reason: format!("its {name} {reason}") });
         };
-        if [config.qkv_bias, config.o_bias] != self.biases {
-            let always = if self.biases[0] { "always has biases of q, k and v" } else { "has no biases" };
-            refuse("attention_bias", config.o_bias.to_string(), always);
+        if !self.biases.contains(&[config.qkv_bias, config.o_bias]) {
+            refuse("attention_bias", config.o_bias.to_string(), "has other biases");
         }
         if config.qk_norm != self.qk_norm {
             refuse("model_type", config.architecture.model_type().to_owned(), "norms q and k differently");
@@ -189,24 +172,31 @@ impl Engine {
         if let Some(scaling) = &config.rope_scaling
             && !self.rope.contains(&scaling.name())
         {
-            let reason = match self.rope {
-                [] => "does not rescale rotary frequencies".to_owned(),
-                known => format!("knows the types default, {} only", known.join(", ")),
-            };
+            let reason = format!("knows the types default, dynamic, {} only", self.rope.join(", "));
             refuse("rope_scaling", format!("of type {:?}", scaling.name()), &reason);
         }
-        let positions = config.max_position_embeddings;
-        if let Some(window) = config.sliding_window.iter().flatten().find(|window| **window < positions) {
-            let reason = format!(
-                "computes other windows (set \"max_position_embeddings\" to {window} or less to serve without them)"
-            );
-            refuse("sliding_window", window.to_string(), &reason);
+        let windows = windows(config);
+        let known = match self.windows {
+            Windows::None => windows.iter().all(Option::is_none),
+            Windows::All => windows.iter().all(|window| *window == windows[0]),
+            Windows::Any => true,
+        };
+        if let Some(window) = windows.iter().flatten().next()
+            && !known
+        {
+            refuse("sliding_window", window.to_string(), "has no window in these layers");
         }
         refusals
     }
 
     /// A config.json that says all that this model's struct reads.
     fn config(&self, config: &ModelConfig) -> Value {
+        let windows = windows(config);
+        let kind = |window: &Option<usize>| match window {
+            Some(_) => "sliding_attention",
+            None => "full_attention",
+        };
+        let window = windows.iter().flatten().next();
         json!({
             "architectures": [self.architecture.name()],
             "model_type": self.architecture.model_type(),
@@ -223,41 +213,22 @@ impl Engine {
             "rope_scaling": config.rope_scaling.as_ref().map(rope_scaling),
             "max_position_embeddings": config.max_position_embeddings,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "sliding_window": null,
-            "use_sliding_window": false,
+            "sliding_window": window,
+            "use_sliding_window": window.is_some(),
             "max_window_layers": config.num_hidden_layers,
+            "layer_types": windows.iter().map(kind).collect::<Vec<_>>(),
             "attention_bias": config.o_bias,
         })
     }
-
-    /// What this model's struct would find at `key` in the checkpoint's own text.
-    fn raw(&self, config: &ModelConfig, json: &Value, key: &str) -> Value {
-        let found = json.get(key).filter(|found| !found.is_null());
-        match (key, found) {
-            ("head_dim", None) => (config.hidden_size / config.num_attention_heads).into(),
-            ("rope_theta", _) if self.architecture == Architecture::Mistral => {
-                let newer = json.pointer("/rope_parameters/rope_theta");
-                newer.or(found).cloned().unwrap_or_else(|| 10_000.0.into())
-            }
-            ("tie_word_embeddings", None) => false.into(),
-            (_, found) => found.cloned().unwrap_or_default(),
-        }
-    }
 }
 
-/// Whether the engine reads the same from both.
-fn same(raw: &Value, wanted: &Value) -> bool {
-    match (raw, wanted) {
-        (Value::Number(a), Value::Number(b)) => a.as_f64() == b.as_f64(),
-        (Value::Object(raw), Value::Object(wanted)) => {
-            wanted.iter().all(|(key, wanted)| raw.get(key).is_some_and(|raw| same(raw, wanted)))
-        }
-        (Value::String(act), Value::String(_)) => matches!(act.as_str(), "silu" | "swish"),
-        _ => raw == wanted,
-    }
+/// The windows of the layers, without those that are never full.
+fn windows(config: &ModelConfig) -> Vec<Option<usize>> {
+    let positions = config.max_position_embeddings;
+    config.sliding_window.iter().map(|window| window.filter(|&window| window < positions)).collect()
 }
 
-/// As the engine's Llama reads it.
+/// As the engine's structs read it.
 fn rope_scaling(scaling: &RopeScaling) -> Value {
     match scaling {
         RopeScaling::Linear(factor) => json!({"rope_type": "linear", "factor": factor}),
@@ -268,7 +239,15 @@ fn rope_scaling(scaling: &RopeScaling) -> Value {
             "high_freq_factor": rope.high_freq_factor,
             "original_max_position_embeddings": rope.original_max_position_embeddings,
         }),
-        RopeScaling::Yarn(rope) => json!({"rope_type": "yarn", "factor": rope.factor}),
+        RopeScaling::Yarn(rope) => json!({
+            "rope_type": "yarn",
+            "factor": rope.factor,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "truncate": rope.truncate,
+            "attention_factor": rope.attention_factor,
+        }),
     }
 }
 
@@ -333,12 +312,10 @@ mod tests {
     #[test]
     fn every_key_that_the_engine_needs_is_explicit() {
         for engine in &ENGINES {
-            let rewritten = for_engine(&model(engine.architecture, json!({"sliding_window": null}))).unwrap();
+            let rewritten = for_engine(&model(engine.architecture, json!({}))).unwrap();
             assert_eq!(rewritten["architectures"], json!([engine.architecture.name()]));
             assert_eq!((&rewritten["rope_theta"], &rewritten["rms_norm_eps"]), (&json!(1e4), &json!(1e-6)));
-            for key in COMMON.iter().chain(engine.reads) {
-                assert!(rewritten.get(key).is_some(), "{key}");
-            }
+            assert_eq!(for_engine(&rewritten).unwrap(), rewritten, "rewriting is done once");
         }
         let newer = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}});
         let rewritten = for_engine(&model(Architecture::Llama, newer)).unwrap();
@@ -347,28 +324,38 @@ mod tests {
     }
 
     #[test]
-    fn another_model_of_the_engine_with_the_same_tensors_stands_in() {
-        let wide = for_engine(&model(Architecture::Llama, json!({"head_dim": 24}))).unwrap();
-        assert_eq!((&wide["architectures"], &wide["head_dim"]), (&json!(["MistralForCausalLM"]), &json!(24)));
-        let linear = json!({"sliding_window": null, "rope_scaling": {"type": "linear", "factor": 2.0}});
-        let scaled = for_engine(&model(Architecture::Mistral, linear)).unwrap();
-        assert_eq!(scaled["architectures"], json!(["LlamaForCausalLM"]));
+    fn windows_are_said_layer_by_layer() {
+        let keys = json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 3});
+        let rewritten = for_engine(&model(Architecture::Qwen2, keys)).unwrap();
+        let full = "full_attention";
+        assert_eq!(rewritten["layer_types"], json!([full, full, full, "sliding_attention"]));
+        assert_eq!(
+            (&rewritten["sliding_window"], &rewritten["use_sliding_window"]),
+            (&json!(8), &json!(true))
+        );
+        // one that no prompt can fill
+        let rewritten = for_engine(&model(Architecture::Mistral, json!({"sliding_window": 512}))).unwrap();
+        assert_eq!(rewritten["sliding_window"], Value::Null);
     }
 
     #[test]
-    fn what_the_engine_ignores_is_refused_by_key_and_value() {
-        let linear = json!({"rope_type": "linear", "factor": 2.0});
+    fn another_model_of_the_engine_with_the_same_tensors_stands_in() {
+        let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}});
+        for keys in [json!({"head_dim": 24}), yarn] {
+            let rewritten = for_engine(&model(Architecture::Llama, keys)).unwrap();
+            assert_eq!(rewritten["architectures"], json!(["MistralForCausalLM"]));
+            assert_eq!(rewritten["sliding_window"], Value::Null);
+        }
+    }
+
+    #[test]
+    fn what_the_engine_does_not_honour_is_refused_by_key_and_value() {
         for (architecture, keys, key, value) in [
-            (Architecture::Llama, json!({"attention_bias": true}), "attention_bias", "true"),
-            (Architecture::Qwen3, json!({"attention_bias": true}), "attention_bias", "true"),
-            (Architecture::Mistral, json!({"sliding_window": 32}), "sliding_window", "32"),
-            (Architecture::Mistral, json!({"max_position_embeddings": 8192}), "sliding_window", "4096"),
-            (Architecture::Qwen2, json!({"rope_scaling": linear}), "rope_scaling", "linear"),
             (Architecture::Qwen2, json!({"head_dim": 24}), "head_dim", "24"),
-            (Architecture::Llama, json!({"rope_scaling": linear, "head_dim": 24}), "head_dim", "24"),
+            (Architecture::Llama, json!({"attention_bias": true, "head_dim": 24}), "head_dim", "24"),
             (
                 Architecture::Llama,
-                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+                json!({"attention_bias": true, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
                 "rope_scaling",
                 "yarn",
             ),
@@ -376,29 +363,17 @@ mod tests {
             let error = for_engine(&model(architecture, keys)).unwrap_err().to_string();
             assert!(error.contains(&format!("\"{key}\"")) && error.contains(value), "{error}");
         }
-        let window =
-            |layers| json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": layers});
-        assert!(for_engine(&model(Architecture::Qwen3, window(4))).is_ok(), "no layer has a window");
-        assert!(for_engine(&model(Architecture::Qwen3, window(3))).is_err());
     }
 
     #[test]
-    fn a_dense_models_own_text_is_misread_where_it_leaves_keys_out() {
-        let told = |architecture, keys| misread(&model(architecture, keys)).join("\n");
-        let explicit = json!({"hidden_act": "silu", "rope_theta": 1e4, "rms_norm_eps": 1e-6});
-        assert_eq!(told(Architecture::Llama, explicit.clone()), "");
-        let mut qwen = explicit.clone();
-        qwen["sliding_window"] = 32.into();
-        assert!(told(Architecture::Qwen2, qwen.clone()).contains("\"sliding_window\": mistral.rs reads 32"));
-        assert_eq!(told(Architecture::Llama, qwen), "", "Llama has no windows, whatever the key says");
-        let mut newer = explicit.clone();
-        newer.as_object_mut().unwrap().shift_remove("rope_theta");
-        newer["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
-        newer["sliding_window"] = Value::Null;
-        assert!(told(Architecture::Llama, newer.clone()).contains("reads no value, the model means 500000"));
-        assert_eq!(told(Architecture::Mistral, newer), "");
-        let mut wide = explicit;
-        wide["head_dim"] = 24.into();
-        assert!(told(Architecture::Llama, wide).contains("\"head_dim\" 24"));
+    fn a_dense_model_keeps_what_the_engine_reads_by_itself() {
+        let keys = json!({"hidden_act": "gelu", "quantization_config": {"quant_method": "gptq"}});
+        let json = model(Architecture::Llama, keys);
+        assert!(for_engine(&json).is_err());
+        let rewritten = dense_for_engine(&json).unwrap();
+        assert_eq!((&rewritten["hidden_act"], &rewritten["rope_theta"]), (&json!("gelu"), &json!(1e4)));
+        assert_eq!(rewritten["quantization_config"], json["quantization_config"]);
+        let error = dense_for_engine(&model(Architecture::Llama, json!({"mlp_bias": true}))).unwrap_err();
+        assert!(error.to_string().contains("\"mlp_bias\""), "{error}");
     }
 }

@@ -5,12 +5,13 @@ use serde_json::Value;
 /// What Python's `json` writes for numbers that JSON does not have.
 const NOT_FINITE: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 
-/// Parses JSON. A number that is not finite becomes the string of its name, so that a reader that needs the number
-/// can refuse it by its name.
+/// Parses JSON, with or without a byte-order mark. A number that is not finite becomes the string of its name, so that
+/// a reader that needs the number can refuse it by its name.
 ///
 /// # Errors
 /// What is wrong with the text, and where.
 pub fn parse(text: &str) -> serde_json::Result<Value> {
+    let text = text.trim_start_matches('\u{feff}');
     serde_json::from_str(text)
         .or_else(|error| serde_json::from_str(&quote_not_finite(text)).map_err(|_| error))
 }

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::files::read_text;
 
-pub use json::remove_not_finite;
+pub use json::{parse, remove_not_finite};
 use keys::Keys;
 pub use rope::{Llama3Rope, RopeScaling, YarnRope};
 
@@ -169,8 +169,7 @@ pub fn read_json(dir: &Path) -> Result<Value> {
     let text = read_text(&path).with_context(|| {
         format!("{}: cannot be read; a model is a folder with config.json and *.safetensors", path.display())
     })?;
-    let value = json::parse(text.trim_start_matches('\u{feff}'))
-        .with_context(|| format!("{}: not valid JSON", path.display()))?;
+    let value = parse(&text).with_context(|| format!("{}: not valid JSON", path.display()))?;
     ensure!(value.is_object(), "{}: expected a JSON object", path.display());
     Ok(value)
 }
@@ -197,7 +196,7 @@ impl ModelConfig {
             .with_context(|| dir.join("config.json").display().to_string())?;
         let path = dir.join("generation_config.json");
         let text = read_text(&path).unwrap_or_default();
-        if let Ok(generation) = json::parse(text.trim_start_matches('\u{feff}')) {
+        if let Ok(generation) = parse(&text) {
             let keys = Keys(&generation);
             let ids = |key| keys.token_ids(key).with_context(|| path.display().to_string());
             if config.bos_token_id.is_none() {
