@@ -345,6 +345,20 @@ fn server_says(model: &str, environment: &[(&str, &str)]) -> (String, Option<i32
     (String::from_utf8(output.stderr).unwrap(), output.status.code())
 }
 
+#[test]
+fn the_hub_is_asked_as_the_environment_says() {
+    let home = TempDir::new().unwrap();
+    let home = ("HF_HOME", home.path().to_str().unwrap());
+    // the discard port: refused at once
+    let (said, status) = server_says("acme/tiny", &[home, ("HF_ENDPOINT", "http://127.0.0.1:9")]);
+    assert!(
+        said.contains("http://127.0.0.1:9/api/models/acme/tiny") && status == Some(1),
+        "{status:?}: {said}"
+    );
+    let (said, status) = server_says("acme/tiny", &[home, ("HF_HUB_OFFLINE", "1")]);
+    assert!(said.contains("HF_HUB_OFFLINE") && status == Some(1), "{status:?}: {said}");
+}
+
 #[tokio::test]
 async fn weights_that_cannot_be_right_are_named() {
     let tied = variant("", "", json!({"tie_word_embeddings": true}));

@@ -1,6 +1,6 @@
 //! `GET /v1/models` and `GET /health`.
 
-use std::{path::Path, time::Duration};
+use std::{ffi::OsStr, path::Path, time::Duration};
 
 use axum::{Json, extract::State, http::StatusCode};
 use either::Either;
@@ -17,23 +17,28 @@ use super::{
 /// seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `GET /v1/models`: `default`, and the model's name. A folder is named by its last part: where it lies is nobody's matter.
+/// `GET /v1/models`: `default`, and the model's name. Where a folder lies is nobody's matter.
 pub(super) async fn list(State(app): State<App>) -> ApiResult<Json<Value>> {
     let models = app.engine.list_models().map_err(ApiError::internal)?;
     let names = models.iter().map(|id| name(id));
     let created = app.engine.get_creation_time();
-    let object = |id: &str| json!({"id": id, "object": "model", "created": created, "owned_by": "local"});
-    let data: Vec<Value> = std::iter::once("default").chain(names).map(object).collect();
+    let object = |id: String| json!({"id": id, "object": "model", "created": created, "owned_by": "local"});
+    let data: Vec<Value> = std::iter::once("default".to_owned()).chain(names).map(object).collect();
     Ok(Json(json!({"object": "list", "data": data})))
 }
 
-/// A hub id as it is, a folder by its last part.
-fn name(id: &str) -> &str {
+/// A hub id as it is, a folder of the hub's cache by the id that it was fetched by, another by its last part.
+fn name(id: &str) -> String {
     let path = Path::new(id);
-    if path.is_absolute() || path.is_dir() {
-        return path.file_name().and_then(|name| name.to_str()).unwrap_or("model");
+    if !path.is_absolute() && !path.is_dir() {
+        return id.to_owned();
     }
-    id
+    let mut parts = path.ancestors().map(|path| path.file_name().and_then(OsStr::to_str));
+    let (last, parent, grandparent) = (parts.next(), parts.next(), parts.next());
+    match grandparent.flatten().and_then(|folder| folder.strip_prefix("models--")) {
+        Some(model) if parent.flatten() == Some("snapshots") => model.replacen("--", "/", 1),
+        _ => last.flatten().unwrap_or("model").to_owned(),
+    }
 }
 
 /// `GET /health`: asks the engine's thread for the tokens of one letter.
@@ -70,6 +75,7 @@ mod tests {
         let folder = std::env::temp_dir();
         assert!(!name(folder.to_str().unwrap()).contains('/'));
         assert_eq!(name("/no/such/folder"), "folder");
+        assert_eq!(name("/cache/hub/models--org--a--name/snapshots/abc"), "org/a--name");
         assert_eq!(name("org/name"), "org/name");
     }
 }

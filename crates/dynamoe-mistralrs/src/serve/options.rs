@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow, ensure};
 use candle_core::utils::{cuda_is_available, metal_is_available};
 use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
 use dynamoe::dial::check_dial;
+use dynamoe_model::hub;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 
 use crate::Dial;
@@ -18,7 +19,8 @@ use crate::Dial;
 #[command(name = "dynamoe-serve", version)]
 #[command(group(ArgGroup::new("source").required(true).args(["model", "config"])))]
 pub struct Options {
-    /// The model: a folder, or an id on the Hugging Face hub
+    /// The model: a folder, or an id on the Hugging Face hub (HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and
+    /// HF_HUB_OFFLINE are honoured)
     #[arg(long, value_name = "DIR|HUB_ID")]
     pub model: Option<String>,
     /// A TOML file that selects the model as mistral.rs documents it (with arch = "dynamoe", or none)
@@ -137,26 +139,25 @@ impl Options {
         }
     }
 
-    /// The engine's way to say which model to load.
+    /// The engine's way to say which model to load. A model on the hub is fetched.
     ///
     /// # Errors
-    /// Neither a model nor a TOML file.
+    /// Neither a model nor a TOML file; a model that is neither a folder nor on the hub.
     pub(super) fn model_selected(&self) -> Result<ModelSelected> {
         if let Some(file) = &self.config {
             return Ok(ModelSelected::Toml { file: file.display().to_string() });
         }
-        let model_id = self.model.clone().ok_or_else(|| anyhow!("--model or --config is needed"))?;
+        let model = self.model.as_deref().ok_or_else(|| anyhow!("--model or --config is needed"))?;
         let quantized = self.isq.is_some() || self.from_uqff.is_some();
         ensure!(
             self.dtype != ModelDType::BF16 || quantized || !self.on_cpu() || cfg!(feature = "accelerate"),
             "--dtype bf16 does not run on a CPU, which does not multiply it: use f32, or f16 with half the memory"
         );
-        // the hub is asked only for what can be an id there
-        let is_path = model_id.starts_with(['.', '/', '~']) || model_id.matches(['/', '\\']).count() > 1;
-        ensure!(
-            !is_path || Path::new(&model_id).is_dir(),
-            "{model_id} is not a folder; an id on the hub looks like ORGANISATION/NAME"
-        );
+        let model_id = match &self.from_uqff {
+            // a repository of quantized weights, whose files only the engine knows
+            Some(_) if hub::is_hub_id(model) && !Path::new(model).is_dir() => model.to_owned(),
+            _ => hub::resolve(model)?.display().to_string(),
+        };
         Ok(ModelSelected::Run {
             model_id,
             tokenizer_json: None,
@@ -209,9 +210,10 @@ mod tests {
     fn a_model_or_a_toml_file_is_needed_and_loopback_is_the_default() {
         assert!(parse("").is_err() && parse("--model m --config c.toml").is_err());
         assert!(matches!(parse("--config c.toml").unwrap().model_selected(), Ok(ModelSelected::Toml { .. })));
-        assert!(parse("--model org/name").unwrap().model_selected().is_ok());
+        let uqff = parse("--model org/name --from-uqff q8_0-0.uqff").unwrap();
+        assert!(uqff.model_selected().is_ok(), "the engine fetches it");
         let error = parse("--model ./nowhere").unwrap().model_selected().unwrap_err().to_string();
-        assert!(error.contains("./nowhere is not a folder"), "{error}");
+        assert!(error.contains("./nowhere: no such folder"), "{error}");
         assert!(parse("--model m").unwrap().host.is_loopback());
         assert!(parse("--model m --max-seqs 0").is_err());
     }
