@@ -30,13 +30,17 @@ impl Lab {
     }
 
     fn with(architecture: &str, dtype: Dtype) -> Self {
+        Self::of(common::config(architecture), dtype)
+    }
+
+    /// Around a dense model of this config.json; its tokens and its FFN's width are set here.
+    fn of(mut config: Value, dtype: Dtype) -> Self {
         let lab = Self(tempfile::tempdir().unwrap());
         let texts = [("train.txt", documents(1, 10)), ("valid.txt", documents(2, 3))];
         for (name, documents) in &texts {
             fs::write(lab.path(name), documents.join(&format!("\n{BOUNDARY}\n"))).unwrap();
         }
         let tokenizer = train_tokenizer(&texts[0].1, 300).unwrap();
-        let mut config = common::config(architecture);
         config["intermediate_size"] = json!(32);
         config["vocab_size"] = json!(tokenizer.get_vocab_size(true));
         config["bos_token_id"] = json!(0);
@@ -244,6 +248,28 @@ fn conversion_keeps_the_loss_for_every_architecture() {
         lab.convert();
         let (dense, converted) = (lab.loss("dense"), lab.loss("converted"));
         assert!((dense - converted).abs() < 1e-5, "{architecture}: {dense} {converted}");
+    }
+}
+
+#[test]
+fn what_could_not_be_served_is_said_before_training() {
+    let mut config = common::config("Qwen2ForCausalLM");
+    config["head_dim"] = json!(8);
+    let lab = Lab::of(config, Dtype::F32);
+    lab.convert();
+    let short = ["--no-baselines", "--no-oracle", "--eval-tokens", "100"];
+    for args in [
+        vec!["convert", "--model", "dense", "--out", "again"],
+        run_args("run", "256", &short),
+        finetune_args("tuned", &[]),
+        compare_args("compared", &["--seeds", "1", "--baselines", "none"]),
+    ] {
+        let output = lab.output(&args);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        finished(output, &args);
+        let said = stderr.find("dynamoe-serve will refuse the result: config.json: \"head_dim\" 8");
+        let trained = stderr.find("loss").unwrap_or(stderr.len());
+        assert!(said.is_some_and(|said| said < trained), "{args:?}: {stderr}");
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use super::options::{ExpertArgs, InputArgs, Methods, TrainingArgs, heading};
+use super::options::{ExpertArgs, InputArgs, Methods, TrainingArgs, heading, warn_unless_served};
 use super::print;
 use moefy_train::methods::Method;
 use moefy_train::pipeline::compare::{Comparison, Variant, compare as run_comparison, variants};
@@ -90,6 +90,7 @@ pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
     };
     let device = args.training.steps.device.open()?;
     let lab = Lab::open(args.inputs.inputs(), &device, stop)?;
+    warn_unless_served(lab.model.config());
     match run_comparison(&lab, &comparison, &args.out)? {
         Some(table) => {
             print(&format_args!("{}", table.markdown()))?;

@@ -7,7 +7,7 @@ use clap::Args;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::refuse_overlap;
 
-use super::options::{ExistingArgs, TextArgs, TrainingArgs, heading, open_model};
+use super::options::{ExistingArgs, TextArgs, TrainingArgs, heading, open_model, warn_unless_served};
 use super::{print, stopped};
 use moefy_train::data::DataSource;
 use moefy_train::pipeline::{HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, TrainJob, Training};
@@ -49,6 +49,7 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
         text: args.text.options(),
     };
     let lab = Lab::open(inputs, &device, stop)?;
+    warn_unless_served(lab.model.config());
     recipe.check_memory(&lab)?;
     let batches = lab.batches(&recipe.train)?;
     let teacher = match &args.teacher {
