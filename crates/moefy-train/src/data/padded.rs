@@ -86,11 +86,11 @@ impl PaddedBatch {
     }
 }
 
-/// Every `n`-th batch, so that about `tokens` tokens are taken: batches are sorted by length, so the first ones
-/// would not be like the rest.
+/// Every `n`-th batch, so that about `tokens` tokens are taken, but at least one batch: batches are sorted by length, so the
+/// first ones would not be like the rest.
 pub fn subsample(batches: &[PaddedBatch], tokens: usize) -> Vec<PaddedBatch> {
     let all: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
-    let step = (all / tokens.max(1)).max(1);
+    let step = (all / tokens.max(1)).clamp(1, batches.len().max(1));
     batches.iter().skip(step / 2).step_by(step).cloned().collect()
 }
 
@@ -113,4 +113,23 @@ pub(crate) fn group_by_length(mut lengths: Vec<(usize, usize)>, max_positions: u
         room = room.saturating_sub(longest);
     }
     groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_has_a_batch_of_any_text() {
+        let batch = |item| PaddedBatch::new(&[(item, vec![1; 101])]);
+        for count in 1..20 {
+            let batches: Vec<PaddedBatch> = (0..count).map(batch).collect();
+            for tokens in [0, 1, 100, 450, 5000] {
+                let sample = subsample(&batches, tokens);
+                let most = batches.len().min((2 * tokens / 100).max(1));
+                assert!((1..=most).contains(&sample.len()), "{count} {tokens}: {}", sample.len());
+            }
+        }
+        assert!(subsample(&[], 10).is_empty());
+    }
 }
