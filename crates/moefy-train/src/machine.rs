@@ -112,7 +112,8 @@ mod tests {
 
     #[test]
     fn the_smallest_limit_counts() {
-        let all = |limit, available| Some(Machine { limit: limit << 10, available: available << 10 });
+        let all =
+            |limit: u64, available: u64| Some(Machine { limit: limit << 10, available: available << 10 });
         for (groups, expected) in [
             (&[][..], all(8000, 6000)),
             // version 2: a parent's limit counts, too, and cached files can be dropped
