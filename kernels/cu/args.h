@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 constexpr uint32_t MAX_EXPERTS = 16;
-constexpr uint32_t MAX_SEGMENTS = 16;
+constexpr uint32_t MAX_SEGMENTS = 32;
 
 // Router, fused: fc1 over many blocks, then decided by the last one. Also the decision alone.
 struct RouteArgs {
@@ -44,10 +44,13 @@ struct Quantized {
 struct QuantizeArgs {
     const void* x;             // (T, K)
     Quantized out;
-    const uint32_t* widths;    // (T), or null: columns that no token of the group of 8 reaches are left alone
+    const uint32_t* widths;    // (T), or null: columns that the kernels leave alone in the group of 8 are left alone
     uint32_t tokens, columns;
-    uint32_t x_stride, reserved;
+    uint32_t x_stride, separate_size;  // as in FfnArgs; columns is then I
 };
+
+// The tokens that a segment serves.
+constexpr uint32_t ALL_TOKENS = 0, FULL_WIDTH = 1, BELOW_FULL_WIDTH = 2;
 
 // A run of neurons, start..end, in matrices of its own: the whole FFN, or one shell.
 struct Segment {
@@ -56,13 +59,14 @@ struct Segment {
     const void* down;          // (D, end - start)
     uint32_t start, end;
     uint32_t gate_stride, up_stride, down_stride;
-    uint32_t reserved;
+    uint32_t serves;
 };
 
 // The FFN, in two launches: h = silu(gate x) ∘ up x, then y = down h + compensation.
 struct FfnArgs {
     const void* x;             // (T, D)
-    void* h;                   // (T, I), rows contiguous; in prefill in the order of `order`
+    void* h;                   // (T, I), rows contiguous; in prefill in the order of `order`. A column is a neuron's, of
+                               // whichever segment serves the token
     void* y;                   // (T, D), contiguous
     const float* compensation; // (E-1, D), or null
     const uint32_t* experts;   // (T)
@@ -70,7 +74,8 @@ struct FfnArgs {
     const uint32_t* order;     // (T): prefill only
     Quantized xq, hq;          // quantized decoding only: x and h as the weights meet them
     float* partial;            // (splits, T, D): 9 to 64 tokens only
-    uint32_t splits, reserved;
+    uint32_t splits;
+    uint32_t separate_size;    // neurons, from 0 on, that BELOW_FULL_WIDTH has segments for, beside FULL_WIDTH; or 0
     uint32_t tokens, hidden_size, intermediate_size, expert_count;
     uint32_t x_stride, segment_count;
     Segment segments[MAX_SEGMENTS];

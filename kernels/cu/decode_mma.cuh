@@ -71,45 +71,47 @@ __device__ __forceinline__ void mma_sums(const float (&acc)[MATRICES][4], float 
             sums[m] += shared.sums[w][m][threadIdx.x / MMA_ROWS][threadIdx.x % MMA_ROWS];
 }
 
-// Grid (ceil(I / 16), ceil(T / 8)).
+// Grid (tiles of 16 neurons in every segment, ceil(T / 8)).
 template <class T>
 __device__ __forceinline__ void decode_mma_gate_up(const FfnArgs& a) {
-    const uint32_t first = blockIdx.y * MMA_TOKENS, tokens = min_of(MMA_TOKENS, a.tokens - first);
-    const uint32_t limit = decode_limit<T>(a, first, tokens), first_neuron = blockIdx.x * MMA_ROWS;
-    if (first_neuron >= limit) return;
+    const Group group(a, MMA_TOKENS);
+    const NeuronTile tile = neuron_tile(a, blockIdx.x, MMA_ROWS);
+    const Segment& segment = tile.segment;
+    const uint32_t end = group.reach.end<PACK<T>>(segment);
+    if (tile.first >= end) return;
 
     const T* rows[2][2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-        const uint32_t neuron = first_neuron + half * 8 + lane_id() / 4;
+        const uint32_t neuron = tile.first + half * 8 + lane_id() / 4;
         rows[0][half] = rows[1][half] = nullptr;
-        if (neuron >= limit) continue;
-        const Segment& segment = segment_of(a, neuron);
+        if (neuron >= end) continue;
         const size_t row = neuron - segment.start;
         rows[0][half] = static_cast<const T*>(segment.gate) + row * segment.gate_stride;
         rows[1][half] = static_cast<const T*>(segment.up) + row * segment.up_stride;
     }
     const uint32_t token = lane_id() / 4;
-    const T* x = token < tokens ? static_cast<const T*>(a.x) + size_t(first + token) * a.x_stride : nullptr;
+    const T* x =
+        token < group.tokens ? static_cast<const T*>(a.x) + size_t(group.first + token) * a.x_stride : nullptr;
     float acc[2][4] = {}, sums[2] = {};
     mma_rows<T>(rows, x, a.hidden_size, acc);
     mma_sums(acc, sums);
 
-    const uint32_t t = threadIdx.x / MMA_ROWS, neuron = first_neuron + threadIdx.x % MMA_ROWS;
-    if (t >= tokens || neuron >= limit) return;
-    T* h = static_cast<T*>(a.h) + size_t(first + t) * a.intermediate_size + neuron;
-    store(h, neuron < a.widths[first + t] ? silu(sums[0]) * sums[1] : 0.0f);
+    const uint32_t t = threadIdx.x / MMA_ROWS, neuron = tile.first + threadIdx.x % MMA_ROWS;
+    if ((group.served(segment) >> t & 1) == 0 || neuron >= end) return;
+    T* h = static_cast<T*>(a.h) + size_t(group.first + t) * a.intermediate_size + neuron;
+    store(h, neuron < a.widths[group.first + t] ? silu(sums[0]) * sums[1] : 0.0f);
 }
 
 // Grid (ceil(D / 16), ceil(T / 8)).
 template <class T>
 __device__ __forceinline__ void decode_mma_down(const FfnArgs& a) {
-    const uint32_t first = blockIdx.y * MMA_TOKENS, tokens = min_of(MMA_TOKENS, a.tokens - first);
-    const uint32_t limit = decode_limit<T>(a, first, tokens), first_column = blockIdx.x * MMA_ROWS;
-    const uint32_t token = lane_id() / 4;
+    const Group group(a, MMA_TOKENS);
+    const uint32_t first_column = blockIdx.x * MMA_ROWS, token = lane_id() / 4;
     float acc[1][4] = {}, sums[1] = {};
-    for (uint32_t s = 0; s < a.segment_count && a.segments[s].start < limit; ++s) {
+    for (uint32_t s = 0; s < a.segment_count; ++s) {
         const Segment& segment = a.segments[s];
+        const bool is_served = group.served(segment) >> token & 1;
         const T* rows[1][2];
 #pragma unroll
         for (uint32_t half = 0; half < 2; ++half) {
@@ -117,13 +119,13 @@ __device__ __forceinline__ void decode_mma_down(const FfnArgs& a) {
             const T* down = static_cast<const T*>(segment.down);
             rows[0][half] = column < a.hidden_size ? down + size_t(column) * segment.down_stride : nullptr;
         }
-        const T* h = static_cast<const T*>(a.h) + size_t(first + token) * a.intermediate_size + segment.start;
-        mma_rows<T>(rows, token < tokens ? h : nullptr, min_of(segment.end, limit) - segment.start, acc);
+        const T* h = static_cast<const T*>(a.h) + size_t(group.first + token) * a.intermediate_size + segment.start;
+        mma_rows<T>(rows, is_served ? h : nullptr, group.reach.end<PACK<T>>(segment) - segment.start, acc);
     }
     mma_sums(acc, sums);
 
     const uint32_t t = threadIdx.x / MMA_ROWS, column = first_column + threadIdx.x % MMA_ROWS;
-    if (t >= tokens || column >= a.hidden_size) return;
-    T* y = static_cast<T*>(a.y) + size_t(first + t) * a.hidden_size + column;
-    store(y, compensated(a, sums[0], first + t, column));
+    if (t >= group.tokens || column >= a.hidden_size) return;
+    T* y = static_cast<T*>(a.y) + size_t(group.first + t) * a.hidden_size + column;
+    store(y, compensated(a, sums[0], group.first + t, column));
 }

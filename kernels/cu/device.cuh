@@ -111,13 +111,6 @@ __device__ __forceinline__ S& shared_memory() {
 #endif
 }
 
-// The widest of `count` tokens.
-__device__ __forceinline__ uint32_t widest(const uint32_t* widths, uint32_t count) {
-    uint32_t width = 0;
-    for (uint32_t t = 0; t < count; ++t) width = max_of(width, widths[t]);
-    return width;
-}
-
 // ---- asynchronous copies to shared memory ----
 
 // Fills 16 bytes of shared memory: the first `bytes`, 0 or 16, are copied, the others become zero.

@@ -36,15 +36,6 @@ struct FewSums {
     }
 };
 
-// The widest of up to 64 tokens, in every lane.
-__device__ __forceinline__ uint32_t few_widest(const FfnArgs& a) {
-    uint32_t width = 0;
-    for (uint32_t t = lane_id(); t < a.tokens; t += WARP) width = max_of(width, a.widths[t]);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) width = max_of(width, __shfl_xor_sync(ALL, width, step));
-    return width;
-}
-
 // Weights · xᵀ of `steps` stages, as sums of each warp.
 template <class T, uint32_t TOKENS, class Source>
 __device__ __forceinline__ const FewSums<TOKENS>& few_sums(Source& source, uint32_t steps) {
@@ -96,16 +87,18 @@ __device__ __forceinline__ const FewSums<TOKENS>& few_sums(Source& source, uint3
 template <class T, uint32_t TOKENS>
 __device__ __forceinline__ void few_gate_up(const FfnArgs& a) {
     constexpr uint32_t NEURONS = FEW_ROWS / 2;
-    const NeuronTile tile = neuron_tile(a, NEURONS);
-    if (tile.first >= few_widest(a)) return;
+    const NeuronTile tile = neuron_tile(a, blockIdx.y, NEURONS);
+    if (tile.first >= reach_of_rows(a, 0, TOKENS).of(tile.segment.serves)) return;
     GateUpSource<T, TOKENS, FEW_ROWS, FEW_THREADS> source(a, tile.segment, 0, tile.first);
     const FewSums<TOKENS>& sums = few_sums<T, TOKENS>(source, source.steps());
     for (uint32_t i = threadIdx.x; i < TOKENS * NEURONS / 2; i += FEW_THREADS) {
         const uint32_t token = i / (NEURONS / 2), n = i % (NEURONS / 2) * 2;
         if (token >= a.tokens || tile.first + n >= tile.segment.end) continue;
+        const uint32_t width = a.widths[token];
+        if (!is_served(a, tile.segment, width)) continue;
         const float gate[2] = {sums.of(token, n), sums.of(token, n + 1)};
         const float up[2] = {sums.of(token, NEURONS + n), sums.of(token, NEURONS + n + 1)};
-        store_hidden<T>(a, token, a.widths[token], tile.first + n, gate, up);
+        store_hidden<T>(a, token, width, tile.first + n, gate, up);
     }
 }
 
@@ -113,7 +106,7 @@ __device__ __forceinline__ void few_gate_up(const FfnArgs& a) {
 template <class T, uint32_t TOKENS>
 __device__ __forceinline__ void few_down(const FfnArgs& a) {
     const uint32_t first_column = blockIdx.x * FEW_ROWS;
-    DownSource<T, TOKENS, FEW_ROWS, FEW_THREADS> source = {{a, few_widest(a)}, 0, first_column};
+    DownSource<T, TOKENS, FEW_ROWS, FEW_THREADS> source(a, reach_of_rows(a, 0, TOKENS), 0, first_column);
     const uint32_t steps = source.along.steps();
     const uint32_t begin = steps * blockIdx.y / a.splits, end = steps * (blockIdx.y + 1) / a.splits;
     source.along.skip(begin);

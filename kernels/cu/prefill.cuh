@@ -153,27 +153,39 @@ struct GateUpSource {
     __device__ __forceinline__ uint32_t steps() const { return steps_over(columns); }
 };
 
-// Steps along h, segment by segment, up to a width in whole vectors.
+// Of the rows of h that this thread copies, those at full width, as bits.
+template <uint32_t ROWS, uint32_t THREADS>
+__device__ __forceinline__ uint32_t full_rows(const FfnArgs& a, uint32_t first_row) {
+    uint32_t full = 0;
+    if (a.separate_size == 0) return full;
+#pragma unroll
+    for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i) {
+        const uint32_t row = first_row + copy_row<THREADS>(i);
+        full |= uint32_t(row < a.tokens && width_of_row(a, row) == a.intermediate_size) << i;
+    }
+    return full;
+}
+
+// Steps along h, segment by segment, up to the rows' reach in whole vectors.
 template <class T>
 struct Along {
     const FfnArgs& args;
-    uint32_t limit;
+    Reach reach;
+    uint32_t full;          // `full_rows`
     uint32_t s = 0, k = 0;  // the next step: its segment, and its first neuron there
 
-    __device__ __forceinline__ Along(const FfnArgs& args, uint32_t width)
-        : args(args), limit(min_of(round_up(width, PACK<T>), args.intermediate_size)) {}
-
-    __device__ __forceinline__ bool has(uint32_t s) const {
-        return s < args.segment_count && args.segments[s].start < limit;
+    __device__ __forceinline__ Along(const FfnArgs& args, const Reach& reach, uint32_t full)
+        : args(args), reach(reach), full(full) {
+        skip(0);
     }
 
     __device__ __forceinline__ uint32_t length(uint32_t s) const {
-        return min_of(args.segments[s].end, limit) - args.segments[s].start;
+        return reach.template end<PACK<T>>(args.segments[s]) - args.segments[s].start;
     }
 
     __device__ __forceinline__ uint32_t steps() const {
         uint32_t steps = 0;
-        for (uint32_t s = 0; has(s); ++s) steps += steps_over(length(s));
+        for (uint32_t s = 0; s < args.segment_count; ++s) steps += steps_over(length(s));
         return steps;
     }
 
@@ -181,25 +193,26 @@ struct Along {
         k += TILE_K;
         if (k < length(s)) return;
         ++s;
-        k = 0;
+        skip(0);
     }
 
-    // Skips the first `steps` steps.
+    // Skips the first `steps` steps from where a segment begins, and segments that are not needed.
     __device__ __forceinline__ void skip(uint32_t steps) {
-        for (; has(s) && steps >= steps_over(length(s)); ++s) steps -= steps_over(length(s));
+        for (; s < args.segment_count && steps >= steps_over(length(s)); ++s) steps -= steps_over(length(s));
         k = steps * TILE_K;
     }
 
-    // this step's columns of rows from `first` on, of a matrix of `count` rows that are `stride` apart
+    // this step's columns of rows from `first` on, of a matrix of `count` rows that are `stride` apart; of a thread's
+    // rows, those that are bits of `wanted`
     template <uint32_t ROWS, uint32_t THREADS>
     __device__ __forceinline__ void copy(Operand<ROWS>& to, const T* matrix, size_t stride, uint32_t first,
-                                         uint32_t count) const {
+                                         uint32_t count, uint32_t wanted = ALL) const {
         const uint32_t column = k + copy_chunk() * PACK<T>;
         const bool inside = column < length(s);
 #pragma unroll
         for (uint32_t i = 0; i < COPIES<ROWS, THREADS>; ++i) {
             const uint32_t row = first + copy_row<THREADS>(i);
-            const bool exists = inside && row < count;
+            const bool exists = inside && row < count && (wanted >> i & 1) != 0;
             copy_async(to.at(copy_row<THREADS>(i), copy_chunk()), exists ? matrix + row * stride + column : matrix,
                        exists ? 16 : 0);
         }
@@ -207,8 +220,9 @@ struct Along {
 
     template <uint32_t ROWS, uint32_t THREADS>
     __device__ __forceinline__ void copy_h(Operand<ROWS>& to, uint32_t first_row) const {
-        const T* h = static_cast<const T*>(args.h) + args.segments[s].start;
-        copy<ROWS, THREADS>(to, h, args.intermediate_size, first_row, args.tokens);
+        const Segment& segment = args.segments[s];
+        const T* h = static_cast<const T*>(args.h) + segment.start;
+        copy<ROWS, THREADS>(to, h, args.intermediate_size, first_row, args.tokens, served(segment, full));
     }
 };
 
@@ -217,6 +231,12 @@ template <class T, uint32_t ROWS, uint32_t COLUMNS, uint32_t THREADS = PREFILL_T
 struct DownSource {
     Along<T> along;
     uint32_t first_row, first_column;
+
+    __device__ __forceinline__ DownSource(const FfnArgs& args, const Reach& reach, uint32_t first_row,
+                                          uint32_t first_column)
+        : along(args, reach, full_rows<ROWS, THREADS>(args, first_row)),
+          first_row(first_row),
+          first_column(first_column) {}
 
     __device__ __forceinline__ void fill(Operand<ROWS>& to_a, Operand<COLUMNS>& to_b) {
         const FfnArgs& args = along.args;
@@ -239,19 +259,12 @@ __device__ __forceinline__ void store2(T* p, float x, float y) {
     *reinterpret_cast<uint32_t*>(p) = bits;
 }
 
-// The segment of tile blockIdx.y, and the tile's first neuron in it.
-struct NeuronTile {
-    const Segment& segment;
-    uint32_t first;
-};
-
-__device__ __forceinline__ NeuronTile neuron_tile(const FfnArgs& a, uint32_t neurons) {
-    uint32_t tile = blockIdx.y, s = 0;
-    for (;; ++s) {
-        const uint32_t tiles = (a.segments[s].end - a.segments[s].start + neurons - 1) / neurons;
-        if (tile < tiles) return {a.segments[s], a.segments[s].start + tile * neurons};
-        tile -= tiles;
-    }
+// The reach of the 128 sorted rows from `first_row` on, of which the first is the widest.
+__device__ __forceinline__ Reach reach_of_tile(const FfnArgs& a, uint32_t first_row) {
+    if (a.separate_size > 0) return reach_of_rows(a, first_row, TILE);
+    Reach reach(a.intermediate_size);
+    reach.add(width_of_row(a, first_row));
+    return reach;
 }
 
 // Two neighbouring neurons of a row of h; `gate` and `up` are pairs.
@@ -274,6 +287,7 @@ __device__ __forceinline__ void store_gate_up(const FfnArgs& a, const NeuronTile
             const uint32_t row = first_row + warp_row() + m * 16 + half * 8 + lane_id() / 4;
             if (row >= a.tokens) continue;
             const uint32_t width = a.widths[a.order[row]];
+            if (!is_served(a, tile.segment, width)) continue;
 #pragma unroll
             for (uint32_t n = 0; n < 2; ++n) {
                 const uint32_t neuron = tile.first + warp_column() * 16 + n * 8 + lane_id() % 4 * 2;
@@ -310,9 +324,8 @@ __device__ __forceinline__ void store_down(const FfnArgs& a, uint32_t first_row,
 template <class T>
 __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE;
-    const NeuronTile tile = neuron_tile(a, TILE / 2);
-    // the first row is the widest
-    if (tile.first >= a.widths[a.order[first_row]]) return;
+    const NeuronTile tile = neuron_tile(a, blockIdx.y, TILE / 2);
+    if (tile.first >= reach_of_tile(a, first_row).of(tile.segment.serves)) return;
 
     GateUpSource<T, TILE, TILE> source(a, tile.segment, first_row, tile.first);
     const uint32_t column[2] = {gate_up_column(0), gate_up_column(1)};
@@ -325,7 +338,7 @@ __device__ __forceinline__ void prefill_gate_up(const FfnArgs& a) {
 template <class T>
 __device__ __forceinline__ void prefill_down(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * TILE;
-    DownSource<T, TILE, TILE> source = {{a, a.widths[a.order[first_row]]}, first_row, first_column};
+    DownSource<T, TILE, TILE> source(a, reach_of_tile(a, first_row), first_row, first_column);
     const uint32_t column[2] = {down_column(0), down_column(1)};
     Accumulators acc = {};
     multiply_all<T>(source, source.along.steps(), column, acc);

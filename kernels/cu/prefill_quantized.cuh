@@ -149,7 +149,7 @@ struct QuantizedDownSource {
     uint32_t first_row, column;
 
     __device__ __forceinline__ QuantizedDownSource(const FfnArgs& args, uint32_t first_row, uint32_t first_column)
-        : along(args, args.widths[args.order[first_row]]),
+        : along(args, reach_of_tile(args, first_row), full_rows<TILE, PREFILL_THREADS>(args, first_row)),
           first_row(first_row),
           column(min_of(first_column + threadIdx.x / 2, args.hidden_size - 1)) {}
 
@@ -168,8 +168,8 @@ struct QuantizedDownSource {
 template <class Q, class T>
 __device__ __forceinline__ void prefill_quantized_gate_up(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE;
-    const NeuronTile tile = neuron_tile(a, TILE / 2);
-    if (tile.first >= a.widths[a.order[first_row]]) return;
+    const NeuronTile tile = neuron_tile(a, blockIdx.y, TILE / 2);
+    if (tile.first >= reach_of_tile(a, first_row).of(tile.segment.serves)) return;
 
     QuantizedGateUpSource<Q, T> source(a, tile, first_row);
     const uint32_t column[2] = {gate_up_column(0), gate_up_column(1)};

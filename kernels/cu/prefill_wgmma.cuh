@@ -52,8 +52,8 @@ __device__ __forceinline__ uint32_t wgmma_column(uint32_t j) { return j * 8 + la
 template <class T, uint32_t N>
 __device__ __forceinline__ void wgmma_gate_up(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE;
-    const NeuronTile tile = neuron_tile(a, N / 2);
-    if (tile.first >= a.widths[a.order[first_row]]) return;
+    const NeuronTile tile = neuron_tile(a, blockIdx.y, N / 2);
+    if (tile.first >= reach_of_tile(a, first_row).of(tile.segment.serves)) return;
 
     GateUpSource<T, TILE, N> source(a, tile.segment, first_row, tile.first);
     float acc[N / 2] = {};
@@ -64,6 +64,7 @@ __device__ __forceinline__ void wgmma_gate_up(const FfnArgs& a) {
         const uint32_t row = first_row + wgmma_row(half);
         if (row >= a.tokens) continue;
         const uint32_t width = a.widths[a.order[row]];
+        if (!is_served(a, tile.segment, width)) continue;
 #pragma unroll
         for (uint32_t j = 0; j < N / 16; ++j) {
             const uint32_t neuron = tile.first + wgmma_column(j);
@@ -77,7 +78,7 @@ __device__ __forceinline__ void wgmma_gate_up(const FfnArgs& a) {
 template <class T, uint32_t N>
 __device__ __forceinline__ void wgmma_down(const FfnArgs& a) {
     const uint32_t first_row = blockIdx.x * TILE, first_column = blockIdx.y * N;
-    DownSource<T, TILE, N> source = {{a, a.widths[a.order[first_row]]}, first_row, first_column};
+    DownSource<T, TILE, N> source(a, reach_of_tile(a, first_row), first_row, first_column);
     float acc[N / 2] = {};
     wgmma_all<T, N>(source, source.along.steps(), acc);
 

@@ -17,19 +17,18 @@
 constexpr uint32_t SUPER_BLOCK = 256;
 constexpr uint32_t QUANTIZE_THREADS = 256;
 
-// The columns of h that exist, in whole blocks of any format.
-__device__ __forceinline__ uint32_t quantized_limit(const FfnArgs& a, uint32_t first, uint32_t tokens) {
-    return min_of(round_up(widest(a.widths + first, tokens), SUPER_BLOCK), a.intermediate_size);
-}
-
 // Grid (ceil(K / 256), T): a warp for each block of 32.
 template <class T>
 __device__ __forceinline__ void quantize(const QuantizeArgs& a) {
     const uint32_t token = blockIdx.y, k = blockIdx.x * QUANTIZE_THREADS + threadIdx.x;
-    const uint32_t first = token / 8 * 8;
     if (k - lane_id() >= a.columns) return;
     if (a.widths != nullptr) {
-        const uint32_t width = widest(a.widths + first, min_of(8, a.tokens - first));
+        const uint32_t first = token / 8 * 8, end = min_of(first + 8, a.tokens);
+        Reach reach(a.columns);
+        for (uint32_t t = first; t < end; ++t) reach.add(a.widths[t]);
+        const uint32_t list = a.widths[token] == a.columns ? FULL_WIDTH : BELOW_FULL_WIDTH;
+        // the same for the whole warp, as separate weights are in whole blocks
+        const uint32_t width = reach.of(k < a.separate_size ? list : ALL_TOKENS);
         if (k - lane_id() >= round_up(width, SUPER_BLOCK)) return;
     }
     const float x = to_float(static_cast<const T*>(a.x)[size_t(token) * a.x_stride + k]);
@@ -84,7 +83,7 @@ struct Q4K {
     // high nibbles are 16 of sub-block 2g + 1.
     template <uint32_t ROWS, uint32_t TOKENS>
     static __device__ __forceinline__ void dot_rows(const uint8_t* const (&rows)[ROWS], const Activations& x,
-                                                    uint32_t length, uint32_t tokens, float (&sums)[ROWS][TOKENS],
+                                                    uint32_t length, uint32_t served, float (&sums)[ROWS][TOKENS],
                                                     Shared<ROWS>*) {
         constexpr uint32_t UNROLL = 2;
         const uint32_t part = lane_id() % 8, g = part / 2, half = part % 2;
@@ -115,7 +114,8 @@ struct Q4K {
                     const uint4 high = {n.x >> 4 & LOW, n.y >> 4 & LOW, n.z >> 4 & LOW, n.w >> 4 & LOW};
 #pragma unroll
                     for (uint32_t t = 0; t < TOKENS; ++t) {
-                        if (t >= tokens) break;
+                        if (served >> t == 0) break;
+                        if ((served >> t & 1) == 0) continue;
                         const int8_t* q = x.q + size_t(t) * x.columns + k;
                         const float* scales = x.scales + size_t(t) * (x.columns / 32) + k / 32;
                         const float* halves = x.sums + size_t(t) * (x.columns / 16) + k / 16;
@@ -167,7 +167,7 @@ struct Q8_0 {
 
     template <uint32_t ROWS, uint32_t TOKENS>
     static __device__ __forceinline__ void dot_rows(const uint8_t* const (&rows)[ROWS], const Activations& x,
-                                                    uint32_t length, uint32_t tokens, float (&sums)[ROWS][TOKENS],
+                                                    uint32_t length, uint32_t served, float (&sums)[ROWS][TOKENS],
                                                     Shared<ROWS>* shared) {
         fetch(rows, length, 0, shared);
         for (uint32_t step = 0; step * STEP < length; ++step) {
@@ -179,7 +179,7 @@ struct Q8_0 {
 #pragma unroll
                 for (uint32_t r = 0; r < ROWS; ++r) {
                     const uint32_t* words = reinterpret_cast<const uint32_t*>(shared->chunks[step % 2][r]);
-                    block_dot(words + lane_id() * BYTES / 4, lane_id() % 2 == 1, x, k, tokens, sums[r]);
+                    block_dot(words + lane_id() * BYTES / 4, lane_id() % 2 == 1, x, k, served, sums[r]);
                 }
             }
             __syncwarp();  // before the next copies come here
@@ -189,7 +189,7 @@ struct Q8_0 {
     // One block, which starts in the middle of the first word if `odd`.
     template <uint32_t TOKENS>
     static __device__ __forceinline__ void block_dot(const uint32_t* words, bool odd, const Activations& x, uint32_t k,
-                                                     uint32_t tokens, float (&sums)[TOKENS]) {
+                                                     uint32_t served, float (&sums)[TOKENS]) {
         const float d = half_bits(odd ? words[0] >> 16 : words[0]);
         const uint32_t shift = odd ? 0 : 16;
         words += odd;
@@ -198,7 +198,8 @@ struct Q8_0 {
         for (uint32_t i = 0; i < 8; ++i) q[i] = __funnelshift_r(words[i], words[i + 1], shift);
 #pragma unroll
         for (uint32_t t = 0; t < TOKENS; ++t) {
-            if (t >= tokens) break;
+            if (served >> t == 0) break;
+            if ((served >> t & 1) == 0) continue;
             const int8_t* xq = x.q + size_t(t) * x.columns + k;
             const int dot = dot16({q[0], q[1], q[2], q[3]}, load16(xq)) + dot16({q[4], q[5], q[6], q[7]}, load16(xq + 16));
             sums[t] += d * x.scales[size_t(t) * (x.columns / 32) + k / 32] * float(dot);
@@ -215,50 +216,51 @@ __device__ __forceinline__ typename Q::template Shared<ROWS>* warp_shared() {
     return &shared_memory<All>().warps[warp_id()];
 }
 
-// h in f32. Grid (ceil(I / 4), ceil(T / TOKENS)): a warp for each neuron.
+// h in f32. Grid (tiles of 4 neurons in every segment, ceil(T / TOKENS)): a warp for each neuron.
 template <class Q, uint32_t TOKENS>
 __device__ __forceinline__ void quantized_gate_up(const FfnArgs& a) {
-    const uint32_t first = blockIdx.y * TOKENS, tokens = min_of(TOKENS, a.tokens - first);
-    const uint32_t neuron = blockIdx.x * (DECODE_THREADS / WARP) + warp_id();
-    if (neuron >= quantized_limit(a, first, tokens)) return;
+    const Group group(a, TOKENS);
+    const NeuronTile tile = neuron_tile(a, blockIdx.x, DECODE_ROWS);
+    const Segment& segment = tile.segment;
+    const uint32_t neuron = tile.first + warp_id(), served = group.served(segment);
+    if (neuron >= group.reach.end<SUPER_BLOCK>(segment)) return;
 
-    const Segment& segment = segment_of(a, neuron);
     const size_t row = neuron - segment.start;
     const uint8_t* const rows[2] = {static_cast<const uint8_t*>(segment.gate) + row * segment.gate_stride * Q::BYTES,
                                     static_cast<const uint8_t*>(segment.up) + row * segment.up_stride * Q::BYTES};
     float sums[2][TOKENS] = {};
-    const Activations x(a.xq, first, 0, a.hidden_size);
-    Q::dot_rows(rows, x, a.hidden_size, tokens, sums, warp_shared<Q, 2>());
+    const Activations x(a.xq, group.first, 0, a.hidden_size);
+    Q::dot_rows(rows, x, a.hidden_size, served, sums, warp_shared<Q, 2>());
     sum_all(sums);
 #pragma unroll
     for (uint32_t t = 0; t < TOKENS; ++t) {
-        if (lane_id() != t || t >= tokens) continue;
-        float* h = static_cast<float*>(a.h) + size_t(first + t) * a.intermediate_size + neuron;
-        *h = neuron < a.widths[first + t] ? silu(sums[0][t]) * sums[1][t] : 0.0f;
+        if (lane_id() != t || (served >> t & 1) == 0) continue;
+        float* h = static_cast<float*>(a.h) + size_t(group.first + t) * a.intermediate_size + neuron;
+        *h = neuron < a.widths[group.first + t] ? silu(sums[0][t]) * sums[1][t] : 0.0f;
     }
 }
 
 // Grid (ceil(D / 4), ceil(T / TOKENS)): a warp for each output.
 template <class Q, class T, uint32_t TOKENS>
 __device__ __forceinline__ void quantized_down(const FfnArgs& a) {
-    const uint32_t first = blockIdx.y * TOKENS, tokens = min_of(TOKENS, a.tokens - first);
-    const uint32_t column = blockIdx.x * (DECODE_THREADS / WARP) + warp_id();
+    const Group group(a, TOKENS);
+    const uint32_t column = blockIdx.x * DECODE_ROWS + warp_id();
     if (column >= a.hidden_size) return;
 
-    const uint32_t limit = quantized_limit(a, first, tokens);
     float sums[1][TOKENS] = {};
-    for (uint32_t s = 0; s < a.segment_count && a.segments[s].start < limit; ++s) {
+    for (uint32_t s = 0; s < a.segment_count; ++s) {
         const Segment& segment = a.segments[s];
+        const uint32_t length = group.reach.end<SUPER_BLOCK>(segment) - segment.start;
         const uint8_t* const rows[1] = {static_cast<const uint8_t*>(segment.down) +
                                         size_t(column) * segment.down_stride * Q::BYTES};
-        const Activations h(a.hq, first, segment.start, a.intermediate_size);
-        Q::dot_rows(rows, h, min_of(segment.end, limit) - segment.start, tokens, sums, warp_shared<Q, 1>());
+        const Activations h(a.hq, group.first, segment.start, a.intermediate_size);
+        Q::dot_rows(rows, h, length, group.served(segment), sums, warp_shared<Q, 1>());
     }
     sum_all(sums);
 #pragma unroll
     for (uint32_t t = 0; t < TOKENS; ++t) {
-        if (lane_id() != t || t >= tokens) continue;
-        T* y = static_cast<T*>(a.y) + size_t(first + t) * a.hidden_size + column;
-        store(y, compensated(a, sums[0][t], first + t, column));
+        if (lane_id() != t || t >= group.tokens) continue;
+        T* y = static_cast<T*>(a.y) + size_t(group.first + t) * a.hidden_size + column;
+        store(y, compensated(a, sums[0][t], group.first + t, column));
     }
 }

@@ -63,7 +63,20 @@ pub struct QuantizeArgs {
     pub tokens: u32,
     pub columns: u32,
     pub x_stride: u32,
-    pub reserved: u32,
+    pub separate_size: u32,
+}
+
+/// The tokens that a segment serves. A token is at full width if its width is `I`.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Serves {
+    /// All of them.
+    #[default]
+    AllTokens,
+    /// Those at full width.
+    FullWidth,
+    /// Those below.
+    BelowFullWidth,
 }
 
 /// A run of neurons in matrices of its own.
@@ -79,7 +92,7 @@ pub struct Segment {
     pub gate_stride: u32,
     pub up_stride: u32,
     pub down_stride: u32,
-    pub reserved: u32,
+    pub serves: Serves,
 }
 
 /// Argument of both halves of the FFN.
@@ -98,7 +111,7 @@ pub struct FfnArgs {
     pub hq: Quantized,
     pub partial: Address,
     pub splits: u32,
-    pub reserved: u32,
+    pub separate_size: u32,
     pub tokens: u32,
     pub hidden_size: u32,
     pub intermediate_size: u32,

@@ -6,6 +6,7 @@
 //! | checks of shapes, types and strides | `cuda` | |
 //! | which kernel, how many blocks | [`plan`] | |
 //! | arguments | [`args`] | `cu/args.h` |
+//! | which weights serve which tokens | [`segments`] | `cu/segments.cuh` |
 //! | names of the kernels | | `cu/dynamoe.cu` |
 //! | router and decision | | `cu/router.cuh` |
 //! | 1 to 8 tokens | | `cu/decode.cuh`, on tensor cores `cu/decode_mma.cuh` |
@@ -26,8 +27,10 @@ pub mod args;
 pub mod cuda;
 pub mod plan;
 pub mod reference;
+pub mod segments;
 
 /// Experts that the kernels can tell apart.
 pub const MAX_EXPERTS: usize = 16;
-/// Runs of neurons, [`args::Segment`], in one layer.
-pub const MAX_SEGMENTS: usize = 16;
+/// Runs of neurons, [`args::Segment`], in one layer: a shell for each expert, separate ones for all but the largest, and
+/// one more if separate weights end in the middle of a run.
+pub const MAX_SEGMENTS: usize = 2 * MAX_EXPERTS;

@@ -57,15 +57,22 @@ pub fn decide(tokens: usize) -> Launch {
     Launch { kernel: "decide".into(), grid: [tokens.div_ceil(8) as u32, 1], threads: 256, shared_bytes: 0 }
 }
 
-/// gate_proj, up_proj and SwiGLU, then down_proj with compensation: few tokens.
-pub fn decode(float: Float, tokens: usize, hidden_size: usize, intermediate_size: usize) -> [Launch; 2] {
+/// Tiles of `neurons` each in every run of neurons.
+fn tiles_of(segments: &[usize], neurons: usize) -> usize {
+    segments.iter().map(|length| length.div_ceil(neurons)).sum()
+}
+
+/// gate_proj, up_proj and SwiGLU, then down_proj with compensation: few tokens. `segments` are the lengths of the runs of
+/// neurons, of all that [`crate::segments::list`] makes.
+pub fn decode(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Launch; 2] {
     let group = tokens.clamp(1, DECODE_TOKENS).next_power_of_two();
     // 16 rows to a block of tensor cores' warps, which add up in shared memory; else a warp for each row
     let tensor_cores = group == 8 && float != Float::F32;
     let (rows_of_block, threads) = if tensor_cores { (16, 256) } else { (4, 128) };
-    [("gate_up", intermediate_size, 2), ("down", hidden_size, 1)].map(|(half, rows, matrices)| Launch {
+    let blocks = [tiles_of(segments, rows_of_block), hidden_size.div_ceil(rows_of_block)];
+    [("gate_up", blocks[0], 2), ("down", blocks[1], 1)].map(|(half, blocks, matrices)| Launch {
         kernel: format!("decode_{half}_{}_{group}", float.suffix()),
-        grid: [rows.div_ceil(rows_of_block) as u32, tokens.div_ceil(group) as u32],
+        grid: [blocks, tokens.div_ceil(group)].map(|n| n as u32),
         threads,
         shared_bytes: if tensor_cores { 8 * matrices * 8 * 16 * 4 } else { 0 },
     })
@@ -103,7 +110,7 @@ impl Tile {
 
     /// Tiles for runs of neurons. A neuron takes two columns: one of gate_proj and one of up_proj.
     fn of_neurons(self, segments: &[usize]) -> usize {
-        segments.iter().map(|neurons| neurons.div_ceil(self.columns() / 2)).sum()
+        tiles_of(segments, self.columns() / 2)
     }
 }
 
@@ -175,7 +182,6 @@ pub fn few_splits(hidden_size: usize) -> usize {
 /// [`FEW_TOKENS`] tokens, in f16 or bf16. `segments` are the lengths of the runs of neurons.
 pub fn few(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) -> [Launch; 3] {
     let columns = tokens.clamp(16, FEW_TOKENS).next_power_of_two();
-    let tiles: usize = segments.iter().map(|neurons| neurons.div_ceil(32)).sum();
     let half = |half, grid: [usize; 2]| Launch {
         kernel: format!("few_{half}_{}_{columns}", float.suffix()),
         grid: grid.map(|n| n as u32),
@@ -188,7 +194,11 @@ pub fn few(float: Float, tokens: usize, hidden_size: usize, segments: &[usize]) 
         threads: 256,
         shared_bytes: 0,
     };
-    [half("gate_up", [1, tiles]), half("down", [hidden_size.div_ceil(64), few_splits(hidden_size)]), sum]
+    [
+        half("gate_up", [1, tiles_of(segments, 32)]),
+        half("down", [hidden_size.div_ceil(64), few_splits(hidden_size)]),
+        sum,
+    ]
 }
 
 /// A format of GGUF's.
@@ -241,21 +251,21 @@ pub fn decode_quantized(
     float: Float,
     tokens: usize,
     hidden_size: usize,
-    intermediate_size: usize,
+    segments: &[usize],
 ) -> [Launch; 2] {
     let group = tokens.clamp(1, DECODE_TOKENS).next_power_of_two();
-    let launch = |kernel, rows: usize, shared_bytes| Launch {
+    let launch = |kernel, blocks: usize, shared_bytes| Launch {
         kernel,
-        grid: [rows.div_ceil(4) as u32, tokens.div_ceil(group) as u32],
+        grid: [blocks, tokens.div_ceil(group)].map(|n| n as u32),
         threads: 128,
         shared_bytes,
     };
     let [gate_up, down] = block.map(Block::suffix);
     [
-        launch(format!("decode_gate_up_{gate_up}_{group}"), intermediate_size, block[0].shared_bytes(2)),
+        launch(format!("decode_gate_up_{gate_up}_{group}"), tiles_of(segments, 4), block[0].shared_bytes(2)),
         launch(
             format!("decode_down_{down}_{}_{group}", float.suffix()),
-            hidden_size,
+            hidden_size.div_ceil(4),
             block[1].shared_bytes(1),
         ),
     ]

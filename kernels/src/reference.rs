@@ -77,17 +77,28 @@ pub fn sort(experts: &[u32]) -> Vec<u32> {
     order
 }
 
+/// The weights of `n` neurons.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights<'a> {
+    /// `(n, D)`
+    pub gate_proj: Matrix<'a>,
+    /// `(n, D)`
+    pub up_proj: Matrix<'a>,
+    /// `(D, n)`
+    pub down_proj: Matrix<'a>,
+    /// `n`
+    pub neurons: usize,
+}
+
 /// The FFN, as [`crate::args::FfnArgs`] describes it.
 #[derive(Debug, Clone, Copy)]
 pub struct Ffn<'a> {
     /// `(T, D)`
     pub x: Matrix<'a>,
-    /// `(I, D)`
-    pub gate_proj: Matrix<'a>,
-    /// `(I, D)`
-    pub up_proj: Matrix<'a>,
-    /// `(D, I)`
-    pub down_proj: Matrix<'a>,
+    /// All `I` neurons.
+    pub dense: Weights<'a>,
+    /// What experts but the largest have in place of the first neurons.
+    pub separate: Option<Weights<'a>>,
     /// `(E-1, D)`, or empty.
     pub compensation: &'a [f64],
     /// Expert of each token.
@@ -98,15 +109,40 @@ pub struct Ffn<'a> {
     pub hidden_size: usize,
 }
 
-impl Ffn<'_> {
+impl<'a> Ffn<'a> {
+    fn width(&self, token: usize) -> usize {
+        self.expert_widths[self.experts[token] as usize]
+    }
+
+    /// The separate weights, for a token that has them.
+    fn separate(&self, token: usize) -> Option<Weights<'a>> {
+        self.separate.filter(|_| self.experts[token] as usize + 1 < self.expert_widths.len())
+    }
+
+    /// A token's gate and up weights of neuron `j`.
+    fn neuron(&self, token: usize, j: usize) -> [&'a [f64]; 2] {
+        let weights = self.separate(token).filter(|separate| j < separate.neurons).unwrap_or(self.dense);
+        [weights.gate_proj, weights.up_proj].map(|matrix| matrix.row(j, self.hidden_size))
+    }
+
+    /// A token's first weights of column `d` of its output.
+    pub fn down(&self, token: usize, d: usize, len: usize) -> Vec<f64> {
+        let mut row = self.dense.down_proj.row(d, len).to_vec();
+        if let Some(Weights { down_proj, neurons, .. }) = self.separate(token) {
+            let neurons = neurons.min(len);
+            row[..neurons].copy_from_slice(down_proj.row(d, neurons));
+        }
+        row
+    }
+
     /// `h` of one token, up to its width. `round` is the rounding of the type that stores it.
     pub fn hidden(&self, token: usize, round: &dyn Fn(f64) -> f64) -> Vec<f64> {
         let x = self.x.row(token, self.hidden_size);
         let neuron = |j: usize| {
-            let gate = dot(x, self.gate_proj.row(j, self.hidden_size));
-            round(silu(gate) * dot(x, self.up_proj.row(j, self.hidden_size)))
+            let [gate, up] = self.neuron(token, j);
+            round(silu(dot(x, gate)) * dot(x, up))
         };
-        (0..self.expert_widths[self.experts[token] as usize]).map(neuron).collect()
+        (0..self.width(token)).map(neuron).collect()
     }
 
     /// The smallest and the largest `h` of one token that f32 sums in any order may give, after `round`. They differ only
@@ -114,7 +150,7 @@ impl Ffn<'_> {
     pub fn hidden_range(&self, token: usize, round: &dyn Fn(f64) -> f64) -> Vec<[f64; 2]> {
         let x = self.x.row(token, self.hidden_size);
         let neuron = |j: usize| {
-            let [gate, up] = [self.gate_proj, self.up_proj].map(|m| m.row(j, self.hidden_size));
+            let [gate, up] = self.neuron(token, j);
             let (by_gate, by_up) = (sum_error(x, gate), sum_error(x, up));
             let (gate, up) = (dot(x, gate), dot(x, up));
             // the slope of silu is at most 1.1; its exponential is off by the rounding of its argument and a few steps
@@ -123,14 +159,14 @@ impl Ffn<'_> {
             let error = size * by_up + silu_error * up.abs() + h.abs() * F32_STEP;
             [round(h - error), round(h + error)]
         };
-        (0..self.expert_widths[self.experts[token] as usize]).map(neuron).collect()
+        (0..self.width(token)).map(neuron).collect()
     }
 
     /// The largest error of `y` of one token in column `d`, before it is stored, if `h` is exact: that of a sum in f32 in
     /// any order.
-    pub fn output_error(&self, d: usize, h: &[f64]) -> f64 {
+    pub fn output_error(&self, token: usize, d: usize, h: &[f64]) -> f64 {
         // compensation is one more term, of about its own size
-        sum_error(h, self.down_proj.row(d, h.len())) + 4.0 * F32_STEP
+        sum_error(h, &self.down(token, d, h.len())) + 4.0 * F32_STEP
     }
 
     /// `y` of one token, `(D)`, from its `h`.
@@ -139,7 +175,7 @@ impl Ffn<'_> {
         let narrow = expert + 1 < self.expert_widths.len() && !self.compensation.is_empty();
         let column = |d: usize| {
             let extra = if narrow { self.compensation[expert * self.hidden_size + d] } else { 0.0 };
-            dot(h, self.down_proj.row(d, h.len())) + extra
+            dot(h, &self.down(token, d, h.len())) + extra
         };
         (0..self.hidden_size).map(column).collect()
     }

@@ -3,40 +3,78 @@
 mod support;
 
 use dynamoe_kernels::plan;
-use support::{FLOATS, Layer, MIXES, Memory, Mix, decode, rng, run};
+use dynamoe_kernels::segments::neurons_read;
+use rand_chacha::ChaCha8Rng;
+use support::layer::Layer;
+use support::{FLOATS, MIXES, Memory, Mix, SEPARATE_MIXES, decode, lengths, rng, run};
+
+/// Runs the layer, with weights in one piece or in shells; `h` and `y`.
+fn run_layer(layer: &mut Layer, in_shells: bool, rng: &mut ChaCha8Rng) -> [Vec<f64>; 2] {
+    let (float, tokens, d) = (layer.float, layer.tokens, layer.d);
+    let segments = layer.segments(in_shells);
+    let mut args = layer.args(&segments);
+    let [h, y] = [layer.intermediate_size(), d].map(|n| Memory::poisoned(tokens * n * float.bytes()));
+    (args.h, args.y) = (h.address(), y.address());
+    for launch in plan::decode(float, tokens, d, &lengths(&segments)) {
+        run(&launch, &args, rng);
+    }
+    [h, y].map(|memory| decode(float, &memory))
+}
+
+const SHAPES: [(usize, usize, &[usize]); 9] = [
+    (0, 16, &[8, 16]),
+    (1, 8, &[8]),
+    (1, 328, &[40, 96, 144]),
+    (2, 72, &[3, 17, 80]),
+    (3, 24, &[1, 2, 8]),
+    (5, 136, &[32, 64, 96, 128]),
+    (7, 16, &[250, 264]),
+    (8, 40, &[16, 24]),
+    (13, 24, &[24, 56, 120]),
+];
+
+fn check(layer: &mut Layer, in_shells: bool, rng: &mut ChaCha8Rng) {
+    let [h, y] = run_layer(layer, in_shells, rng);
+    layer
+        .compare(&h, &y, &layer.in_order())
+        .unwrap_or_else(|e| panic!("{}, in shells {in_shells}: {e}", layer.name()));
+}
 
 #[test]
 fn decoding_equals_the_reference() {
     let mut rng = rng();
     for float in FLOATS {
-        for (tokens, d, widths) in [
-            (0, 16, vec![8, 16]),
-            (1, 8, vec![8]),
-            (1, 328, vec![40, 96, 144]),
-            (2, 72, vec![3, 17, 80]),
-            (3, 24, vec![1, 2, 8]),
-            (5, 136, vec![32, 64, 96, 128]),
-            (7, 16, vec![250, 264]),
-            (8, 40, vec![16, 24]),
-            (13, 24, vec![24, 56, 120]),
-        ] {
+        for (tokens, d, widths) in SHAPES {
             for mix in MIXES {
-                let mut layer = Layer::random(&mut rng, float, [tokens, d], &widths, mix);
-                let shells_are_aligned = widths.iter().all(|w| w % 8 == 0);
-                for shells in [false, true] {
-                    if shells && !shells_are_aligned {
-                        continue;
+                let mut layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
+                check(&mut layer, false, &mut rng);
+                if widths.iter().all(|w| w % 8 == 0) {
+                    check(&mut layer, true, &mut rng);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn separate_weights_serve_tokens_below_full_width() {
+    let mut rng = rng();
+    for float in FLOATS {
+        for (tokens, d, widths) in SHAPES {
+            for shells in Layer::separate_shells(widths, 8) {
+                for mix in SEPARATE_MIXES {
+                    let layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
+                    let mut layer = layer.with_separate(&mut rng, shells);
+                    let needed = layer.poison_unneeded();
+                    if widths.iter().all(|w| w % 8 == 0) {
+                        let each: Vec<u32> =
+                            layer.experts.iter().map(|&e| widths[e as usize] as u32).collect();
+                        assert_eq!(needed, neurons_read(&layer.segments(true), &each) as usize);
                     }
-                    let segments = if shells { layer.shells() } else { layer.prefixes() };
-                    let mut args = layer.args(&segments);
-                    let h = Memory::poisoned(tokens * layer.intermediate_size() * float.bytes());
-                    let y = Memory::poisoned(tokens * d * float.bytes());
-                    (args.h, args.y) = (h.address(), y.address());
-                    for launch in plan::decode(float, tokens, d, layer.intermediate_size()) {
-                        run(&launch, &args, &mut rng);
+                    check(&mut layer, false, &mut rng);
+                    if widths.iter().all(|w| w % 8 == 0) {
+                        check(&mut layer, true, &mut rng);
                     }
-                    let compared = layer.compare(&decode(float, &h), &decode(float, &y), &layer.in_order());
-                    compared.unwrap_or_else(|e| panic!("{float:?} {tokens} {d} {widths:?} {mix:?}: {e}"));
                 }
             }
         }
@@ -47,19 +85,9 @@ fn decoding_equals_the_reference() {
 fn neurons_beyond_the_widest_token_are_not_read() {
     let mut rng = rng();
     let mut layer = Layer::random(&mut rng, plan::Float::Bf16, [4, 64], &[32, 256], Mix::Narrow);
-    for matrix in [&mut layer.gate, &mut layer.up] {
-        let beyond = 32 * matrix.stride;
-        matrix.values[beyond..].fill(f64::NAN);
-        matrix.memory = support::encode(layer.float, &matrix.values);
-    }
-    let mut args = layer.args(&layer.prefixes());
-    let (h, y) = (Memory::poisoned(4 * 256 * 2), Memory::poisoned(4 * 64 * 2));
-    (args.h, args.y) = (h.address(), y.address());
-    for launch in plan::decode(layer.float, 4, 64, 256) {
-        run(&launch, &args, &mut rng);
-    }
-    let h = decode(layer.float, &h);
+    layer.dense.poison(layer.float, 32..256);
+    let [h, y] = run_layer(&mut layer, false, &mut rng);
     let untouched = h.chunks(256).all(|row| row[32..].iter().all(|x| x.is_nan()));
     assert!(untouched, "blocks beyond the widest token must leave at once");
-    layer.compare(&h, &decode(layer.float, &y), &layer.in_order()).unwrap();
+    layer.compare(&h, &y, &layer.in_order()).unwrap();
 }

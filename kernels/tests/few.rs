@@ -5,7 +5,9 @@ mod support;
 use dynamoe_kernels::args::FfnArgs;
 use dynamoe_kernels::plan::{self, Float, Launch};
 use rand::Rng;
-use support::{Layer, MIXES, Memory, Mix, decode, encode, rng, run, run_without};
+use rand_chacha::ChaCha8Rng;
+use support::layer::Layer;
+use support::{MIXES, Memory, Mix, SEPARATE_MIXES, decode, lengths, rng, run, run_without};
 
 const HALVES: [Float; 2] = [Float::F16, Float::Bf16];
 
@@ -19,16 +21,15 @@ struct Case {
 }
 
 impl Case {
-    fn new(mut layer: Layer, shells: bool) -> Self {
-        let segments = if shells { layer.shells() } else { layer.prefixes() };
-        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
+    fn new(mut layer: Layer, in_shells: bool) -> Self {
+        let segments = layer.segments(in_shells);
         let mut args = layer.args(&segments);
         let outputs = [layer.intermediate_size(), layer.d]
             .map(|n| Memory::poisoned(layer.tokens * n * layer.float.bytes()));
         args.splits = plan::few_splits(layer.d) as u32;
         let partial = Memory::poisoned(args.splits as usize * layer.tokens * layer.d * 4);
         (args.partial, args.h, args.y) = (partial.address(), outputs[0].address(), outputs[1].address());
-        let launches = plan::few(layer.float, layer.tokens, layer.d, &lengths);
+        let launches = plan::few(layer.float, layer.tokens, layer.d, &lengths(&segments));
         Self { layer, launches, args, outputs, _partial: partial }
     }
 
@@ -38,31 +39,53 @@ impl Case {
     }
 }
 
+const SHAPES: [(usize, usize, &[usize]); 8] = [
+    (0, 16, &[8, 16]),
+    (1, 8, &[8]),
+    (2, 200, &[3, 17, 80]),
+    (9, 72, &[64, 128]),
+    (16, 568, &[24, 56]),
+    (17, 136, &[24, 56, 88, 152]),
+    (33, 64, &[8, 72, 1200]),
+    (64, 136, &[40, 72, 104, 136]),
+];
+
+fn check(layer: Layer, in_shells: bool, rng: &mut ChaCha8Rng) {
+    let case = Case::new(layer, in_shells);
+    for launch in &case.launches {
+        run(launch, &case.args, rng);
+    }
+    case.compare().unwrap_or_else(|e| panic!("{}, in shells {in_shells}: {e}", case.layer.name()));
+}
+
 #[test]
 fn few_tokens_equal_the_reference() {
     let mut rng = rng();
-    for (tokens, d, widths) in [
-        (0, 16, vec![8, 16]),
-        (1, 8, vec![8]),
-        (2, 200, vec![3, 17, 80]),
-        (9, 72, vec![64, 128]),
-        (16, 568, vec![24, 56]),
-        (17, 136, vec![24, 56, 88, 152]),
-        (33, 64, vec![8, 72, 1200]),
-        (64, 136, vec![40, 72, 104, 136]),
-    ] {
+    for (tokens, d, widths) in SHAPES {
         for mix in MIXES {
-            for shells in [false, true] {
-                if shells && widths.iter().any(|w| w % 8 != 0) {
+            for in_shells in [false, true] {
+                if in_shells && widths.iter().any(|w| w % 8 != 0) {
                     continue;
                 }
                 let float = HALVES[rng.random_range(0..2)];
-                let case = Case::new(Layer::random(&mut rng, float, [tokens, d], &widths, mix), shells);
-                for launch in &case.launches {
-                    run(launch, &case.args, &mut rng);
-                }
-                case.compare()
-                    .unwrap_or_else(|e| panic!("{float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}"));
+                check(Layer::random(&mut rng, float, [tokens, d], widths, mix), in_shells, &mut rng);
+            }
+        }
+    }
+}
+
+#[test]
+fn separate_weights_serve_tokens_below_full_width() {
+    let mut rng = rng();
+    for (tokens, d, widths) in SHAPES {
+        for shells in Layer::separate_shells(widths, 8) {
+            for mix in SEPARATE_MIXES {
+                let in_shells = rng.random_bool(0.5);
+                let float = HALVES[rng.random_range(0..2)];
+                let layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
+                let mut layer = layer.with_separate(&mut rng, shells);
+                layer.poison_unneeded();
+                check(layer, in_shells, &mut rng);
             }
         }
     }
@@ -72,14 +95,7 @@ fn few_tokens_equal_the_reference() {
 fn weights_beyond_the_widest_token_are_not_read() {
     let mut rng = rng();
     let mut layer = Layer::random(&mut rng, Float::Bf16, [12, 64], &[64, 256], Mix::Narrow);
-    for matrix in [&mut layer.gate, &mut layer.up] {
-        let beyond = 64 * matrix.stride;
-        matrix.values[beyond..].fill(f64::NAN);
-        matrix.memory = encode(layer.float, &matrix.values);
-    }
-    let down = &mut layer.down;
-    down.values.chunks_mut(down.stride).for_each(|row| row[64..].fill(f64::NAN));
-    down.memory = encode(layer.float, &down.values);
+    layer.dense.poison(layer.float, 64..256);
     let case = Case::new(layer, false);
     for launch in &case.launches {
         run(launch, &case.args, &mut rng);
@@ -95,7 +111,8 @@ fn weights_beyond_the_widest_token_are_not_read() {
 #[test]
 fn a_missing_barrier_is_found() {
     let mut rng = rng();
-    let case = Case::new(Layer::random(&mut rng, Float::F16, [20, 800], &[40], Mix::Wide), false);
+    let layer = Layer::random(&mut rng, Float::F16, [20, 800], &[32, 40], Mix::OneWide);
+    let case = Case::new(layer.with_separate(&mut rng, 1), false);
     for launch in &case.launches {
         run(launch, &case.args, &mut rng);
     }

@@ -6,7 +6,9 @@ use dynamoe_kernels::args::{FfnArgs, SortArgs};
 use dynamoe_kernels::plan::{self, Float, Launch, Tile};
 use dynamoe_kernels::reference;
 use rand::Rng;
-use support::{Layer, MIXES, Memory, Mix, decode, experts, rng, run, run_without};
+use rand_chacha::ChaCha8Rng;
+use support::layer::Layer;
+use support::{MIXES, Memory, Mix, SEPARATE_MIXES, decode, experts, lengths, rng, run, run_without};
 
 const HALVES: [Float; 2] = [Float::F16, Float::Bf16];
 const TILES: [Tile; 3] = [Tile::Mma, Tile::Wgmma128, Tile::Wgmma256];
@@ -43,16 +45,15 @@ struct Case {
 }
 
 impl Case {
-    fn new(mut layer: Layer, tile: Tile, shells: bool) -> Self {
-        let segments = if shells { layer.shells() } else { layer.prefixes() };
-        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
+    fn new(mut layer: Layer, tile: Tile, in_shells: bool) -> Self {
+        let segments = layer.segments(in_shells);
         let mut args = layer.args(&segments);
         let sorted = reference::sort(&layer.experts);
         let order = Memory::of(&sorted);
         let outputs = [layer.intermediate_size(), layer.d]
             .map(|n| Memory::poisoned(layer.tokens * n * layer.float.bytes()));
         (args.order, args.h, args.y) = (order.address(), outputs[0].address(), outputs[1].address());
-        let launches = plan::prefill(layer.float, [tile; 2], layer.tokens, layer.d, &lengths);
+        let launches = plan::prefill(layer.float, [tile; 2], layer.tokens, layer.d, &lengths(&segments));
         Self { layer, launches, args, outputs, sorted, _order: order }
     }
 
@@ -62,33 +63,56 @@ impl Case {
     }
 }
 
+const SHAPES: [(usize, usize, &[usize]); 7] = [
+    (0, 16, &[8, 16]),
+    (1, 8, &[8]),
+    (2, 200, &[3, 17, 80]),
+    (7, 72, &[64, 128]),
+    (64, 136, &[24, 56, 88, 152]),
+    (130, 64, &[8, 72, 320]),
+    (513, 40, &[40, 72, 104, 136]),
+];
+
+fn check(layer: Layer, tile: Tile, in_shells: bool, rng: &mut ChaCha8Rng) {
+    let case = Case::new(layer, tile, in_shells);
+    for launch in &case.launches {
+        run(launch, &case.args, rng);
+    }
+    case.compare().unwrap_or_else(|e| panic!("{tile:?} {}, in shells {in_shells}: {e}", case.layer.name()));
+}
+
 #[test]
 fn prefill_equals_the_reference() {
     let mut rng = rng();
-    for (tokens, d, widths) in [
-        (0, 16, vec![8, 16]),
-        (1, 8, vec![8]),
-        (2, 200, vec![3, 17, 80]),
-        (7, 72, vec![64, 128]),
-        (64, 136, vec![24, 56, 88, 152]),
-        (130, 64, vec![8, 72, 320]),
-        (513, 40, vec![40, 72, 104, 136]),
-    ] {
+    for (tokens, d, widths) in SHAPES {
         for mix in MIXES {
-            for shells in [false, true] {
-                if shells && widths.iter().any(|w| w % 8 != 0) {
+            for in_shells in [false, true] {
+                if in_shells && widths.iter().any(|w| w % 8 != 0) {
                     continue;
                 }
                 for tile in TILES {
                     let float = HALVES[rng.random_range(0..2)];
-                    let layer = Layer::random(&mut rng, float, [tokens, d], &widths, mix);
-                    let case = Case::new(layer, tile, shells);
-                    for launch in &case.launches {
-                        run(launch, &case.args, &mut rng);
-                    }
-                    case.compare().unwrap_or_else(|e| {
-                        panic!("{tile:?} {float:?} {tokens} {d} {widths:?} {mix:?} {shells}: {e}")
-                    });
+                    let layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
+                    check(layer, tile, in_shells, &mut rng);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn separate_weights_serve_tokens_below_full_width() {
+    let mut rng = rng();
+    for (tokens, d, widths) in SHAPES {
+        for shells in Layer::separate_shells(widths, 8) {
+            for mix in SEPARATE_MIXES {
+                for tile in TILES {
+                    let in_shells = rng.random_bool(0.5);
+                    let float = HALVES[rng.random_range(0..2)];
+                    let layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
+                    let mut layer = layer.with_separate(&mut rng, shells);
+                    layer.poison_unneeded();
+                    check(layer, tile, in_shells, &mut rng);
                 }
             }
         }
@@ -108,6 +132,27 @@ fn tiles_outside_the_staircase_are_not_made() {
         let first = if tile == Tile::Wgmma256 { 128 } else { 64 };
         for (row, h) in h.chunks(384).enumerate() {
             let made = if row < 128 { 384 } else { first };
+            let is_made = h.iter().map(|x| !x.is_nan());
+            assert!(is_made.enumerate().all(|(j, m)| m == (j < made)), "{tile:?}, row {row}");
+        }
+    }
+}
+
+#[test]
+fn tiles_of_separate_weights_are_made_for_rows_below_full_width_only() {
+    let mut rng = rng();
+    for tile in TILES {
+        // sorted: 150 rows at full width, 50 of width 256, 100 of width 64; separate weights for 256 neurons
+        let mut layer = Layer::random(&mut rng, Float::F16, [300, 16], &[64, 256, 512], Mix::Wide);
+        layer.experts[..100].fill(0);
+        layer.experts[100..150].fill(1);
+        let case = Case::new(layer.with_separate(&mut rng, 2), tile, false);
+        run(&case.launches[0], &case.args, &mut rng);
+        let h = decode(Float::F16, &case.outputs[0]);
+        let narrow = if tile == Tile::Wgmma256 { 128 } else { 64 };
+        for (row, h) in h.chunks(512).enumerate() {
+            // the second tile of rows has both
+            let made = if row < 256 { 512 } else { narrow };
             let is_made = h.iter().map(|x| !x.is_nan());
             assert!(is_made.enumerate().all(|(j, m)| m == (j < made)), "{tile:?}, row {row}");
         }
@@ -150,8 +195,8 @@ fn a_missing_barrier_is_found() {
     assert_eq!(found, [true; 5], "sort: each barrier is needed, and its loss is seen");
 
     for (tile, waits) in [(Tile::Mma, 2), (Tile::Wgmma128, 7), (Tile::Wgmma256, 7)] {
-        let layer = Layer::random(&mut rng, Float::F16, [20, 504], &[72], Mix::Wide);
-        let case = Case::new(layer, tile, false);
+        let layer = Layer::random(&mut rng, Float::F16, [20, 504], &[64, 72], Mix::OneWide);
+        let case = Case::new(layer.with_separate(&mut rng, 1), tile, false);
         for launch in &case.launches {
             run(launch, &case.args, &mut rng);
         }

@@ -2,13 +2,15 @@
 
 mod support;
 
-use dynamoe_kernels::args::{FfnArgs, Segment};
+use dynamoe_kernels::args::FfnArgs;
 use dynamoe_kernels::plan::{self, Block, Float, Launch};
 use dynamoe_kernels::reference;
+use dynamoe_kernels::segments::list;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use support::blocks::Blocks;
-use support::{Layer, MIXES, Memory, Mix, Strided, decode, rng, round, run, run_without};
+use support::blocks::Shells;
+use support::layer::Layer;
+use support::{MIXES, Memory, Mix, SEPARATE_MIXES, decode, lengths, rng, run, run_without};
 
 const HALVES: [Float; 2] = [Float::F16, Float::Bf16];
 
@@ -19,69 +21,35 @@ struct Case {
     args: FfnArgs,
     outputs: [Memory; 2],
     sorted: Vec<u32>,
-    _held: (Memory, Vec<[Blocks; 3]>),
-}
-
-/// Shells' weights one below the other, as the kernels unpack them.
-fn stack(float: Float, d: usize, shells: &[[Blocks; 3]], matrix: usize) -> Strided {
-    let values = shells.iter().flat_map(|s| &s[matrix].weights).map(|&w| round(float, w)).collect();
-    Strided { values, stride: d, memory: Memory::of::<u8>(&[]) }
-}
-
-/// Shells' weights side by side.
-fn join(float: Float, d: usize, shells: &[[Blocks; 3]]) -> Strided {
-    let row = |r: usize| {
-        shells.iter().flat_map(move |s| {
-            let columns = s[2].weights.len() / d;
-            s[2].weights[r * columns..][..columns].iter().map(move |&w| round(float, w))
-        })
-    };
-    let values: Vec<f64> = (0..d).flat_map(row).collect();
-    Strided { stride: values.len() / d, values, memory: Memory::of::<u8>(&[]) }
+    _held: (Memory, [Shells; 2]),
 }
 
 impl Case {
-    /// `ends` of shells in multiples of 256, `widths` of experts up to the last.
+    /// `ends` of shells in multiples of 256, `widths` of experts up to the last; the first `separate` shells twice.
     fn random(
         rng: &mut ChaCha8Rng,
         block: [Block; 2],
         [tokens, d]: [usize; 2],
         [ends, widths]: [&[usize]; 2],
-        mix: Mix,
+        (mix, separate): (Mix, usize),
     ) -> Self {
         let float = HALVES[rng.random_range(0..2)];
         let mut layer = Layer::random(rng, float, [tokens, d], widths, mix);
-        let (mut start, mut shells, mut segments) = (0, vec![], vec![]);
-        for &end in ends {
-            let neurons = end - start;
-            let mut matrix = |block, shape| Blocks::random(rng, block, shape);
-            let [gate, up] = [0, 1].map(|_| matrix(block[0], [neurons, d]));
-            let down = matrix(block[1], [d, neurons]);
-            let [across, along] = [(block[0], d), (block[1], neurons)].map(|(b, n)| (n / b.weights()) as u32);
-            segments.push(Segment {
-                gate: gate.memory.address(),
-                up: up.memory.address(),
-                down: down.memory.address(),
-                start: start as u32,
-                end: end as u32,
-                gate_stride: across,
-                up_stride: across,
-                down_stride: along,
-                reserved: 0,
-            });
-            shells.push([gate, up, down]);
-            start = end;
+        let mut dense = Shells::random(rng, block, d, ends);
+        let mut separate = Shells::random(rng, block, d, &ends[..separate]);
+        layer.dense = dense.matrices(float);
+        if separate.neurons() > 0 {
+            layer.separate = Some(separate.matrices(float));
+            Shells::poison_unneeded([&mut dense, &mut separate], &layer.experts);
         }
-        (layer.gate, layer.up) = (stack(float, d, &shells, 0), stack(float, d, &shells, 1));
-        layer.down = join(float, d, &shells);
+        let segments = list(&dense.segments(), &separate.segments(), block.map(Into::into));
         let mut args = layer.args(&segments);
         let sorted = reference::sort(&layer.experts);
         let order = Memory::of(&sorted);
         let outputs = [layer.intermediate_size(), d].map(|n| Memory::poisoned(tokens * n * float.bytes()));
         (args.order, args.h, args.y) = (order.address(), outputs[0].address(), outputs[1].address());
-        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
-        let launches = plan::prefill_quantized(block, float, tokens, d, &lengths);
-        Self { layer, launches, args, outputs, sorted, _held: (order, shells) }
+        let launches = plan::prefill_quantized(block, float, tokens, d, &lengths(&segments));
+        Self { layer, launches, args, outputs, sorted, _held: (order, [dense, separate]) }
     }
 
     fn compare(&self) -> Result<(), String> {
@@ -90,11 +58,19 @@ impl Case {
     }
 }
 
+const FORMATS: [[Block; 2]; 3] =
+    [[Block::Q4K, Block::Q4K], [Block::Q8_0, Block::Q8_0], [Block::Q4K, Block::Q8_0]];
+
+fn check(case: Case, rng: &mut ChaCha8Rng) {
+    for launch in &case.launches {
+        run(launch, &case.args, rng);
+    }
+    case.compare().unwrap_or_else(|e| panic!("{} {}: {e}", case.launches[0].kernel, case.layer.name()));
+}
+
 #[test]
 fn quantized_prefill_equals_the_reference() {
     let mut rng = rng();
-    use Block::{Q4K, Q8_0};
-    let formats = [[Q4K, Q4K], [Q8_0, Q8_0], [Q4K, Q8_0]];
     for (tokens, d, ends, widths) in [
         (0, 256, vec![256], vec![256]),
         (1, 256, vec![256, 512], vec![256, 512]),
@@ -103,13 +79,25 @@ fn quantized_prefill_equals_the_reference() {
         (64, 256, vec![512], vec![60, 512]),
         (513, 256, vec![256], vec![64, 130, 256]),
     ] {
-        for block in formats {
+        for block in FORMATS {
             let mix = MIXES[rng.random_range(0..3)];
-            let case = Case::random(&mut rng, block, [tokens, d], [&ends, &widths], mix);
-            for launch in &case.launches {
-                run(launch, &case.args, &mut rng);
+            check(Case::random(&mut rng, block, [tokens, d], [&ends, &widths], (mix, 0)), &mut rng);
+        }
+    }
+}
+
+#[test]
+fn separate_weights_serve_tokens_below_full_width() {
+    let mut rng = rng();
+    for (tokens, d, widths) in
+        [(2, 256, vec![256, 512]), (7, 512, vec![256, 768, 1024]), (150, 256, vec![256, 512, 768])]
+    {
+        for separate in 1..widths.len() {
+            for mix in SEPARATE_MIXES {
+                let block = FORMATS[rng.random_range(0..3)];
+                let case = Case::random(&mut rng, block, [tokens, d], [&widths, &widths], (mix, separate));
+                check(case, &mut rng);
             }
-            case.compare().unwrap_or_else(|e| panic!("{block:?} {tokens} {d} {widths:?} {mix:?}: {e}"));
         }
     }
 }
@@ -117,7 +105,7 @@ fn quantized_prefill_equals_the_reference() {
 #[test]
 fn a_missing_barrier_is_found() {
     let mut rng = rng();
-    let case = Case::random(&mut rng, [Block::Q4K; 2], [9, 512], [&[256], &[256]], Mix::Wide);
+    let case = Case::random(&mut rng, [Block::Q4K; 2], [9, 512], [&[256], &[256]], (Mix::Wide, 0));
     for launch in &case.launches {
         run(launch, &case.args, &mut rng);
     }

@@ -2,14 +2,16 @@
 
 mod support;
 
-use dynamoe_kernels::args::{FfnArgs, QuantizeArgs, Quantized, Segment};
+use dynamoe_kernels::args::{FfnArgs, QuantizeArgs, Quantized};
 use dynamoe_kernels::plan::{self, Block, Float};
 use dynamoe_kernels::reference::{self, Ffn, Matrix};
+use dynamoe_kernels::segments::list;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use support::blocks::Blocks;
+use support::blocks::Shells;
 use support::{
-    FLOATS, MIXES, Memory, Mix, Strided, decode, epsilon, experts, floats, rng, round, run, run_without,
+    FLOATS, MIXES, Memory, Mix, SEPARATE_MIXES, Strided, decode, epsilon, experts, floats, lengths, rng,
+    round, run, run_without,
 };
 
 /// Memory for `(rows, columns)` of quantized activations.
@@ -79,27 +81,24 @@ struct Case {
     widths: Vec<usize>,
     experts: Vec<u32>,
     x: Strided,
-    shells: Vec<[Blocks; 3]>,
+    dense: Shells,
+    separate: Shells,
     compensation: Vec<f64>,
 }
 
 impl Case {
+    /// The first `separate` shells twice.
     fn random(
         rng: &mut ChaCha8Rng,
         block: [Block; 2],
         [tokens, d]: [usize; 2],
         widths: &[usize],
-        mix: Mix,
+        (mix, separate): (Mix, usize),
     ) -> Self {
         let float = FLOATS[rng.random_range(0..3)];
-        let mut start = 0;
-        let shells = widths.iter().map(|&end| {
-            let neurons = end - std::mem::replace(&mut start, end);
-            let mut matrix = |block, shape| Blocks::random(rng, block, shape);
-            [matrix(block[0], [neurons, d]), matrix(block[0], [neurons, d]), matrix(block[1], [d, neurons])]
-        });
         Self {
-            shells: shells.collect(),
+            dense: Shells::random(rng, block, d, widths),
+            separate: Shells::random(rng, block, d, &widths[..separate]),
             float,
             block,
             tokens,
@@ -111,33 +110,13 @@ impl Case {
         }
     }
 
-    fn segments(&self) -> Vec<Segment> {
-        let mut start = 0;
-        let segment = |(&end, [gate, up, down]): (&usize, &[Blocks; 3])| {
-            let start = std::mem::replace(&mut start, end);
-            let [across, along] = [(self.block[0], self.d), (self.block[1], end - start)]
-                .map(|(b, n)| (n / b.weights()) as u32);
-            Segment {
-                gate: gate.memory.address(),
-                up: up.memory.address(),
-                down: down.memory.address(),
-                start: start as u32,
-                end: end as u32,
-                gate_stride: across,
-                up_stride: across,
-                down_stride: along,
-                reserved: 0,
-            }
-        };
-        self.widths.iter().zip(&self.shells).map(segment).collect()
-    }
-
     /// Runs all four launches and compares `y`.
     fn attempt(&self, seed: u64, without: Option<u32>) -> Result<u32, String> {
         let (t, d, i) = (self.tokens, self.d, self.widths[self.widths.len() - 1]);
         let widths: Vec<u32> = self.experts.iter().map(|&e| self.widths[e as usize] as u32).collect();
         let compensation: Vec<f32> = self.compensation.iter().map(|&c| c as f32).collect();
         let held = [Memory::of(&widths), Memory::of(&self.experts), Memory::of(&compensation)];
+        let segments = list(&self.dense.segments(), &self.separate.segments(), self.block.map(Into::into));
         let (xq, hq) = (Activations::poisoned(t, d), Activations::poisoned(t, i));
         let (h, y) = (Memory::poisoned(t * i * 4), Memory::poisoned(t * d * self.float.bytes()));
         let mut args = FfnArgs {
@@ -152,11 +131,12 @@ impl Case {
             hidden_size: d as u32,
             intermediate_size: i as u32,
             expert_count: self.widths.len() as u32,
-            segment_count: self.widths.len() as u32,
+            segment_count: segments.len() as u32,
+            separate_size: self.separate.neurons() as u32,
             ..FfnArgs::default()
         };
-        args.segments[..self.widths.len()].copy_from_slice(&self.segments());
-        let [gate_up, down] = plan::decode_quantized(self.block, self.float, t, d, i);
+        args.segments[..segments.len()].copy_from_slice(&segments);
+        let [gate_up, down] = plan::decode_quantized(self.block, self.float, t, d, &lengths(&segments));
         let quantize = |x: &Memory, out: &Activations, [columns, stride]: [usize; 2], widths| QuantizeArgs {
             x: x.address(),
             out: out.args(),
@@ -164,7 +144,7 @@ impl Case {
             tokens: t as u32,
             columns: columns as u32,
             x_stride: stride as u32,
-            reserved: 0,
+            separate_size: if widths == 0 { 0 } else { args.separate_size },
         };
         let of_x = quantize(&self.x.memory, &xq, [d, self.x.stride], 0);
         run_without(&plan::quantize(self.float, t, d), &of_x, seed, None)?;
@@ -177,25 +157,15 @@ impl Case {
     }
 
     fn compare(&self, y: &[f64]) -> Result<(), String> {
-        let (d, i) = (self.d, self.widths[self.widths.len() - 1]);
+        let d = self.d;
         // activations as the kernels see them; weights in one piece
         let seen: Vec<f64> =
             (0..self.tokens).flat_map(|t| reference::requantize(self.x.view().row(t, d))).collect();
-        let stack =
-            |m: usize| -> Vec<f64> { self.shells.iter().flat_map(|s| s[m].weights.clone()).collect() };
-        let (gate, up) = (stack(0), stack(1));
-        let row = |r: usize| {
-            self.shells
-                .iter()
-                .flat_map(move |s| s[2].weights.chunks(s[2].weights.len() / d).nth(r).unwrap().to_vec())
-        };
-        let down: Vec<f64> = (0..d).flat_map(row).collect();
-        let matrix = |data, stride| Matrix { data, stride };
+        let [dense, separate] = [&self.dense, &self.separate].map(|shells| shells.matrices(Float::F32));
         let ffn = Ffn {
-            x: matrix(&seen, d),
-            gate_proj: matrix(&gate, d),
-            up_proj: matrix(&up, d),
-            down_proj: matrix(&down, i),
+            x: Matrix { data: &seen, stride: d },
+            dense: dense.view(),
+            separate: (separate.neurons > 0).then(|| separate.view()),
             compensation: &self.compensation,
             experts: &self.experts,
             expert_widths: &self.widths,
@@ -208,7 +178,7 @@ impl Case {
             padded.resize(h.len().next_multiple_of(32), 0.0);
             let h = &reference::requantize(&padded)[..h.len()];
             for (c, (&found, expected)) in y[token * d..].iter().zip(ffn.output(token, h)).enumerate() {
-                let row = matrix(&down, i).row(c, h.len());
+                let row = &ffn.down(token, c, h.len());
                 let terms: f64 = h.iter().zip(row).map(|(h, w)| (h * w).abs()).sum();
                 // f32 sums in another order: 1e-5 of the terms' sum covers some 80 steps of 2⁻²³. They may also round one
                 // number of h the other way: a step of its 8 bits is 1/127 of the largest number in its block, and y takes
@@ -228,24 +198,49 @@ impl Case {
     }
 }
 
+const FORMATS: [[Block; 2]; 3] =
+    [[Block::Q4K, Block::Q4K], [Block::Q8_0, Block::Q8_0], [Block::Q4K, Block::Q8_0]];
+
+const SHAPES: [(usize, usize, &[usize]); 7] = [
+    (0, 256, &[256]),
+    (1, 256, &[256, 512]),
+    (1, 1536, &[256]),
+    (2, 512, &[256, 768]),
+    (3, 256, &[512, 768, 1792]),
+    (8, 768, &[256, 512]),
+    (11, 256, &[256, 512]),
+];
+
+fn check(case: &Case, rng: &mut ChaCha8Rng) {
+    case.attempt(rng.random(), None).unwrap_or_else(|e| {
+        let Case { block, tokens, d, widths, experts, separate, .. } = case;
+        let separate = separate.neurons();
+        panic!("{block:?} {tokens} {d} {widths:?}, separate {separate}, experts {experts:?}: {e}")
+    });
+}
+
 #[test]
 fn quantized_decoding_equals_the_reference() {
     let mut rng = rng();
-    use Block::{Q4K, Q8_0};
-    for block in [[Q4K, Q4K], [Q8_0, Q8_0], [Q4K, Q8_0]] {
-        for (tokens, d, widths) in [
-            (0, 256, vec![256]),
-            (1, 256, vec![256, 512]),
-            (1, 1536, vec![256]),
-            (2, 512, vec![256, 768]),
-            (3, 256, vec![512, 768, 1792]),
-            (8, 768, vec![256, 512]),
-            (11, 256, vec![256, 512]),
-        ] {
+    for block in FORMATS {
+        for (tokens, d, widths) in SHAPES {
             for mix in MIXES {
-                let case = Case::random(&mut rng, block, [tokens, d], &widths, mix);
-                let outcome = case.attempt(rng.random(), None);
-                outcome.unwrap_or_else(|e| panic!("{block:?} {tokens} {d} {widths:?} {mix:?}: {e}"));
+                check(&Case::random(&mut rng, block, [tokens, d], widths, (mix, 0)), &mut rng);
+            }
+        }
+    }
+}
+
+#[test]
+fn separate_weights_serve_tokens_below_full_width() {
+    let mut rng = rng();
+    for (tokens, d, widths) in SHAPES {
+        for separate in 1..widths.len() {
+            for mix in SEPARATE_MIXES {
+                let block = FORMATS[rng.random_range(0..3)];
+                let mut case = Case::random(&mut rng, block, [tokens, d], widths, (mix, separate));
+                Shells::poison_unneeded([&mut case.dense, &mut case.separate], &case.experts);
+                check(&case, &mut rng);
             }
         }
     }
@@ -254,7 +249,7 @@ fn quantized_decoding_equals_the_reference() {
 #[test]
 fn a_missing_wait_is_found() {
     let mut rng = rng();
-    let case = Case::random(&mut rng, [Block::Q8_0; 2], [2, 3072], &[256], Mix::Wide);
+    let case = Case::random(&mut rng, [Block::Q8_0; 2], [2, 3072], &[256], (Mix::Wide, 0));
     let mut found = vec![];
     for seed in 0..4 {
         let sites = case.attempt(seed, None).unwrap();

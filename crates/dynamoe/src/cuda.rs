@@ -24,7 +24,8 @@ pub(crate) fn forward<X: NestedExperts>(
     {
         return Ok(None);
     }
-    let Some(segments) = experts.cuda_segments() else { return Ok(None) };
+    let Some(dense) = experts.cuda_segments() else { return Ok(None) };
+    let segments = cuda::Segments { dense, separate: vec![] };
     if cuda::unsupported(x.dtype(), &segments).is_some() {
         return Ok(None);
     }

@@ -7,8 +7,9 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use candle_core::quantized::GgmlDType;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
-use dynamoe_kernels::cuda::{self, Routed, Thresholds, Weight};
-use dynamoe_kernels::plan::{Many, Tile};
+use dynamoe_kernels::cuda::{self, Routed, Segments, Thresholds, Weight};
+use dynamoe_kernels::plan::{Float, Many, Tile};
+use dynamoe_kernels::{args, segments};
 use rand::Rng;
 
 use crate::check::kernels;
@@ -123,6 +124,8 @@ struct Bench<'a> {
     widths: Vec<usize>,
     format: Format,
     layers: Vec<[Matrix; 3]>,
+    /// Separate weights for half of the neurons, for each layer.
+    separate: Vec<[Matrix; 3]>,
     router: RouterWeights,
     compensation: Tensor,
 }
@@ -139,10 +142,11 @@ impl<'a> Bench<'a> {
         // even the narrowest expert's weights have to be cold
         let narrowest = format.bytes(3 * d * i) / EXPERTS;
         let layers = COLD_BYTES.div_ceil(narrowest).min(24);
-        let one = |_| {
+        let of_neurons = |n| {
             let matrix = |shape| Matrix::unseen(shape, 0.02, format, device);
-            Ok::<_, candle_core::Error>([matrix((i, d))?, matrix((i, d))?, matrix((d, i))?])
+            Ok::<_, candle_core::Error>([matrix((n, d))?, matrix((n, d))?, matrix((d, n))?])
         };
+        let separate = EXPERTS / 2 * i / EXPERTS;
         println!("\n{model}, D {d}, I {i}, {}, {layers} layers in turn", format.name());
         println!("   T           width        µs     (span)  dense   GB/s  copy  Tflop/s  GEMM");
         Ok(Self {
@@ -153,7 +157,8 @@ impl<'a> Bench<'a> {
             d,
             widths: (1..=EXPERTS).map(|e| e * i / EXPERTS).collect(),
             format,
-            layers: (0..layers).map(one).collect::<Result<_>>()?,
+            layers: (0..layers).map(|_| of_neurons(i)).collect::<Result<_>>()?,
+            separate: (0..layers).map(|_| of_neurons(separate)).collect::<Result<_>>()?,
             router: RouterWeights::random(d, ROUTER_SIZE, EXPERTS, device)?,
             compensation: Tensor::zeros((EXPERTS - 1, d), DType::F32, device)?,
         })
@@ -164,7 +169,7 @@ impl<'a> Bench<'a> {
             Tensor::rand(-1f32, 1f32, (tokens, self.d), self.device)?.to_dtype(self.format.activations())?;
         let dense = time(self.cuda, self.layers.len(), &mut |layer| self.dense(layer, &x))?;
         let full = vec![EXPERTS as u32 - 1; tokens];
-        self.report("dense", tokens, &full, dense, dense, lines);
+        self.report(("dense", tokens), self.work(&full, false), [dense; 2], lines);
         let mixed: Vec<u32> = (0..tokens).map(|_| rand::rng().random_range(0..EXPERTS as u32)).collect();
         // what runs by default, then each of the kernels that could
         let mut choices = vec![None];
@@ -174,34 +179,55 @@ impl<'a> Bench<'a> {
             let what = label(many);
             for expert in 0..EXPERTS as u32 {
                 let name = format!("{what}{:.2}", f64::from(expert + 1) / EXPERTS as f64);
-                self.fixed((&name, many), &x, &vec![expert; tokens], dense, lines)?;
+                self.fixed((&name, many, false), &x, &vec![expert; tokens], dense, lines)?;
             }
             if tokens > 1 {
-                self.fixed((&format!("{what}mixed"), many), &x, &mixed, dense, lines)?;
+                self.fixed((&format!("{what}mixed"), many, false), &x, &mixed, dense, lines)?;
+                self.fixed((&format!("{what}separate"), many, true), &x, &mixed, dense, lines)?;
             }
         }
         let route = time(self.cuda, self.layers.len(), &mut |_| {
             cuda::route(&x, &self.router.view(), Thresholds::All(0.0), &self.widths).map(drop)
         })?;
-        self.report("route", tokens, &[], route, dense, lines);
+        let router = 4 * ROUTER_SIZE * self.d + tokens * self.d * self.format.activations().size_in_bytes();
+        let flops = 2 * tokens * ROUTER_SIZE * self.d;
+        self.report(("route", tokens), (router, flops), [route, dense], lines);
         Ok(())
     }
 
     fn fixed(
         &self,
-        (name, many): (&str, Option<Many>),
+        (name, many, separate): (&str, Option<Many>, bool),
         x: &Tensor,
         experts: &[u32],
         dense: Time,
         lines: &mut Vec<String>,
     ) -> Result<()> {
         let to: Routed = routed(experts, &self.widths, self.device)?;
-        let segments: Vec<_> = self.layers.iter().map(|layer| [segment(layer)]).collect();
+        let of_layer = |(dense, other): (&[Matrix; 3], &[Matrix; 3])| Segments {
+            dense: vec![segment(dense)],
+            separate: separate.then(|| segment(other)).into_iter().collect(),
+        };
+        let segments: Vec<_> = self.layers.iter().zip(&self.separate).map(of_layer).collect();
         let took = time(self.cuda, self.layers.len(), &mut |layer| {
             cuda::forward_as(x, &segments[layer], Some(&self.compensation), &to, many).map(drop)
         })?;
-        self.report(name, experts.len(), experts, took, dense, lines);
+        self.report((name, experts.len()), self.work(experts, separate), [took, dense], lines);
         Ok(())
+    }
+
+    /// Bytes that have to be read and written at least (weights that any token needs, and activations; `h` may stay in a
+    /// cache), and operations.
+    fn work(&self, experts: &[u32], separate: bool) -> (usize, usize) {
+        let widths: Vec<u32> = experts.iter().map(|&e| self.widths[e as usize] as u32).collect();
+        let run = |neurons: usize| args::Segment { end: neurons as u32, ..args::Segment::default() };
+        let [all, half] = [EXPERTS, EXPERTS / 2].map(|e| run(self.widths[e - 1]));
+        // units matter for addresses, of which there are none
+        let list = segments::list(&[all], &[half][..usize::from(separate)], [Float::F32.into(); 2]);
+        let read = segments::neurons_read(&list, &widths) as usize;
+        let activations = 2 * experts.len() * self.d * self.format.activations().size_in_bytes();
+        let neurons: usize = widths.iter().map(|&w| w as usize).sum();
+        (self.format.bytes(3 * self.d * read) + activations, 6 * self.d * neurons)
     }
 
     /// The dense FFN of candle's operations: cuBLAS, or candle's own kernels for blocks.
@@ -219,23 +245,11 @@ impl<'a> Bench<'a> {
 
     fn report(
         &self,
-        name: &str,
-        tokens: usize,
-        experts: &[u32],
-        took: Time,
-        dense: Time,
+        (name, tokens): (&str, usize),
+        (bytes, flops): (usize, usize),
+        [took, dense]: [Time; 2],
         lines: &mut Vec<String>,
     ) {
-        let widths: Vec<usize> = experts.iter().map(|&e| self.widths[e as usize]).collect();
-        let widest = widths.iter().copied().max().unwrap_or(0);
-        let activations = 2 * tokens * self.d * self.format.activations().size_in_bytes();
-        // what has to be read and written at least: the widest prefix, and activations; h may stay in a cache
-        let (bytes, flops) = if experts.is_empty() {
-            (4 * ROUTER_SIZE * self.d + activations / 2, 2 * tokens * ROUTER_SIZE * self.d)
-        } else {
-            let neurons: usize = widths.iter().sum();
-            (self.format.bytes(3 * self.d * widest) + activations, 6 * self.d * neurons)
-        };
         let (rate, speed) = (bytes as f64 / took.median, flops as f64 / took.median);
         println!(
             "{tokens:4}  {name:>14}  {:8.1}  ({:.1}-{:.1})  {:.3}  {:6.0}  {:.2}  {:7.1}  {:.2}",

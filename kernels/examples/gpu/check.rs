@@ -3,9 +3,9 @@
 use candle_core::cuda_backend::WrapErr;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Tensor, bail};
-use dynamoe_kernels::cuda::{self, Thresholds};
+use dynamoe_kernels::cuda::{self, Segments, Thresholds};
 use dynamoe_kernels::plan::{DECODE_TOKENS, FEW_TOKENS, Many, Tile};
-use dynamoe_kernels::reference::{self, Ffn, Matrix as View, Route};
+use dynamoe_kernels::reference::{self, Ffn, Matrix as View, Route, Weights};
 use rand::Rng;
 
 use crate::weights::{Format, Matrix, RouterWeights, routed, segment, to_f64};
@@ -26,8 +26,8 @@ pub fn run(device: &Device) -> Result<()> {
         for tokens in TOKENS {
             for many in kernels(device, tokens, format)? {
                 for mix in ["narrow", "wide", "mixed"] {
-                    for shells in [false, true] {
-                        let case = Case { tokens, format, mix, shells, many };
+                    for (shells, separate) in [(false, 0), (true, 0), (false, 1), (true, 2)] {
+                        let case = Case { tokens, format, mix, shells, separate, many };
                         largest = largest.max(case.run(device)?);
                     }
                 }
@@ -97,28 +97,53 @@ struct Case {
     tokens: usize,
     format: Format,
     mix: &'static str,
+    /// Whether shells are matrices of their own.
     shells: bool,
+    /// For how many shells tokens below full width have separate weights.
+    separate: usize,
     many: Option<Many>,
+}
+
+/// gate_proj, up_proj and down_proj of matrices one behind the other, `weight` of each number.
+fn whole(pieces: &[[Matrix; 3]], d: usize, weight: &dyn Fn(f64) -> f64) -> [Vec<f64>; 3] {
+    let stack = |m: usize| -> Vec<f64> {
+        pieces.iter().flat_map(|p| p[m].values.iter().map(|&w| weight(w))).collect()
+    };
+    let row = |r: usize| {
+        let of =
+            move |p: &[Matrix; 3]| p[2].values[p[2].values.len() / d * r..][..p[2].values.len() / d].to_vec();
+        pieces.iter().flat_map(of).map(weight)
+    };
+    [stack(0), stack(1), (0..d).flat_map(row).collect()]
+}
+
+fn weights([gate, up, down]: &[Vec<f64>; 3], d: usize) -> Weights<'_> {
+    let view = |data, stride| View { data, stride };
+    let neurons = gate.len() / d;
+    Weights { gate_proj: view(gate, d), up_proj: view(up, d), down_proj: view(down, neurons), neurons }
 }
 
 impl Case {
     /// Returns the largest error as a share of the bound.
     fn run(&self, device: &Device) -> Result<f64> {
-        let &Self { tokens, format, mix, shells, many } = self;
+        let &Self { tokens, format, mix, shells, separate, many } = self;
         let quantized = matches!(format, Format::Blocks(_));
         let (d, widths) = if quantized { (512, vec![256, 768, 1024]) } else { (328, vec![72, 136, 400]) };
-        let i = widths[widths.len() - 1];
-        let mut start = 0;
-        let mut pieces = Vec::new();
-        for &end in if shells { &widths[..] } else { &widths[widths.len() - 1..] } {
-            let n = end - std::mem::replace(&mut start, end);
-            let weight = 2.0 / (d as f64).sqrt();
-            pieces.push([
-                Matrix::random((n, d), weight, format, device)?,
-                Matrix::random((n, d), weight, format, device)?,
-                Matrix::random((d, n), 1.0, format, device)?,
-            ]);
-        }
+        let pieces = |widths: &[usize]| {
+            let mut start = 0;
+            let skipped = if shells { 0 } else { widths.len().saturating_sub(1) };
+            let piece = |&end: &usize| {
+                let n = end - std::mem::replace(&mut start, end);
+                let weight = 2.0 / (d as f64).sqrt();
+                Ok([
+                    Matrix::random((n, d), weight, format, device)?,
+                    Matrix::random((n, d), weight, format, device)?,
+                    Matrix::random((d, n), 1.0, format, device)?,
+                ])
+            };
+            widths.iter().skip(skipped).map(piece).collect::<Result<Vec<_>>>()
+        };
+        let (dense, separate) = (pieces(&widths)?, pieces(&widths[..separate])?);
         let largest = widths.len() as u32 - 1;
         let expert = |_| match mix {
             "narrow" => 0,
@@ -130,7 +155,8 @@ impl Case {
         // rows of a wider matrix, so that strides are not lengths
         let x = Tensor::rand(-2f32, 2f32, (tokens, d + 8), device)?.to_dtype(dtype)?.narrow(1, 0, d)?;
         let compensation = Tensor::rand(-1f32, 1f32, (widths.len() - 1, d), device)?;
-        let segments: Vec<_> = pieces.iter().map(segment).collect();
+        let [of_dense, of_separate] = [&dense, &separate].map(|p| p.iter().map(segment).collect());
+        let segments = Segments { dense: of_dense, separate: of_separate };
         let y =
             cuda::forward_as(&x, &segments, Some(&compensation), &routed(&experts, &widths, device)?, many)?;
 
@@ -143,28 +169,16 @@ impl Case {
             _ => f64::from(x as f32),
         };
         let weight = |w: f64| if requantizes { w } else { round(w) };
-        let stack = |m: usize| -> Vec<f64> {
-            pieces.iter().flat_map(|p| p[m].values.iter().map(|&w| weight(w))).collect()
-        };
-        let (gate, up) = (stack(0), stack(1));
-        let row = |r: usize| {
-            let of = move |p: &[Matrix; 3]| {
-                p[2].values[p[2].values.len() / d * r..][..p[2].values.len() / d].to_vec()
-            };
-            pieces.iter().flat_map(of).map(weight)
-        };
-        let down: Vec<f64> = (0..d).flat_map(row).collect();
+        let [dense, separate] = [&dense, &separate].map(|pieces| whole(pieces, d, &weight));
         let mut seen = to_f64(&x)?;
         if requantizes {
             seen = reference::requantize(&seen);
         }
         let compensation = to_f64(&compensation)?;
-        let view = |data, stride| View { data, stride };
         let ffn = Ffn {
-            x: view(&seen, d),
-            gate_proj: view(&gate, d),
-            up_proj: view(&up, d),
-            down_proj: view(&down, i),
+            x: View { data: &seen, stride: d },
+            dense: weights(&dense, d),
+            separate: (!separate[0].is_empty()).then(|| weights(&separate, d)),
             compensation: &compensation,
             experts: &experts,
             expert_widths: &widths,
@@ -183,7 +197,7 @@ impl Case {
                 h = reference::requantize(&h);
             }
             for (column, (found, expected)) in found.iter().zip(ffn.output(token, &h)).enumerate() {
-                let row = &down[column * i..][..h.len()];
+                let row = &ffn.down(token, column, h.len());
                 // A number of h may round the other way. If h is quantized to 8 bits, its step is 1/127 of the largest
                 // number in its block, and one such number, times its weight, is what y may be off by.
                 let largest = |v: &[f64]| v.iter().fold(0f64, |m, x| m.max(x.abs()));
@@ -192,7 +206,7 @@ impl Case {
                 } else {
                     ranges.iter().zip(row).map(|([low, high], w)| (high - low) * w.abs()).sum()
                 };
-                let allowed = epsilon * expected.abs() + noise + ffn.output_error(column, &h);
+                let allowed = epsilon * expected.abs() + noise + ffn.output_error(token, column, &h);
                 let share = (found - expected).abs() / allowed;
                 if share.is_nan() || share > 1.0 {
                     bail!(

@@ -1,125 +1,25 @@
 //! Launches of the FFN.
 
-use std::sync::Arc;
-
 use candle_core::cuda_backend::WrapErr;
-use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use half::{bf16, f16};
 
 use super::launch::launch;
-use super::operand::{Rows, Scratch, contiguous, device_of, float_of, rows};
+use super::operand::{Scratch, contiguous, device_of, float_of, rows};
 use super::route::Routed;
-use crate::args::{self, FfnArgs, QuantizeArgs, Quantized, SortArgs};
-use crate::plan::{self, Block, Float, Many, QUANTIZED_COLUMNS};
-use crate::{MAX_EXPERTS, MAX_SEGMENTS};
+use super::weights::{Segments, addresses, blocks, unsupported};
+use crate::args::{FfnArgs, QuantizeArgs, Quantized, SortArgs};
+use crate::plan::{self, Block, Float, Many};
+use crate::{MAX_EXPERTS, segments};
 
-/// A matrix of weights on the device.
-#[derive(Debug, Clone)]
-pub enum Weight {
-    /// f32, f16 or bf16, as the activations.
-    Float(Tensor),
-    /// Q4K or Q8_0.
-    Quantized(Arc<QTensor>),
-}
-
-impl Weight {
-    fn dims(&self) -> Result<[usize; 2]> {
-        let (rows, columns) = match self {
-            Self::Float(tensor) => tensor.dims2()?,
-            Self::Quantized(tensor) => tensor.shape().dims2()?,
-        };
-        Ok([rows, columns])
-    }
-
-    /// The format of quantized weights, none for floats.
-    fn block(&self) -> Result<Option<Block>> {
-        match self {
-            Self::Float(_) => Ok(None),
-            Self::Quantized(tensor) => match tensor.dtype() {
-                GgmlDType::Q4K => Ok(Some(Block::Q4K)),
-                GgmlDType::Q8_0 => Ok(Some(Block::Q8_0)),
-                other => bail!("dispatch: expected weights in Q4K or Q8_0, found {other:?}"),
-            },
-        }
-    }
-
-    fn rows(&self, name: &str, dtype: DType, shape: [usize; 2]) -> Result<Rows> {
-        match self {
-            Self::Float(tensor) => rows(tensor, name, dtype, shape),
-            Self::Quantized(tensor) => {
-                let block = self.block()?.map_or(1, Block::weights);
-                if self.dims()? != shape {
-                    bail!("{name}: expected {shape:?}, found {:?}", tensor.shape());
-                }
-                Ok(Rows { address: tensor.device_ptr()? as u64, stride: (shape[1] / block) as u32 })
-            }
-        }
-    }
-}
-
-/// A run of neurons in matrices of its own: the whole FFN, or one shell.
-#[derive(Debug, Clone)]
-pub struct Segment {
-    /// `(neurons, D)`
-    pub gate_proj: Weight,
-    /// `(neurons, D)`
-    pub up_proj: Weight,
-    /// `(D, neurons)`
-    pub down_proj: Weight,
-}
-
-/// Formats of gate_proj and up_proj, and of down_proj, the same in all segments; none for floats.
-fn blocks(segments: &[Segment]) -> Result<Option<[Block; 2]>> {
-    let of = |s: &Segment| {
-        Ok::<_, candle_core::Error>([s.gate_proj.block()?, s.up_proj.block()?, s.down_proj.block()?])
-    };
-    let Some(first) = segments.first() else { bail!("dispatch: expected segments, found none") };
-    let formats @ [gate, up, down] = of(first)?;
-    for segment in segments {
-        if of(segment)? != formats || gate != up || gate.is_some() != down.is_some() {
-            bail!(
-                "dispatch: expected all segments in the same formats, found {formats:?} and {:?}",
-                of(segment)?
-            );
-        }
-    }
-    Ok(gate.zip(down).map(|(gate, down)| [gate, down]))
-}
-
-/// The reason why [`forward`] cannot run rows of type `dtype` through these segments, or none if it can. It depends on
-/// shapes and types only.
-pub fn unsupported(dtype: DType, segments: &[Segment]) -> Option<String> {
-    let why = || -> Result<Option<String>> {
-        if segments.len() > MAX_SEGMENTS {
-            return Ok(Some(format!("more than {MAX_SEGMENTS} segments")));
-        }
-        let blocks = blocks(segments)?;
-        let multiple = match (blocks, dtype) {
-            (Some(_), DType::F32 | DType::F16 | DType::BF16) => QUANTIZED_COLUMNS,
-            (None, DType::F32) => 4,
-            (None, DType::F16 | DType::BF16) => 8,
-            _ => return Ok(Some(format!("activations in {dtype:?}"))),
-        };
-        for segment in segments {
-            let [neurons, d] = segment.gate_proj.dims()?;
-            if !neurons.is_multiple_of(multiple) || !d.is_multiple_of(multiple) {
-                return Ok(Some(format!("({neurons}, {d}) is not in multiples of {multiple}")));
-            }
-        }
-        Ok(None)
-    };
-    why().unwrap_or_else(|error| Some(error.to_string()))
-}
-
-/// The FFN: `x (T, D)` → `(T, D)`, each token at the width of its route. `compensation (E-1, D)`, in f32, belongs to the
-/// experts without the largest.
+/// The FFN: `x (T, D)` → `(T, D)`, each token at the width of its route, of which full width is the number of dense neurons.
+/// `compensation (E-1, D)`, in f32, belongs to the experts without the largest.
 ///
 /// # Errors
 /// The reason that [`unsupported`] gives; shapes, types and strides that do not fit.
 pub fn forward(
     x: &Tensor,
-    segments: &[Segment],
+    segments: &Segments,
     compensation: Option<&Tensor>,
     routed: &Routed,
 ) -> Result<Tensor> {
@@ -132,7 +32,7 @@ pub fn forward(
 /// [`forward`]'s; [`Many::Few`] with more than [`plan::FEW_TOKENS`].
 pub fn forward_as(
     x: &Tensor,
-    segments: &[Segment],
+    segments: &Segments,
     compensation: Option<&Tensor>,
     routed: &Routed,
     many: Option<Many>,
@@ -167,7 +67,7 @@ impl Call {
         &self,
         x: &Tensor,
         d: usize,
-        segments: &[Segment],
+        segments: &Segments,
         compensation: Option<&Tensor>,
         routed: &Routed,
     ) -> Result<FfnArgs> {
@@ -186,29 +86,21 @@ impl Call {
             tokens: self.tokens as u32,
             hidden_size: d as u32,
             expert_count: expert_count as u32,
-            segment_count: segments.len() as u32,
             ..FfnArgs::default()
         };
-        let mut start = 0;
-        for (to, segment) in args.segments.iter_mut().zip(segments) {
-            let [neurons, _] = segment.gate_proj.dims()?;
-            let gate = segment.gate_proj.rows("dispatch: gate_proj", x.dtype(), [neurons, d])?;
-            let up = segment.up_proj.rows("dispatch: up_proj", x.dtype(), [neurons, d])?;
-            let down = segment.down_proj.rows("dispatch: down_proj", x.dtype(), [d, neurons])?;
-            *to = args::Segment {
-                gate: gate.address,
-                up: up.address,
-                down: down.address,
-                start,
-                end: start + neurons as u32,
-                gate_stride: gate.stride,
-                up_stride: up.stride,
-                down_stride: down.stride,
-                reserved: 0,
-            };
-            start += neurons as u32;
+        let [dense, separate] =
+            [&segments.dense, &segments.separate].map(|segments| addresses(segments, x.dtype(), d));
+        let (dense, separate) = (dense?, separate?);
+        args.intermediate_size = segments::size(&dense);
+        args.separate_size = segments::size(&separate);
+        if args.separate_size >= args.intermediate_size {
+            let (separate, all) = (args.separate_size, args.intermediate_size);
+            bail!("dispatch: expected separate weights for fewer than {all} neurons, found {separate}");
         }
-        args.intermediate_size = start;
+        let units = self.blocks.map_or([self.float.into(); 2], |blocks| blocks.map(Into::into));
+        let list = segments::list(&dense, &separate, units);
+        args.segment_count = list.len() as u32;
+        args.segments[..list.len()].copy_from_slice(&list);
         Ok(args)
     }
 
@@ -227,7 +119,7 @@ impl Call {
             let mut h = Scratch::<T>::new(&self.device, self.tokens * i)?;
             args.h = h.address();
             if decodes {
-                self.launch_all(&plan::decode(self.float, self.tokens, d, i), &args)?;
+                self.launch_all(&plan::decode(self.float, self.tokens, d, &lengths(&args)), &args)?;
             } else {
                 self.many(&mut args)?;
             }
@@ -245,8 +137,7 @@ impl Call {
 
     fn many(&self, args: &mut FfnArgs) -> Result<()> {
         let (tokens, d) = (self.tokens, args.hidden_size as usize);
-        let segments = &args.segments[..args.segment_count as usize];
-        let lengths: Vec<usize> = segments.iter().map(|s| (s.end - s.start) as usize).collect();
+        let lengths = lengths(args);
         if let Some(blocks) = self.blocks {
             return self.sorted(&plan::prefill_quantized(blocks, self.float, tokens, d, &lengths), args);
         }
@@ -283,26 +174,40 @@ impl Call {
         let mut of_h = QuantizedScratch::new(&self.device, self.tokens, i)?;
         let mut h = Scratch::<f32>::new(&self.device, self.tokens * i)?;
         (args.xq, args.hq, args.h) = (of_x.args(), of_h.args(), h.address());
-        let of = |x, out, columns: usize, x_stride, widths| QuantizeArgs {
-            x,
-            out,
-            widths,
-            tokens: args.tokens,
-            columns: columns as u32,
-            x_stride,
-            reserved: 0,
+        let of_rows = QuantizeArgs { tokens: args.tokens, ..QuantizeArgs::default() };
+        let input = QuantizeArgs {
+            x: args.x,
+            out: args.xq,
+            columns: args.hidden_size,
+            x_stride: args.x_stride,
+            ..of_rows
         };
-        let [gate_up, down] = plan::decode_quantized(blocks, self.float, self.tokens, d, i);
+        let hidden = QuantizeArgs {
+            x: args.h,
+            out: args.hq,
+            widths: args.widths,
+            columns: args.intermediate_size,
+            x_stride: args.intermediate_size,
+            separate_size: args.separate_size,
+            ..of_rows
+        };
+        let [gate_up, down] = plan::decode_quantized(blocks, self.float, self.tokens, d, &lengths(args));
         let quantize = plan::quantize(self.float, self.tokens, d);
         let requantize = plan::quantize(Float::F32, self.tokens, i);
         // SAFETY: `args` checked the addresses; scratch is freed behind the launches
         unsafe {
-            launch(&self.device, &quantize, &of(args.x, args.xq, d, args.x_stride, 0))?;
+            launch(&self.device, &quantize, &input)?;
             launch(&self.device, &gate_up, args)?;
-            launch(&self.device, &requantize, &of(args.h, args.hq, i, i as u32, args.widths))?;
+            launch(&self.device, &requantize, &hidden)?;
             launch(&self.device, &down, args)
         }
     }
+}
+
+/// The lengths of an argument's segments.
+fn lengths(args: &FfnArgs) -> Vec<usize> {
+    let segments = &args.segments[..args.segment_count as usize];
+    segments.iter().map(|s| (s.end - s.start) as usize).collect()
 }
 
 /// Memory for quantized activations. Four numbers of 8 bits take a word.

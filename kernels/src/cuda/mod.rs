@@ -8,6 +8,8 @@ mod ffn;
 mod launch;
 mod operand;
 mod route;
+mod weights;
 
-pub use ffn::{Segment, Weight, forward, forward_as, unsupported};
+pub use ffn::{forward, forward_as};
 pub use route::{Routed, Router, Thresholds, route};
+pub use weights::{Segment, Segments, Weight, unsupported};
