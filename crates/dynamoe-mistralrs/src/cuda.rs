@@ -5,19 +5,20 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{Result, quantized::GgmlDType};
-use dynamoe::{CudaSegment, CudaWeight};
+use dynamoe::{CudaSegment, CudaSegments, CudaWeight};
 use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
 use crate::{engine_blocks::EngineBlocks, projection::Slot};
 
 /// Where the matrices of a layer's shells lie on a CUDA device, while the kernels know all of them.
 #[derive(Default)]
-pub(crate) struct CudaExperts(RwLock<Option<Vec<CudaSegment>>>);
+pub(crate) struct CudaExperts(RwLock<Option<CudaSegments>>);
 
 impl CudaExperts {
-    /// Takes note of the shells in `slots` (gate, up and down projection of each, narrowest expert's first), which hold the
-    /// same weights afterwards, in the memory that is used here. Returns whether there are kernels for them.
-    pub fn try_build(&self, slots: Vec<&mut Slot>) -> Result<bool> {
+    /// Takes note of the shells in `slots` (gate, up and down projection of each, narrowest expert's first, `experts` of
+    /// them and then the smaller experts' separate ones), which hold the same weights afterwards, in the memory
+    /// that is used here. Returns whether there are kernels for them.
+    pub fn try_build(&self, slots: Vec<&mut Slot>, experts: usize) -> Result<bool> {
         let weights = slots.into_iter().map(weight).collect::<Result<Vec<_>>>()?;
         let weights: Option<Vec<_>> = weights.into_iter().collect();
         let segment = |w: &[CudaWeight]| CudaSegment {
@@ -25,7 +26,11 @@ impl CudaExperts {
             up_proj: w[1].clone(),
             down_proj: w[2].clone(),
         };
-        let segments = weights.map(|weights| weights.chunks_exact(3).map(segment).collect());
+        let segments = weights.map(|weights| {
+            let mut dense: Vec<_> = weights.chunks_exact(3).map(segment).collect();
+            let separate = dense.split_off(experts.min(dense.len()));
+            CudaSegments { dense, separate }
+        });
         let mut of_layer = self.0.write().unwrap_or_else(PoisonError::into_inner);
         *of_layer = segments;
         Ok(of_layer.is_some())
@@ -40,7 +45,7 @@ impl CudaExperts {
         self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    pub fn get(&self) -> Option<Vec<CudaSegment>> {
+    pub fn get(&self) -> Option<CudaSegments> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

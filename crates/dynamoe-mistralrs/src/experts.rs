@@ -37,7 +37,7 @@ impl NestedExperts for EngineExperts {
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_segments(&self) -> Option<Vec<dynamoe::CudaSegment>> {
+    fn cuda_segments(&self) -> Option<dynamoe::CudaSegments> {
         self.cuda.get()
     }
 

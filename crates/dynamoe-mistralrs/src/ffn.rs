@@ -71,10 +71,8 @@ impl SwappedFfns {
         let mut built = 0;
         for (cuda, mlp) in self.cuda.iter().zip(mlps) {
             let is_silu = matches!(mlp.hidden_act(), Activation::Silu | Activation::Swish);
-            let slots = mlp.get_isq_layers();
-            // separate weights of the smaller experts have no kernel
-            let known = is_silu && slots.len() == 3 * self.model.config().experts();
-            built += usize::from(known && cuda.try_build(slots)?);
+            let experts = self.model.config().experts();
+            built += usize::from(is_silu && cuda.try_build(mlp.get_isq_layers(), experts)?);
         }
         Ok(built)
     }

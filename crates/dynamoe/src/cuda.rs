@@ -24,8 +24,7 @@ pub(crate) fn forward<X: NestedExperts>(
     {
         return Ok(None);
     }
-    let Some(dense) = experts.cuda_segments() else { return Ok(None) };
-    let segments = cuda::Segments { dense, separate: vec![] };
+    let Some(segments) = experts.cuda_segments() else { return Ok(None) };
     if cuda::unsupported(x.dtype(), &segments).is_some() {
         return Ok(None);
     }

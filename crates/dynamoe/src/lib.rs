@@ -39,7 +39,7 @@ mod testing;
 pub mod train;
 
 #[cfg(feature = "cuda")]
-pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
+pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Segments as CudaSegments, Weight as CudaWeight};
 
 pub use config::{DynaMoeConfig, RouterConfig, RouterKind};
 pub use dial::{Budget, Dial, Sensitivity};

@@ -19,7 +19,7 @@ mod shells;
 
 use candle_core::{Result, Tensor};
 #[cfg(feature = "cuda")]
-use dynamoe_kernels::cuda::Segment as CudaSegment;
+use dynamoe_kernels::cuda::Segments as CudaSegments;
 
 pub use glu::Glu;
 pub use packed::PackedExperts;
@@ -38,10 +38,10 @@ pub trait NestedExperts: Send + Sync {
     /// and the list never increases.
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor>;
 
-    /// The weights in runs of neurons, if they lie on a CUDA device in a form that dynamoe-kernels may know, and all
-    /// experts share them. Returning `None` is always correct; on CUDA the layer then has to wait for its routes.
+    /// The weights in runs of neurons, and the smaller experts' separate ones, if they lie on a CUDA device in a form that
+    /// dynamoe-kernels may know. Returning `None` is always correct; on CUDA the layer then has to wait for its routes.
     #[cfg(feature = "cuda")]
-    fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
+    fn cuda_segments(&self) -> Option<CudaSegments> {
         None
     }
 

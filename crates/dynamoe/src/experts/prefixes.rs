@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::Activation;
 #[cfg(feature = "cuda")]
-use dynamoe_kernels::cuda::{Segment as CudaSegment, Weight as CudaWeight};
+use dynamoe_kernels::cuda::{Segment as CudaSegment, Segments as CudaSegments, Weight as CudaWeight};
 
 use super::glu::{Glu, glu};
 use super::{NestedExperts, Projections, rows};
@@ -18,6 +18,9 @@ pub struct PrefixExperts {
     glu: Glu,
     widths: Vec<usize>,
     smaller: Option<Box<Self>>,
+    /// `P`, the number of neurons with separate weights.
+    #[cfg(feature = "cuda")]
+    separate_size: usize,
 }
 
 impl PrefixExperts {
@@ -39,7 +42,15 @@ impl PrefixExperts {
             }
         }
         crate::config::check_widths(widths, i)?;
-        Ok(Self { matrices, activation, glu, widths: widths.to_vec(), smaller: None })
+        Ok(Self {
+            matrices,
+            activation,
+            glu,
+            widths: widths.to_vec(),
+            smaller: None,
+            #[cfg(feature = "cuda")]
+            separate_size: 0,
+        })
     }
 
     /// Adds separate weights for the first neurons of the smaller experts: gate and up `(P, D)` and down `(D, P)`,
@@ -59,7 +70,12 @@ impl PrefixExperts {
             down_proj: extend(&separate.down_proj, &self.matrices.down_proj, 1)?,
         };
         let smaller = Self::new(matrices, self.activation, narrower)?.with_glu(self.glu);
-        Ok(Self { smaller: Some(Box::new(smaller)), ..self })
+        Ok(Self {
+            smaller: Some(Box::new(smaller)),
+            #[cfg(feature = "cuda")]
+            separate_size: p,
+            ..self
+        })
     }
 
     /// The same with another implementation of `act(gate) ∘ up`, an engine's fused one.
@@ -87,6 +103,17 @@ impl PrefixExperts {
         let h = (self.glu)(&gate, &up, self.activation)?;
         h.matmul(&down_proj.narrow(1, 0, width)?.t()?) // (T, D)
     }
+
+    /// The first `width` neurons, in place.
+    #[cfg(feature = "cuda")]
+    fn cuda_prefix(&self, width: usize) -> Result<CudaSegment> {
+        let Projections { gate_proj, up_proj, down_proj } = &self.matrices;
+        Ok(CudaSegment {
+            gate_proj: CudaWeight::Float(gate_proj.narrow(0, 0, width)?),
+            up_proj: CudaWeight::Float(up_proj.narrow(0, 0, width)?),
+            down_proj: CudaWeight::Float(down_proj.narrow(1, 0, width)?),
+        })
+    }
 }
 
 impl NestedExperts for PrefixExperts {
@@ -95,11 +122,14 @@ impl NestedExperts for PrefixExperts {
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_segments(&self) -> Option<Vec<CudaSegment>> {
-        let Projections { gate_proj, up_proj, down_proj } =
-            self.matrices.as_ref().map(|w| CudaWeight::Float(w.clone()));
-        let known = super::glu::is_silu(self.activation) && self.smaller.is_none();
-        known.then(|| vec![CudaSegment { gate_proj, up_proj, down_proj }])
+    fn cuda_segments(&self) -> Option<CudaSegments> {
+        if !super::glu::is_silu(self.activation) {
+            return None;
+        }
+        let dense = self.cuda_prefix(*self.widths.last()?).ok()?;
+        let separate = self.smaller.as_deref().map(|smaller| smaller.cuda_prefix(self.separate_size));
+        let separate = separate.transpose().ok()?.into_iter().collect();
+        Some(CudaSegments { dense: vec![dense], separate })
     }
 
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
