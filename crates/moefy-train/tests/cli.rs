@@ -692,7 +692,7 @@ fn memory_is_what_was_said_before() {
         let estimate = phases.chain(rest).map(bytes).fold(0.0, f64::max);
         let share = bytes(peak) / estimate;
         println!("{out}: {estimate:.3e}, {peak}: {share:.2}");
-        assert!((0.7..=1.15).contains(&share), "{out}: {share} of what was said: {told:?}");
+        assert!((0.85..=1.15).contains(&share), "{out}: {share} of what was said: {told:?}");
     }
 }
 
