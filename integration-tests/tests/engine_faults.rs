@@ -187,12 +187,13 @@ async fn no_more_sequences_run_than_allowed_after_a_pause() {
         })
     };
     // the others arrive while the first runs, and all wait when it is done
-    tokio::join!(
+    let answers = tokio::join!(
         ask(&engine, request(0, 50)),
         ask(&engine, request(1, 0)),
         ask(&engine, request(2, 0)),
         ask(&engine, request(3, 0))
     );
+    assert!([answers.0, answers.1, answers.2, answers.3].iter().all(Result::is_ok));
     let turns = turns.lock().unwrap();
     assert!(turns.chunks(3).all(|turns| turns.iter().all(|id| *id == turns[0])), "{turns:?}");
 }

@@ -59,7 +59,7 @@ fn streamed(events: &[Value]) -> Vec<(String, String)> {
 /// The only choice of an answer, which must be the same whole and streamed.
 fn told(server: &Server, route: &str, body: &Value) -> (String, String) {
     let answer = whole(&server.json(route, body)).remove(0);
-    assert_eq!(streamed(&server.stream(route, body)), [answer.clone()], "{body}");
+    assert_eq!(streamed(&server.stream(route, body)), std::slice::from_ref(&answer), "{body}");
     answer
 }
 

@@ -67,7 +67,8 @@ fn base_and_add_on_read_like_the_whole_checkpoint() {
 
 #[test]
 fn broken_descriptions_are_refused() {
-    let cases: [(fn(&mut Value), &[&str]); 7] = [
+    type Change = fn(&mut Value);
+    let cases: [(Change, &[&str]); 7] = [
         (|json| json["version"] = json!(2), &["version", "found 2", "newer"]),
         (|json| json["version"] = Value::Null, &["version", "null"]),
         (|json| json["extra"] = json!(1), &["extra"]),
