@@ -221,10 +221,10 @@ mod tests {
     #[test]
     #[cfg(not(feature = "accelerate"))]
     fn bf16_is_refused_on_a_cpu_that_does_not_multiply_it() {
-        let error = parse("--model m --cpu --dtype bf16").unwrap().model_selected().unwrap_err().to_string();
+        let error = parse("--model . --cpu --dtype bf16").unwrap().model_selected().unwrap_err().to_string();
         assert!(error.contains("use f32"), "{error}");
         for fine in ["--dtype f16", "--dtype f32", "--dtype auto", "--dtype bf16 --isq q4k"] {
-            assert!(parse(&format!("--model m --cpu {fine}")).unwrap().model_selected().is_ok(), "{fine}");
+            assert!(parse(&format!("--model . --cpu {fine}")).unwrap().model_selected().is_ok(), "{fine}");
         }
     }
 }
