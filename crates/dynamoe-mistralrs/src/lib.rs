@@ -32,7 +32,7 @@ mod stub;
 mod weights;
 
 pub use counters::{Counters, LayerCounts};
-pub use dial::{Dial, RequestDial};
+pub use dial::{Dial, Phase, PhaseDials, RequestDial};
 pub use ffn::{NamedTensors, SwappedFfns, swap_ffns};
 pub use loaded::{LoadedModel, loaded};
 pub use loader::DynaMoeLoader;
