@@ -77,6 +77,9 @@ fn only_inference_models_health_metrics_and_the_dial_are_served() {
     assert!(names[0] == "default" && names.len() == 2 && !names[1].contains('/'), "{names:?}");
     assert_eq!(server.get("/health").json::<Value>().unwrap(), json!({"status": "ok"}));
     is_well(&server);
+    // where the model lies is told by no answer either
+    let answer: Value = server.post("/v1/completions", &completion("Once", 2)).json().unwrap();
+    assert!(!answer["model"].as_str().unwrap().contains('/'), "{answer}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ use super::{
     App,
     error::{ApiError, ApiResult, in_words},
     limits::Limits,
+    models,
 };
 use crate::{Dial, LoadedModel, RequestDial};
 
@@ -102,9 +103,12 @@ impl Usage {
         Ok(Some(Self { model, dial }))
     }
 
-    /// The answer as JSON, with the mean width in `usage`.
+    /// The answer as JSON, with the mean width in `usage`, and with the model's name where the engine puts its path.
     fn tell(usage: Option<&Self>, answer: impl Serialize) -> ApiResult<Value> {
         let mut answer = serde_json::to_value(answer).map_err(ApiError::internal)?;
+        if let Some(id) = answer["model"].as_str() {
+            answer["model"] = models::name(id).into();
+        }
         if let Some(Self { model, dial }) = usage {
             let width = dial.mean_width(model.config().intermediate_size());
             if !answer["usage"].is_object() {

@@ -28,7 +28,7 @@ pub(super) async fn list(State(app): State<App>) -> ApiResult<Json<Value>> {
 }
 
 /// A hub id as it is, a folder of the hub's cache by the id that it was fetched by, another by its last part.
-fn name(id: &str) -> String {
+pub(super) fn name(id: &str) -> String {
     let path = Path::new(id);
     if !path.is_absolute() && !path.is_dir() {
         return id.to_owned();
