@@ -86,7 +86,7 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
             Router::Static(logits) => logits.len(),
         };
         let rows = compensation.as_ref().map_or(Ok(smaller), |c| c.dim(0))?;
-        for (tensor, found) in [("router.fc2.weight", scores), ("router.compensation", rows)] {
+        for (tensor, found) in [(tensors::ROUTER_FC2_WEIGHT, scores), (tensors::COMPENSATION, rows)] {
             if found != smaller {
                 let (expected, found) = (vec![smaller], vec![found]);
                 return Err(Error::Shape { tensor: format!("{tensor}, rows"), expected, found });
@@ -179,7 +179,7 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
             candle_core::bail!("dispatch: expected {tokens} experts below {experts}, found {:?}", routes.0);
         }
         let reach = routes.reach(experts);
-        if reach.iter().all(|&rows| rows == 0 || rows == tokens) && reach[experts - 1] == tokens {
+        if reach[experts - 1] == tokens {
             return self.experts.forward(x, &reach);
         }
         // widest first; stable, so that the order of equals is that of the text
@@ -219,12 +219,9 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         }))
     }
 
+    /// Adds the compensation to `y (T, D)`, where some token is below full width.
     fn compensate(&self, y: Tensor, routes: &Routes) -> candle_core::Result<Tensor> {
         let Some(compensation) = &self.compensation else { return Ok(y) };
-        let largest = self.experts.widths().len() - 1;
-        if routes.0.iter().all(|&e| e == largest) {
-            return Ok(y);
-        }
         if routes.0.iter().all(|&e| e == routes.0[0]) {
             return y.broadcast_add(&compensation.narrow(0, routes.0[0], 1)?.to_dtype(y.dtype())?);
         }

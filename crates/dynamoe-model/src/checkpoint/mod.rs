@@ -1,7 +1,8 @@
 //! Checkpoint folders: config.json, safetensors, tokenizer.
 //!
 //! [`Checkpoint`] reads one, [`Writer`] writes the tensors of one, [`StagedFolder`] makes a new folder appear
-//! whole or not at all. [`AddOn`] is what a model has beyond its base, in a folder of its own. docs/checkpoint-format.md specifies what is in it.
+//! whole or not at all. [`AddOn`] is what a model has beyond its base, in a folder of its own.
+//! docs/checkpoint-format.md specifies what is in it.
 
 mod add_on;
 pub mod copy;

@@ -125,9 +125,9 @@ impl TrainModel {
     /// Replaces every router's logits by `scale · logit + shift`: the same routes at another place of the dial.
     pub fn rescale_routers(&self, scale: f64, shift: f64) -> Result<()> {
         for (name, var) in self.params.iter() {
-            if name.ends_with("router.fc2.weight") {
+            if name.ends_with(tensors::ROUTER_FC2_WEIGHT) {
                 var.set(&(var.as_detached_tensor() * scale)?)?;
-            } else if name.ends_with("router.fc2.bias") {
+            } else if name.ends_with(tensors::ROUTER_FC2_BIAS) {
                 var.set(&((var.as_detached_tensor() * scale)? + shift)?)?;
             }
         }
@@ -145,7 +145,7 @@ impl TrainModel {
 /// Whether the tensor `name` of a model is trained.
 pub(super) fn is_trained(name: &str, train: &TrainConfig, separate: bool) -> bool {
     let group = Group::of(name);
-    let routes = train.method.has_router() || name.ends_with("router.compensation");
+    let routes = train.method.has_router() || name.ends_with(tensors::COMPENSATION);
     let wanted = match group {
         Group::Router => routes && train.method != Method::Dense,
         Group::Separate => train.method != Method::Dense && train.train != Trained::Routers,
