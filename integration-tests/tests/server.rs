@@ -74,7 +74,7 @@ fn only_inference_models_health_metrics_and_the_dial_are_served() {
     let models: Value = server.get("/v1/models").json().unwrap();
     let names: Vec<&str> =
         models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
-    assert!(names[0] == "default" && names.len() == 2 && !names[1].contains('/'), "{names:?}");
+    assert!(names[0] == "default" && names.iter().all(|name| !name.contains('/')), "{names:?}");
     assert_eq!(server.get("/health").json::<Value>().unwrap(), json!({"status": "ok"}));
     is_well(&server);
     // where the model lies is told by no answer either
@@ -105,27 +105,6 @@ fn other_sites_are_kept_out() {
     assert_eq!(send(&[]), 415);
     let preflight = server.client.request(reqwest::Method::OPTIONS, format!("{}{TEXT}", server.url));
     assert_eq!(preflight.header("origin", "https://evil.example").send().unwrap().status(), 405);
-}
-
-#[test]
-fn a_small_request_cannot_ask_for_much() {
-    let checkpoints = llama();
-    let server = Server::start(&checkpoints.dynamoe(), &[]);
-    let image = json!([{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}]);
-    let chat_of =
-        |content: Value| json!({"model": "default", "messages": [{"role": "user", "content": content}]});
-    for (route, body, word) in [
-        (TEXT, with(completion("the", 2), "n", 100_000), "n: expected at most 8"),
-        (TEXT, with(completion("the", 2), "truncate_sequence", true), "truncate_sequence"),
-        (TEXT, completion(&"a".repeat(2 << 20), 2), "prompt: expected at most"),
-        (CHAT, chat_of(image), "image_url"),
-    ] {
-        let refused = server.post(route, &body);
-        assert_eq!(refused.status(), 400, "{word}");
-        let text = refused.text().unwrap();
-        assert!(text.contains(word), "{text}");
-    }
-    is_well(&server);
 }
 
 #[test]
@@ -303,8 +282,7 @@ fn bad_requests_get_a_message_and_do_no_harm() {
     let other_client = reqwest::blocking::Client::new();
     let huge = other_client.post(format!("{}{CHAT}", server.url)).json(&huge).send();
     assert!(huge.map_or_else(|error| error.is_request(), |response| response.status() == 413));
-    // what upstream does not know, it ignores
-    server.json(CHAT, &with(chat("x", 1), "no_such_field", 1));
+    bad(with(chat("x", 1), "no_such_field", 1), "no_such_field");
     is_well(&server);
 }
 

@@ -5,24 +5,91 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
 };
 
 use candle_core::Tensor;
+use dynamoe::Dial;
 use mistralrs_core::{CustomLogitsProcessor, row_data::RowData};
+
+/// Which part of a request a token belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// What the client sent.
+    Prompt,
+    /// What the model writes between its think tags.
+    Thinking,
+    /// What else the model writes.
+    Answer,
+}
+
+/// A dial for each phase of a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PhaseDials {
+    /// The dial of the prompt's tokens.
+    pub prompt: Dial,
+    /// The dial of tokens between the model's think tags.
+    pub thinking: Dial,
+    /// The dial of all other tokens that the model writes.
+    pub answer: Dial,
+}
+
+impl From<Dial> for PhaseDials {
+    fn from(dial: Dial) -> Self {
+        Self { prompt: dial, thinking: dial, answer: dial }
+    }
+}
 
 /// The dial of one request, and what the request used. It travels through the engine as row data.
 #[derive(Debug)]
 pub struct RequestDial {
-    sensitivities: Arc<[f64]>,
+    /// Of each layer, by [`Phase`].
+    sensitivities: [Arc<[f64]>; 3],
+    phase: AtomicUsize,
+    /// Makes its keys and values its own; see [`RowData::cache_key`].
+    salt: Option<u64>,
     tokens: AtomicU64,
     neurons: AtomicU64,
 }
 
+/// Salts so far.
+static SALTS: AtomicU64 = AtomicU64::new(0);
+
 impl RequestDial {
     pub(crate) fn new(sensitivities: Arc<[f64]>) -> Arc<Self> {
-        Arc::new(Self { sensitivities, tokens: AtomicU64::new(0), neurons: AtomicU64::new(0) })
+        Self::phased([sensitivities.clone(), sensitivities.clone(), sensitivities])
+    }
+
+    /// Sensitivities of the prompt, of thinking and of the answer.
+    ///
+    /// Where they differ, the keys and values of an answer are not those of a prompt with the same tokens, and the
+    /// engine keeps both under one key: such a request shares with no other.
+    pub(crate) fn phased(sensitivities: [Arc<[f64]>; 3]) -> Arc<Self> {
+        let mixed = sensitivities[1..].iter().any(|other| *other != sensitivities[0]);
+        Arc::new(Self::with_salt(sensitivities, mixed))
+    }
+
+    /// The same dial for a request that must compute each of its tokens: it begins from no cached prefix.
+    #[cfg(feature = "serve")]
+    pub(crate) fn alone(self: &Arc<Self>) -> Arc<Self> {
+        Arc::new(Self::with_salt(self.sensitivities.clone(), true))
+    }
+
+    fn with_salt(sensitivities: [Arc<[f64]>; 3], salted: bool) -> Self {
+        let salt = salted.then(|| SALTS.fetch_add(1, Relaxed));
+        Self {
+            sensitivities,
+            phase: AtomicUsize::new(Phase::Prompt as usize),
+            salt,
+            tokens: AtomicU64::new(0),
+            neurons: AtomicU64::new(0),
+        }
+    }
+
+    /// Says to which phase the tokens of the next forward belong.
+    pub fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase as usize, Relaxed);
     }
 
     /// For [`NormalRequest::logits_processors`](mistralrs_core::NormalRequest): carries this dial and leaves the
@@ -38,8 +105,14 @@ impl RequestDial {
         (tokens > 0).then(|| self.neurons.load(Relaxed) as f64 / tokens as f64 / intermediate_size as f64)
     }
 
+    /// Tokens that were computed for this request, all layers counted, and the neurons that they used.
+    #[cfg(feature = "serve")]
+    pub(crate) fn used(&self) -> (u64, u64) {
+        (self.tokens.load(Relaxed), self.neurons.load(Relaxed))
+    }
+
     pub(crate) fn sensitivity(&self, layer: usize) -> f64 {
-        self.sensitivities[layer]
+        self.sensitivities[self.phase.load(Relaxed)][layer]
     }
 
     pub(crate) fn count(&self, tokens: usize, neurons: usize) {
@@ -50,7 +123,7 @@ impl RequestDial {
     /// The dial in a row of the engine's batch, if the request brought one of `layers` layers.
     pub(crate) fn of_row(row: &Option<Arc<dyn RowData>>, layers: usize) -> Option<&Self> {
         let data: &dyn Any = row.as_deref()?;
-        data.downcast_ref::<Self>().filter(|dial| dial.sensitivities.len() == layers)
+        data.downcast_ref::<Self>().filter(|dial| dial.sensitivities[0].len() == layers)
     }
 }
 
@@ -58,9 +131,10 @@ impl RowData for RequestDial {
     /// Keys and values depend on the sensitivity of every layer below them.
     fn cache_key(&self) -> Option<u64> {
         let mut hasher = DefaultHasher::new();
-        for sensitivity in self.sensitivities.iter() {
+        for sensitivity in self.sensitivities[0].iter() {
             sensitivity.to_bits().hash(&mut hasher);
         }
+        self.salt.hash(&mut hasher);
         Some(hasher.finish())
     }
 }
@@ -80,8 +154,6 @@ impl CustomLogitsProcessor for Carrier {
 
 #[cfg(test)]
 mod tests {
-    use dynamoe::Dial;
-
     use super::*;
     use crate::loaded::tests::model;
 
@@ -93,6 +165,35 @@ mod tests {
         assert_ne!(key(Dial::Sensitivity(0.5)), key(Dial::Sensitivity(0.6)));
         assert_eq!(key(Dial::Sensitivity(1.0)), key(Dial::Budget(1.0)));
         assert_eq!(key(Dial::Sensitivity(0.9)), model.default_request().cache_key());
+    }
+
+    #[test]
+    fn the_phase_chooses_the_sensitivity() {
+        let model = model();
+        let dials = PhaseDials {
+            prompt: Dial::Sensitivity(1.0),
+            thinking: Dial::Sensitivity(0.1),
+            answer: Dial::Budget(0.75),
+        };
+        let dial = model.request_by_phase(dials).unwrap();
+        assert_eq!(dial.sensitivity(1), 1.0);
+        for (phase, sensitivity) in [(Phase::Thinking, 0.1), (Phase::Answer, 0.4), (Phase::Prompt, 1.0)] {
+            dial.set_phase(phase);
+            assert_eq!(dial.sensitivity(1), sensitivity);
+        }
+    }
+
+    #[test]
+    fn a_request_with_different_phases_shares_no_cache() {
+        let model = model();
+        let one = Dial::Sensitivity(1.0);
+        let mixed = PhaseDials { answer: Dial::Sensitivity(0.5), ..one.into() };
+        let key = |dials| model.request_by_phase(dials).unwrap().cache_key();
+        assert_ne!(key(mixed), key(one.into()));
+        assert_ne!(key(mixed), key(mixed));
+        assert_eq!(key(one.into()), key(one.into()));
+        let dial = model.request(one).unwrap();
+        assert_ne!(dial.alone().cache_key(), dial.cache_key());
     }
 
     #[test]

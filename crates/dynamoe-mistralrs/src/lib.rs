@@ -34,7 +34,7 @@ pub mod serve;
 mod weights;
 
 pub use counters::{Counters, LayerCounts};
-pub use dial::RequestDial;
+pub use dial::{Phase, PhaseDials, RequestDial};
 pub use dynamoe::Dial;
 pub use ffn::{NamedTensors, SwappedFfns, swap_ffns};
 pub use loaded::{LoadedModel, loaded};

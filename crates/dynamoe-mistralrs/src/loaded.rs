@@ -10,7 +10,10 @@ use std::{
 
 use dynamoe::{Dial, DynaMoeConfig, Routes};
 
-use crate::{counters::Counters, dial::RequestDial};
+use crate::{
+    counters::Counters,
+    dial::{PhaseDials, RequestDial},
+};
 
 /// A DynaMoE model in memory: its default dial and its counters.
 #[derive(Debug)]
@@ -129,6 +132,15 @@ impl LoadedModel {
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn request(&self, dial: Dial) -> dynamoe::Result<Arc<RequestDial>> {
         Ok(RequestDial::new(dial.sensitivities(&self.config, self.layers)?.into()))
+    }
+
+    /// The dial of one request whose prompt, thinking and answer have dials of their own.
+    ///
+    /// # Errors
+    /// A value outside 0 to 1, a budget without a table of budgets.
+    pub fn request_by_phase(&self, dials: PhaseDials) -> dynamoe::Result<Arc<RequestDial>> {
+        let of = |dial: Dial| dial.sensitivities(&self.config, self.layers);
+        Ok(RequestDial::phased([of(dials.prompt)?, of(dials.thinking)?, of(dials.answer)?]))
     }
 
     /// The dial of one request that brings none: the default as it is now.

@@ -306,6 +306,14 @@ pub fn write(folder: &Path, config: &Value, tensors: &BTreeMap<String, Tensor>) 
     );
 }
 
+/// Changes a file of JSON in a folder.
+pub fn edit_json(folder: &str, file: &str, edit: impl FnOnce(&mut Value)) {
+    let path = Path::new(folder).join(file);
+    let mut json = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut json);
+    fs::write(path, json.to_string()).unwrap();
+}
+
 /// Byte-level BPE without merges: a token is a byte.
 fn tokenizer() -> Value {
     // GPT-2's letters for bytes: printable ones stand for themselves, the others for 256, 257, …

@@ -1,4 +1,4 @@
-//! `dynamoe-serve`: mistral.rs's OpenAI-compatible server with DynaMoE models in it.
+//! `dynamoe-serve`: an OpenAI-compatible server for DynaMoE models, on mistral.rs.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,7 @@
 //! Who may ask for what: hosts, content types, and paths that do not exist.
 //!
 //! A web page on another site can make its visitor's browser send requests to this server. Three rules keep it out: no
-//! answer carries CORS headers, a body must be declared as JSON (which a page may not do without asking first), and the
+//! answer carries CORS headers for a site that was not allowed, a body must be declared as JSON (which a page may not do without asking first), and the
 //! `Host` header must not be a foreign name (a page can let its own name resolve to this machine).
 
 use std::sync::Arc;
@@ -9,12 +9,13 @@ use std::sync::Arc;
 use axum::{
     extract::{Request, State},
     http::{
-        HeaderMap, Method, StatusCode, Uri,
-        header::{CONTENT_TYPE, HOST},
+        HeaderMap, HeaderValue, Method, StatusCode, Uri,
+        header::{AUTHORIZATION, CONTENT_TYPE, HOST},
     },
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use super::error::{ApiError, ApiResult};
 
@@ -40,6 +41,33 @@ impl Hosts {
             || name.parse::<std::net::IpAddr>().is_ok()
             || self.0.iter().any(|allowed| *allowed == name || allowed == "*")
     }
+}
+
+/// Lets pages of these sites ask, by all routes alike; `*` is any site.
+///
+/// # Errors
+/// What is no origin.
+pub(super) fn cors(origins: &[String]) -> anyhow::Result<CorsLayer> {
+    let allowed = match origins.iter().any(|origin| origin == "*") {
+        true => AllowOrigin::any(),
+        false => AllowOrigin::list(
+            origins.iter().map(|origin| read_origin(origin)).collect::<Result<Vec<_>, _>>()?,
+        ),
+    };
+    let methods = [Method::GET, Method::HEAD, Method::POST, Method::PUT];
+    Ok(CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods(methods)
+        .allow_headers([AUTHORIZATION, CONTENT_TYPE]))
+}
+
+fn read_origin(origin: &str) -> anyhow::Result<HeaderValue> {
+    let host = origin.strip_prefix("https://").or(origin.strip_prefix("http://")).unwrap_or_default();
+    anyhow::ensure!(
+        !host.is_empty() && !host.contains('/'),
+        "--cors-origin: expected * or an origin such as https://chat.example, found {origin:?}"
+    );
+    Ok(origin.parse()?)
 }
 
 /// Lets a request pass that names this server and declares its body as JSON.
@@ -105,6 +133,17 @@ mod tests {
             assert!(!hosts.allows(foreign), "{foreign}");
         }
         assert!(Hosts::new(&["*".into()]).allows("anything.example"));
+    }
+
+    #[test]
+    fn an_origin_is_a_scheme_and_a_host() {
+        let cors = |origin: &str| cors(&[origin.to_owned()]);
+        for right in ["*", "https://chat.example", "http://localhost:3000"] {
+            assert!(cors(right).is_ok(), "{right}");
+        }
+        for wrong in ["chat.example", "https://", "https://chat.example/", "ftp://x", "https://a\n"] {
+            assert!(cors(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

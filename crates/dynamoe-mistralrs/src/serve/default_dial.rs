@@ -8,12 +8,13 @@ use axum::{
     extract::{ConnectInfo, State},
     http::{HeaderMap, StatusCode, header::AUTHORIZATION},
 };
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
     App,
-    completions::take_dial,
     error::{ApiError, ApiResult},
+    request,
 };
 use crate::{Dial, LoadedModel};
 
@@ -33,15 +34,30 @@ pub(super) async fn set(
     let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let proxied = PROXIED.iter().any(|name| headers.contains_key(*name));
     may_set(app.token.as_deref(), authorization, Peer { address: peer, proxied })?;
-    let mut body: Value = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))?;
-    let dial = take_dial(&mut body)?.ok_or_else(|| {
-        ApiError::bad_request("the body must hold sensitivity or budget, a number from 0 to 1")
-    })?;
+    let dial = match request::parse::<Setting>(&body)? {
+        Setting { sensitivity: Some(sensitivity), budget: None } => Dial::Sensitivity(sensitivity),
+        Setting { sensitivity: None, budget: Some(budget) } => Dial::Budget(budget),
+        Setting { sensitivity: Some(_), .. } => {
+            return Err(ApiError::bad_request("give sensitivity or budget, not both"));
+        }
+        Setting { .. } => {
+            return Err(ApiError::bad_request(
+                "the body must hold sensitivity or budget, a number from 0 to 1",
+            ));
+        }
+    };
     let model = model(&app)?;
     model.set_dial(dial).map_err(ApiError::bad_request)?;
     tracing::info!("the default dial is {dial:?} now");
     Ok(Json(describe(&model)))
+}
+
+/// The body of a `PUT`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Setting {
+    sensitivity: Option<f64>,
+    budget: Option<f64>,
 }
 
 fn model(app: &App) -> ApiResult<Arc<LoadedModel>> {

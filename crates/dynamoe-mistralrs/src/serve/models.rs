@@ -6,7 +6,7 @@ use axum::{Json, extract::State, http::StatusCode};
 use either::Either;
 use mistralrs_core::{Request, TokenizationRequest};
 use serde_json::{Value, json};
-use tokio::sync::mpsc::channel;
+use tokio::sync::{mpsc::channel, oneshot};
 
 use super::{
     App,
@@ -17,14 +17,12 @@ use super::{
 /// seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `GET /v1/models`: `default`, and the model's name. Where a folder lies is nobody's matter.
-pub(super) async fn list(State(app): State<App>) -> ApiResult<Json<Value>> {
-    let models = app.engine.list_models().map_err(ApiError::internal)?;
-    let names = models.iter().map(|id| name(id));
-    let created = app.engine.get_creation_time();
+/// `GET /v1/models`: the names of the model, with dials too.
+pub(super) async fn list(State(app): State<App>) -> Json<Value> {
+    let created = app.place.engine.get_creation_time();
     let object = |id: String| json!({"id": id, "object": "model", "created": created, "owned_by": "local"});
-    let data: Vec<Value> = std::iter::once("default".to_owned()).chain(names).map(object).collect();
-    Ok(Json(json!({"object": "list", "data": data})))
+    let data: Vec<Value> = app.names.list().into_iter().map(object).collect();
+    Json(json!({"object": "list", "data": data}))
 }
 
 /// A hub id as it is, a folder of the hub's cache by the id that it was fetched by, another by its last part.
@@ -44,6 +42,7 @@ pub(super) fn name(id: &str) -> String {
 /// `GET /health`: asks the engine's thread for the tokens of one letter.
 pub(super) async fn health(State(app): State<App>) -> ApiResult<Json<Value>> {
     let dead = |why: &str| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, format!("the engine {why}"));
+    let engine = app.place.requests.clone();
     let (sender, mut tokens) = channel(1);
     let request = Request::Tokenize(TokenizationRequest {
         text: Either::Right("a".into()),
@@ -54,14 +53,20 @@ pub(super) async fn health(State(app): State<App>) -> ApiResult<Json<Value>> {
         reasoning_effort: None,
         response: sender,
     });
-    let asked = async {
-        app.to_engine.send(request).await.map_err(|_| dead("has ended"))?;
-        tokens.recv().await.ok_or_else(|| dead("did not answer"))
-    };
-    match tokio::time::timeout(PATIENCE, asked).await {
-        Ok(Ok(Ok(_))) => Ok(Json(json!({"status": "ok"}))),
-        Ok(Ok(Err(error))) => Err(dead(&format!("cannot read text: {error}"))),
-        Ok(Err(error)) => Err(error),
+    let (telling, told) = oneshot::channel();
+    // outlives who asks: the engine must find somebody who takes its answer
+    tokio::spawn(async move {
+        let answer = match engine.send(request).await {
+            Ok(()) => tokens.recv().await.ok_or("did not answer"),
+            Err(_) => Err("has ended"),
+        };
+        let _ = telling.send(answer);
+    });
+    match tokio::time::timeout(PATIENCE, told).await {
+        Ok(Ok(Ok(Ok(_)))) => Ok(Json(json!({"status": "ok"}))),
+        Ok(Ok(Ok(Err(error)))) => Err(dead(&format!("cannot read text: {error}"))),
+        Ok(Ok(Err(why))) => Err(dead(why)),
+        Ok(Err(_)) => Err(dead("did not answer")),
         Err(_) => Err(dead(&format!("has not answered for {} s", PATIENCE.as_secs()))),
     }
 }

@@ -64,6 +64,9 @@ pub struct Options {
     /// Name that the server answers to in the Host header, besides localhost and IP addresses; may be repeated, * is any
     #[arg(long = "allowed-host", value_name = "NAME")]
     pub allowed_hosts: Vec<String>,
+    /// Site whose pages may ask this server (CORS), such as https://chat.example; may be repeated, * is any
+    #[arg(long = "cors-origin", value_name = "ORIGIN")]
+    pub cors_origins: Vec<String>,
     /// Answers that one request may ask for (n, best_of)
     #[arg(long, value_name = "COUNT", default_value_t = 8)]
     pub max_choices: u64,
@@ -74,7 +77,30 @@ pub struct Options {
     #[arg(long, value_name = "KIB", default_value_t = 1024)]
     pub max_prompt_kib: usize,
 
-    /// Requests that run at the same time; more wait
+    /// Tokens that all answers to one request may have together
+    #[arg(long, value_name = "COUNT", default_value_t = 65536)]
+    pub max_answer_tokens: usize,
+    /// Largest logits of a prompt whose log probabilities are asked for (echo with logprobs), in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    pub max_logits_mib: usize,
+
+    /// Answers that may wait for others; beyond it a request is told to come again (429)
+    #[arg(long, value_name = "COUNT", default_value_t = 256)]
+    pub max_waiting: usize,
+    /// Connections at the same time
+    #[arg(long, value_name = "COUNT", default_value_t = 1024)]
+    pub max_connections: usize,
+    /// How long the head of a request may take to come
+    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    pub header_timeout: u64,
+    /// How long the body of a request may take to come
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub body_timeout: u64,
+    /// How long a client may read nothing of its answer before its connection is closed
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub write_timeout: u64,
+
+    /// Answers that are computed at the same time; more wait
     #[arg(long, default_value_t = 16, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub max_seqs: usize,
     /// Longest prompt to plan memory for
