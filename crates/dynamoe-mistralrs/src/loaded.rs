@@ -139,7 +139,7 @@ impl LoadedModel {
     /// # Errors
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn request_by_phase(&self, dials: PhaseDials) -> dynamoe::Result<Arc<RequestDial>> {
-        let of = |dial: Dial| dial.sensitivities(&self.config, self.layers);
+        let of = |dial: Dial| dial.sensitivities(&self.config, self.layers).map(Arc::from);
         Ok(RequestDial::phased([of(dials.prompt)?, of(dials.thinking)?, of(dials.answer)?]))
     }
 
