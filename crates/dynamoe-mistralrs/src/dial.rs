@@ -5,13 +5,15 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
 };
 
 use candle_core::Tensor;
 use dynamoe::Dial;
 use mistralrs_core::{CustomLogitsProcessor, row_data::RowData};
+
+use crate::LoadedModel;
 
 /// Which part of a request a token belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +51,30 @@ pub struct RequestDial {
     phase: AtomicUsize,
     /// Makes its keys and values its own; see [`RowData::cache_key`].
     salt: Option<u64>,
+    follows: Option<Follows>,
     tokens: AtomicU64,
     neurons: AtomicU64,
+}
+
+/// A dial that changes with the model's default, also in the middle of an answer.
+#[derive(Debug)]
+struct Follows {
+    model: Arc<LoadedModel>,
+    /// The default has changed since the request began.
+    changed: AtomicBool,
+    /// The salt of its keys and values from then on.
+    salt: u64,
+}
+
+impl Follows {
+    /// The default of a layer now; `first` is what it was when the request began.
+    fn sensitivity(&self, layer: usize, first: &Arc<[f64]>) -> f64 {
+        let now = self.model.sensitivities();
+        if !Arc::ptr_eq(&now, first) {
+            self.changed.store(true, Relaxed);
+        }
+        now[layer]
+    }
 }
 
 /// Salts so far.
@@ -70,6 +94,16 @@ impl RequestDial {
         Arc::new(Self::with_salt(sensitivities, mixed))
     }
 
+    /// The model's default, whatever it becomes while the request runs.
+    #[cfg(feature = "serve")]
+    pub(crate) fn following(model: &Arc<LoadedModel>) -> Arc<Self> {
+        let now = model.sensitivities();
+        let salt = SALTS.fetch_add(1, Relaxed);
+        let follows = Follows { model: Arc::clone(model), changed: AtomicBool::new(false), salt };
+        let fixed = Self::with_salt([now.clone(), now.clone(), now], false);
+        Arc::new(Self { follows: Some(follows), ..fixed })
+    }
+
     /// The same dial for a request that must compute each of its tokens: it begins from no cached prefix.
     #[cfg(feature = "serve")]
     pub(crate) fn alone(self: &Arc<Self>) -> Arc<Self> {
@@ -82,6 +116,7 @@ impl RequestDial {
             sensitivities,
             phase: AtomicUsize::new(Phase::Prompt as usize),
             salt,
+            follows: None,
             tokens: AtomicU64::new(0),
             neurons: AtomicU64::new(0),
         }
@@ -112,7 +147,8 @@ impl RequestDial {
     }
 
     pub(crate) fn sensitivity(&self, layer: usize) -> f64 {
-        self.sensitivities[self.phase.load(Relaxed)][layer]
+        let own = &self.sensitivities[self.phase.load(Relaxed)];
+        self.follows.as_ref().map_or_else(|| own[layer], |default| default.sensitivity(layer, own))
     }
 
     pub(crate) fn count(&self, tokens: usize, neurons: usize) {
@@ -128,13 +164,15 @@ impl RequestDial {
 }
 
 impl RowData for RequestDial {
-    /// Keys and values depend on the sensitivity of every layer below them.
+    /// Keys and values depend on the sensitivity of every layer below them. Where that has changed on the way, they are
+    /// nobody else's.
     fn cache_key(&self) -> Option<u64> {
         let mut hasher = DefaultHasher::new();
         for sensitivity in self.sensitivities[0].iter() {
             sensitivity.to_bits().hash(&mut hasher);
         }
-        self.salt.hash(&mut hasher);
+        let changed = self.follows.as_ref().filter(|default| default.changed.load(Relaxed));
+        self.salt.or(changed.map(|default| default.salt)).hash(&mut hasher);
         Some(hasher.finish())
     }
 }
@@ -165,6 +203,23 @@ mod tests {
         assert_ne!(key(Dial::Sensitivity(0.5)), key(Dial::Sensitivity(0.6)));
         assert_eq!(key(Dial::Sensitivity(1.0)), key(Dial::Budget(1.0)));
         assert_eq!(key(Dial::Sensitivity(0.9)), model.default_request().cache_key());
+    }
+
+    #[test]
+    #[cfg(feature = "serve")]
+    fn a_dial_can_follow_the_default() {
+        let model = model();
+        model.set_dial(Dial::Sensitivity(0.5)).unwrap();
+        let fixed = model.default_request();
+        let following = RequestDial::following(&model);
+        assert_eq!(following.sensitivity(1), 0.5);
+        assert_eq!(following.cache_key(), fixed.cache_key());
+        model.set_dial(Dial::Sensitivity(0.25)).unwrap();
+        assert_eq!((fixed.sensitivity(1), following.sensitivity(1)), (0.5, 0.25));
+        // what it has computed is a mixture now, even if the default returns
+        model.set_dial(Dial::Sensitivity(0.5)).unwrap();
+        assert_ne!(following.cache_key(), fixed.cache_key());
+        assert_ne!(following.cache_key(), RequestDial::following(&model).cache_key());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{
     App,
+    adaptive::default_request,
     answer::{self, Asked, Form, Head},
     error::{ApiError, ApiResult},
     language::{Conversation, Language},
@@ -19,7 +20,7 @@ use super::{
     request::{self, Body, Prompt, Rules, at_most, dial_of, refused},
     run::{Job, Place},
 };
-use crate::{PhaseDials, RequestDial};
+use crate::PhaseDials;
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(app): State<App>, body: Bytes) -> ApiResult<Response> {
@@ -264,17 +265,15 @@ fn jobs(
     dials: Option<PhaseDials>,
 ) -> ApiResult<Vec<Job>> {
     let rules = Arc::new(rules);
-    let default = app.model.as_ref().map(|model| model.sensitivities());
     let mut jobs = Vec::with_capacity(choices * prompts.len());
     for (prompt, &max_tokens) in prompts.into_iter().zip(max_tokens) {
         let prompt: Arc<[u32]> = prompt.into();
         for number in 0..choices as u64 {
-            let dial = match (&app.model, dials) {
-                (Some(model), Some(dials)) => {
-                    Some(model.request_by_phase(dials).map_err(ApiError::bad_request)?)
-                }
-                _ => default.clone().map(RequestDial::new),
-            };
+            let dial = app.model.as_ref().map(|model| match dials {
+                Some(dials) => model.request_by_phase(dials).map_err(ApiError::bad_request),
+                None => Ok(default_request(app.adaptive, model)),
+            });
+            let dial = dial.transpose()?;
             jobs.push(Job {
                 prompt: Arc::clone(&prompt),
                 rules: Arc::clone(&rules),

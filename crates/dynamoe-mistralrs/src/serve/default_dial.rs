@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     App,
+    adaptive::Adaptive,
     error::{ApiError, ApiResult},
     request,
 };
@@ -21,7 +22,7 @@ use crate::{Dial, LoadedModel};
 /// `GET /v1/dynamoe`.
 pub(super) async fn show(State(app): State<App>) -> ApiResult<Json<Value>> {
     let model = model(&app)?;
-    Ok(Json(describe(&model)))
+    Ok(Json(describe(&model, app.adaptive)))
 }
 
 /// `PUT /v1/dynamoe` with `{"sensitivity": …}` or `{"budget": …}`.
@@ -47,9 +48,13 @@ pub(super) async fn set(
         }
     };
     let model = model(&app)?;
+    if app.adaptive.is_some() {
+        let why = "the default dial follows the load (--adaptive): a request may bring a dial of its own";
+        return Err(ApiError::new(StatusCode::CONFLICT, why));
+    }
     model.set_dial(dial).map_err(ApiError::bad_request)?;
     tracing::info!("the default dial is {dial:?} now");
-    Ok(Json(describe(&model)))
+    Ok(Json(describe(&model, None)))
 }
 
 /// The body of a `PUT`.
@@ -99,7 +104,7 @@ fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
-fn describe(model: &LoadedModel) -> Value {
+fn describe(model: &LoadedModel, adaptive: Option<Adaptive>) -> Value {
     let config = model.config();
     let (sensitivity, budget) = match model.dial() {
         Dial::Sensitivity(sensitivity) => (Some(sensitivity), None),
@@ -112,6 +117,7 @@ fn describe(model: &LoadedModel) -> Value {
         "base_architecture": config.base_architecture,
         "expert_widths": config.expert_widths,
         "budgets": config.budgets,
+        "adaptive": adaptive.map(Adaptive::describe),
         "mean_ffn_width": model.counters().mean_width(&config.expert_widths),
     })
 }

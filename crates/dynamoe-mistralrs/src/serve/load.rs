@@ -43,6 +43,9 @@ pub async fn load(options: &Options) -> Result<Served> {
         .flatten()
         .with_context(|| format!("cannot load {}", options.source()))?;
     let model = loaded().into_iter().find(|model| !before.iter().any(|other| Arc::ptr_eq(model, other)));
+    if let Some(adaptive) = options.adaptive() {
+        adaptive.begin(model.as_deref())?;
+    }
     match (&model, options.dial()) {
         (Some(model), Some(dial)) => model.set_dial(dial)?,
         (None, Some(_)) => {

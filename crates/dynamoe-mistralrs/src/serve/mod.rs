@@ -3,6 +3,7 @@
 //! | route | |
 //! | --- | --- |
 //! | `POST /v1/chat/completions`, `/v1/completions` | OpenAI's, and a body may hold `sensitivity` or `budget` |
+//! | `GET /` | a page to chat on |
 //! | `GET`, `PUT /v1/dynamoe` | shows and sets the dial of requests that bring none |
 //! | `GET /v1/models` | the model's names, with dials too |
 //! | `GET /health` | whether the engine answers |
@@ -12,6 +13,7 @@
 //! [`run`] (a sequence in the engine for each answer to each prompt) and [`answer`] (what the client is told).
 
 mod access;
+mod adaptive;
 mod admission;
 mod aliases;
 mod answer;
@@ -24,6 +26,7 @@ mod load;
 mod metrics;
 mod models;
 mod options;
+mod page;
 mod request;
 mod run;
 mod signals;
@@ -42,6 +45,7 @@ use clap::Parser;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tracing_subscriber::EnvFilter;
 
+pub use adaptive::Range;
 pub use language::Language;
 pub use load::{Served, load};
 pub use options::Options;
@@ -53,6 +57,7 @@ use crate::LoadedModel;
 struct App {
     place: run::Place,
     model: Option<Arc<LoadedModel>>,
+    adaptive: Option<adaptive::Adaptive>,
     names: aliases::Names,
     /// Whoever presents it may set the default dial from anywhere.
     token: Option<Arc<str>>,
@@ -113,14 +118,19 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send,
 ) -> Result<()> {
     let engine = served.engine.get_sender(None)?;
-    let router = router(served, options)?;
+    let app = app(served, options)?;
+    let follow = follow(app.clone());
+    let router = routes(app, options)?;
     let stop = async {
         tokio::select! {
             () = stop => {}
             () = engine.closed() => tracing::error!("the engine has ended"),
         }
     };
-    connections::serve(listener, router, stop, connections::Bounds::of(options)).await?;
+    tokio::select! {
+        served = connections::serve(listener, router, stop, connections::Bounds::of(options)) => served?,
+        () = follow => {}
+    }
     ensure!(!engine.is_closed(), "the engine has ended; the log says why");
     Ok(())
 }
@@ -130,8 +140,12 @@ pub async fn serve(
 /// # Errors
 /// A token that is empty, an origin that is none, an engine that has ended.
 pub fn router(served: Served, options: &Options) -> Result<Router> {
-    let app = app(served, options)?;
+    routes(app(served, options)?, options)
+}
+
+fn routes(app: App, options: &Options) -> Result<Router> {
     let router = Router::new()
+        .route("/", get(page::show))
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))
         .route("/v1/dynamoe", get(default_dial::show).put(default_dial::set))
@@ -171,12 +185,21 @@ fn app(served: Served, options: &Options) -> Result<App> {
             paged,
         },
         model,
+        adaptive: options.adaptive(),
         token: options.token()?.map(Arc::from),
         metrics: Arc::default(),
         limits,
         seats: admission::Seats::new(options.max_seqs, options.max_waiting),
         readers: Arc::new(Semaphore::new(2)),
     })
+}
+
+/// Lets the default budget follow the load, if it is to; never ends.
+async fn follow(app: App) {
+    match (app.adaptive, &app.model) {
+        (Some(adaptive), Some(model)) => adaptive.follow(model, &app.metrics).await,
+        _ => std::future::pending().await,
+    }
 }
 
 /// Counts every answer by its route and its status.

@@ -3,6 +3,7 @@
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Result, anyhow, ensure};
@@ -12,6 +13,7 @@ use dynamoe::dial::check_dial;
 use dynamoe_model::hub;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 
+use super::adaptive::{Adaptive, Range};
 use crate::Dial;
 
 /// Serves a DynaMoE (or dense) model over an OpenAI-compatible API.
@@ -33,6 +35,14 @@ pub struct Options {
     /// The same by mean FFN width, as a share of the dense width, through the checkpoint's table of budgets
     #[arg(long, value_parser = dial_value)]
     pub budget: Option<f64>,
+
+    /// Let the default budget follow the load, within this range: it falls where tokens come slower than
+    /// --target-itl-ms, and rises where there is room
+    #[arg(long, value_name = "MIN..MAX", requires = "target_itl_ms", conflicts_with_all = ["sensitivity", "budget"])]
+    pub adaptive: Option<Range>,
+    /// Time between two tokens of an answer that --adaptive aims at, as the 95th percentile, in milliseconds
+    #[arg(long, value_name = "MS", requires = "adaptive", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
+    pub target_itl_ms: Option<u64>,
 
     /// Quantize while loading: q4k, q8_0, hqq4, …, or a number of bits
     #[arg(long, value_name = "TYPE")]
@@ -139,6 +149,12 @@ impl Options {
         self.sensitivity.map(Dial::Sensitivity).or(self.budget.map(Dial::Budget))
     }
 
+    /// What the default budget follows, if it does.
+    pub(super) fn adaptive(&self) -> Option<Adaptive> {
+        let (range, target) = self.adaptive.zip(self.target_itl_ms)?;
+        Some(Adaptive { range, target: Duration::from_millis(target) })
+    }
+
     /// The token, from the command line or the environment.
     ///
     /// # Errors
@@ -230,6 +246,23 @@ mod tests {
             assert!(parse(&format!("--model m {wrong}")).unwrap_err().contains("from 0 to 1"), "{wrong}");
         }
         assert!(parse("--model m --budget 0.5 --sensitivity 0.5").is_err());
+    }
+
+    #[test]
+    fn an_adaptive_dial_needs_a_range_and_a_target() {
+        let adaptive = parse("--model m --adaptive 0.4..1 --target-itl-ms 30").unwrap().adaptive().unwrap();
+        assert_eq!((adaptive.range.min, adaptive.range.max), (0.4, 1.0));
+        assert_eq!(adaptive.target, Duration::from_millis(30));
+        assert_eq!(parse("--model m").unwrap().adaptive(), None);
+        for wrong in [
+            "--adaptive 0.4..1",
+            "--target-itl-ms 30",
+            "--adaptive 1..0.4 --target-itl-ms 30",
+            "--adaptive 0.4..1 --target-itl-ms 0",
+            "--adaptive 0.4..1 --target-itl-ms 30 --budget 0.5",
+        ] {
+            assert!(parse(&format!("--model m {wrong}")).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub(super) struct Choice {
     /// Tokens that end an answer.
     ends: Vec<u32>,
     watch: Arc<Watch>,
-    last: Instant,
+    last: Option<Instant>,
     /// Tokens that the model wrote, one that ends the answer among them.
     pub tokens: usize,
     /// Sum of their log probabilities, if those are asked for.
@@ -54,7 +54,7 @@ impl Choice {
         let transcript = Transcript::new(Arc::clone(&asked.place.language), rules.stop.clone(), is_text);
         let watch = Arc::clone(&asked.watch);
         let ends = asked.place.language.ends.clone();
-        Self { source, transcript, ends, watch, last: Instant::now(), tokens: 0, logprob: 0.0 }
+        Self { source, transcript, ends, watch, last: None, tokens: 0, logprob: 0.0 }
     }
 
     /// The next piece that holds something; none after the last.
@@ -84,9 +84,7 @@ impl Choice {
     }
 
     fn count(&mut self, chosen: &Chosen) {
-        let now = Instant::now();
-        self.watch.token(self.tokens == 0, now.duration_since(self.last));
-        self.last = now;
+        self.watch.token(self.last.replace(chosen.at), chosen.at);
         self.tokens += 1;
         self.logprob += chosen.logprob.as_ref().map_or(0.0, |told| f64::from(told.logprob));
     }

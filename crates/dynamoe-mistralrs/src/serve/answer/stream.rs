@@ -15,6 +15,7 @@ use super::{
     chat::{self, Delta, Speaker},
     source::Choice,
     text,
+    transcript::Piece,
     usage::usage,
 };
 use crate::{
@@ -127,6 +128,16 @@ fn head(asked: &Asked) -> Value {
     })
 }
 
+/// Adds the mean width of the tokens of `pieces` to a choice of a chunk. Clients that do not know the field ignore it.
+fn with_width(mut choice: Value, asked: &Asked, pieces: &[Piece]) -> Value {
+    let neurons: Vec<f64> = pieces.iter().flat_map(|piece| piece.neurons.iter().copied()).collect();
+    if let Some(model) = asked.model.as_ref().filter(|_| !neurons.is_empty()) {
+        let mean = neurons.iter().sum::<f64>() / neurons.len() as f64;
+        choice["ffn_width"] = (mean / model.config().intermediate_size() as f64).into();
+    }
+    choice
+}
+
 /// One choice of a stream.
 struct Told<'a> {
     asked: &'a Asked,
@@ -168,11 +179,12 @@ impl Told<'_> {
         self.end(ended, Ended { tokens: choice.tokens, dial: None }).await
     }
 
-    async fn delta(&self, delta: Delta, pieces: &[super::transcript::Piece]) -> Result<(), Stopped> {
+    async fn delta(&self, delta: Delta, pieces: &[Piece]) -> Result<(), Stopped> {
         let logprobs = chat::logprobs_of(self.asked, self.index, pieces);
         let delta = delta.into_delta();
-        self.chunk(json!({"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": null}))
-            .await
+        let choice =
+            json!({"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": null});
+        self.chunk(with_width(choice, self.asked, pieces)).await
     }
 
     async fn text(&self) -> Result<(), Stopped> {
@@ -187,9 +199,9 @@ impl Told<'_> {
         }
         while let Some(piece) = begun.choice.next().await? {
             let logprobs = begun.logprobs_of(asked, std::slice::from_ref(&piece));
-            let text = piece.text;
-            self.chunk(json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null}))
-                .await?;
+            let choice =
+                json!({"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": null});
+            self.chunk(with_width(choice, asked, std::slice::from_ref(&piece))).await?;
         }
         let ended =
             json!({"index": index, "text": "", "logprobs": null, "finish_reason": begun.choice.finish()});

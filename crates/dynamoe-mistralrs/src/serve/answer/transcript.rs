@@ -12,6 +12,8 @@ use crate::serve::{
 pub(super) struct Piece {
     pub text: String,
     pub logprobs: Vec<TokenLogprob>,
+    /// Neurons that its tokens used, of a DynaMoE model.
+    pub neurons: Vec<f64>,
 }
 
 /// Makes text of tokens, up to a stop string.
@@ -25,6 +27,8 @@ pub(super) struct Transcript {
     held: String,
     /// Tokens not yet told, with the place in the text where each begins.
     tokens: VecDeque<(usize, TokenLogprob)>,
+    /// What the tokens used whose text is held back.
+    neurons: Vec<f64>,
     /// Bytes of text told, and of text known.
     told: usize,
     known: usize,
@@ -40,6 +44,7 @@ impl Transcript {
             letters: Letters::default(),
             held: String::new(),
             tokens: VecDeque::new(),
+            neurons: Vec::new(),
             told: 0,
             known: 0,
             finish: None,
@@ -58,6 +63,7 @@ impl Transcript {
             self.tokens.push_back((self.known, logprob));
         }
         if !ends {
+            self.neurons.extend(chosen.neurons);
             let text = self.letters.push(self.language.text(chosen.token));
             self.known += text.len();
             self.held.push_str(&text);
@@ -88,12 +94,16 @@ impl Transcript {
         let text = std::mem::replace(&mut self.held, rest);
         self.told += text.len();
         let count = self.tokens.iter().take_while(|(begin, _)| *begin < before).count();
-        Piece { text, logprobs: self.tokens.drain(..count).map(|(_, logprob)| logprob).collect() }
+        let neurons = if text.is_empty() { Vec::new() } else { std::mem::take(&mut self.neurons) };
+        let logprobs = self.tokens.drain(..count).map(|(_, logprob)| logprob).collect();
+        Piece { text, logprobs, neurons }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::serve::language::tests::of_bytes;
 
@@ -111,7 +121,10 @@ mod tests {
                 break;
             }
             let logprob = Some(TokenLogprob { token, logprob: 0.0, top: Vec::new() });
-            let piece = transcript.push(Chosen { token, logprob }, (n + 1 == tokens.len()).then_some(end));
+            let piece = transcript.push(
+                Chosen { token, logprob, neurons: Some(n as f64), at: Instant::now() },
+                (n + 1 == tokens.len()).then_some(end),
+            );
             pieces.push((piece.text, piece.logprobs.len()));
         }
         pieces.retain(|piece| *piece != Default::default());
@@ -137,7 +150,8 @@ mod tests {
         for tells_end in [false, true] {
             let mut transcript = Transcript::new(of_bytes(), vec![], tells_end);
             let logprob = Some(TokenLogprob { token: 256, logprob: -1.0, top: Vec::new() });
-            let piece = transcript.push(Chosen { token: 256, logprob }, Some(End::Token));
+            let piece = transcript
+                .push(Chosen { token: 256, logprob, neurons: None, at: Instant::now() }, Some(End::Token));
             assert_eq!((piece.text.as_str(), piece.logprobs.len()), ("", usize::from(tells_end)));
         }
     }
@@ -154,6 +168,21 @@ mod tests {
         // the first of several in the text counts
         assert_eq!(told(b"abcd", &["cd", "bc"], End::Length).0.concat_text(), "a");
         assert_eq!(told(b"stop", &["stop"], End::Length), (vec![], Some("stop")));
+    }
+
+    #[test]
+    fn what_held_back_tokens_used_is_told_with_their_text() {
+        let mut transcript = Transcript::new(of_bytes(), vec!["bcd".into()], false);
+        let mut neurons = Vec::new();
+        for (n, token) in b"abce".iter().enumerate() {
+            let chosen =
+                Chosen { token: (*token).into(), logprob: None, neurons: Some(n as f64), at: Instant::now() };
+            let piece = transcript.push(chosen, (n == 3).then_some(End::Length));
+            neurons.push((piece.text, piece.neurons));
+        }
+        let none = (String::new(), vec![]);
+        let all = [("a".into(), vec![0.0]), none.clone(), none, ("bce".into(), vec![1.0, 2.0, 3.0])];
+        assert_eq!(neurons, all);
     }
 
     trait ConcatText {

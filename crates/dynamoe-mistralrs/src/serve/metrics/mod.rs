@@ -9,6 +9,7 @@ use std::{
     sync::{Mutex, PoisonError, atomic::AtomicU64},
 };
 
+use super::adaptive::Latencies;
 use histogram::Histogram;
 pub(super) use show::show;
 pub(super) use watch::Watch;
@@ -19,6 +20,8 @@ pub(super) struct Metrics {
     answers: Mutex<BTreeMap<(String, String, u16), u64>>,
     first_token: Histogram,
     between_tokens: Histogram,
+    /// What an adaptive dial follows.
+    pub latencies: Latencies,
     prompt_tokens: AtomicU64,
     answer_tokens: AtomicU64,
     /// Completion requests that failed on their way, after their status was sent, and those whose client left.
@@ -41,6 +44,7 @@ impl Default for Metrics {
             answers: Mutex::default(),
             first_token: Histogram::new(FIRST_TOKEN),
             between_tokens: Histogram::new(BETWEEN_TOKENS),
+            latencies: Latencies::default(),
             prompt_tokens: AtomicU64::new(0),
             answer_tokens: AtomicU64::new(0),
             failed: AtomicU64::new(0),

@@ -16,6 +16,11 @@ pub(in super::super) async fn show(State(app): State<App>) -> impl IntoResponse 
     if let Some(model) = app.model.as_deref() {
         of_model(&mut text, model);
     }
+    if let Some(adaptive) = app.adaptive {
+        let name = "dynamoe_target_inter_token_latency_seconds";
+        family(&mut text, name, "gauge", "What the default budget is set for.");
+        line(&mut text, name, "", adaptive.target.as_secs_f64());
+    }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
 }
 

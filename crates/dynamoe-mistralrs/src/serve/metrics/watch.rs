@@ -47,15 +47,17 @@ impl Watch {
         })
     }
 
-    /// A token has come, the `first` of its choice or `gap` after the one before.
-    pub fn token(&self, first: bool, gap: Duration) {
+    /// The engine has chosen a token `at` this time, and the one before it of the same choice at `before`.
+    pub fn token(&self, before: Option<Instant>, at: Instant) {
         self.tokens.fetch_add(1, Relaxed);
-        if !first {
+        if let Some(before) = before {
+            let gap = at.saturating_duration_since(before);
+            self.metrics.latencies.record(at, gap);
             return self.metrics.between_tokens.add(gap);
         }
         let mut told = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         if told.is_none() {
-            let elapsed = self.begun.elapsed();
+            let elapsed = at.saturating_duration_since(self.begun);
             *told = Some(elapsed);
             self.metrics.first_token.add(elapsed);
         }

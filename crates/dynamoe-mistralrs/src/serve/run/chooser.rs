@@ -3,9 +3,12 @@
 //! The engine's own sampler knows neither seeds nor biases, and its log probabilities are those of its sampling, to
 //! base 10. A logits processor sees the model's scores first: it chooses, and leaves the engine one score to take.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Instant,
 };
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -26,6 +29,11 @@ pub(in super::super) struct Chosen {
     pub token: u32,
     /// How likely it was, if that was asked for.
     pub logprob: Option<TokenLogprob>,
+    /// Neurons that were used to find it, of a DynaMoE model: the mean over layers, for the first token of an answer
+    /// over its prompt too.
+    pub neurons: Option<f64>,
+    /// When the engine had it.
+    pub at: Instant,
 }
 
 /// What a [`Chooser`] tells.
@@ -57,6 +65,9 @@ struct State {
     thinking: bool,
     /// The choice after [`Self::taken`] tokens. With a grammar the engine may ask again, without what it does not allow.
     choice: Option<Choice>,
+    /// What the dial had counted before the choice.
+    used: (u64, u64),
+    neurons: Option<f64>,
     events: UnboundedSender<Event>,
 }
 
@@ -94,7 +105,16 @@ impl Chooser {
             prompt: taken,
             left,
             pass,
-            state: Mutex::new(State { random, counts, taken, thinking, choice: None, events }),
+            state: Mutex::new(State {
+                random,
+                counts,
+                taken,
+                thinking,
+                choice: None,
+                used: (0, 0),
+                neurons: None,
+                events,
+            }),
         }
     }
 
@@ -122,7 +142,11 @@ impl Chooser {
         self.rules.adjust(&mut scores, &state.counts);
         let token = self.rules.pick(&scores, &mut state.random);
         let logprob = self.rules.logprobs.map(|top| TokenLogprob::of(&model, token, top));
-        state.choice = Some(Choice { chosen: Chosen { token, logprob }, scores: model, told: false });
+        if let Some(dial) = &self.dial {
+            state.count(dial.used());
+        }
+        let chosen = Chosen { token, logprob, neurons: state.neurons, at: Instant::now() };
+        state.choice = Some(Choice { chosen, scores: model, told: false });
         if free {
             state.tell();
         }
@@ -157,6 +181,15 @@ impl State {
         }
         if let Some(tags) = language.think_tags() {
             self.thinking = tags.thinking_after(answer, self.thinking);
+        }
+    }
+
+    /// Learns what was computed up to the choice. Asked again for the same choice, nothing was.
+    fn count(&mut self, used: (u64, u64)) {
+        let (tokens, neurons) = (used.0 - self.used.0, used.1 - self.used.1);
+        if tokens > 0 {
+            self.neurons = Some(neurons as f64 / tokens as f64);
+            self.used = used;
         }
     }
 
@@ -265,7 +298,7 @@ mod tests {
         assert_eq!(tried.told(), [8]);
         drop(tried.chooser);
         let last = tried.events.try_recv().unwrap();
-        let Event::Token(Chosen { token: 9, logprob: Some(told) }) = last else { panic!("{last:?}") };
+        let Event::Token(Chosen { token: 9, logprob: Some(told), .. }) = last else { panic!("{last:?}") };
         assert_eq!(told.top[0].0, 9);
     }
 
@@ -279,7 +312,7 @@ mod tests {
         tried.choose(&first, &[1, 2]);
         tried.choose(&scores(&[(7, f32::NEG_INFINITY), (8, 4.0)]), &[1, 2]);
         drop(tried.chooser);
-        let Ok(Event::Token(Chosen { token: 8, logprob: Some(told) })) = tried.events.try_recv() else {
+        let Ok(Event::Token(Chosen { token: 8, logprob: Some(told), .. })) = tried.events.try_recv() else {
             panic!()
         };
         let scores: Vec<f32> = first.to_vec1().unwrap();

@@ -1,6 +1,6 @@
 //! Log probabilities of a prompt's own tokens.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use candle_core::{DType, Tensor};
 use mistralrs_core::{CustomLogitsProcessor, Response, row_data::RowData};
@@ -123,7 +123,7 @@ fn choose(scores: Vec<f32>, job: &Job, top: usize) -> Chosen {
     let seed = job.rules.seed.unwrap_or_else(rand::random);
     let mut random = ChaCha8Rng::seed_from_u64(seed.wrapping_add(job.number));
     let token = job.rules.pick(&adjusted, &mut random);
-    Chosen { token, logprob: Some(TokenLogprob::of(&scores, token, top)) }
+    Chosen { token, logprob: Some(TokenLogprob::of(&scores, token, top)), neurons: None, at: Instant::now() }
 }
 
 #[cfg(test)]
