@@ -11,6 +11,8 @@ use dynamoe::{
     NestedExperts, PackedExperts, PrefixExperts, Projections, ShellExperts, cpu::PackedMatrix, experts::rows,
 };
 
+use mistralrs_core::plugin::MlpLayer;
+
 use crate::projection::{Extracted, Projection, Slot, extract, fused_glu, unquantized};
 
 /// A layer's shells as the engine's projections, and their faster form while there is one.
@@ -63,6 +65,32 @@ impl NestedExperts for EngineExperts {
     }
 }
 
+/// The faster forms of all layers' FFNs, for those that can have one.
+pub(crate) struct CpuKernels(pub Vec<Option<Arc<FastExperts>>>);
+
+impl CpuKernels {
+    /// Builds them from the shells of `mlps`, and returns how many there are; see [`FastExperts::try_build`].
+    pub fn build(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> Result<usize> {
+        let mut built = 0;
+        for (fast, mlp) in self.0.iter().zip(mlps) {
+            if let Some(fast) = fast {
+                built += usize::from(fast.try_build(mlp.get_isq_layers())?);
+            }
+        }
+        Ok(built)
+    }
+
+    /// Forgets them; see [`FastExperts::release`].
+    pub fn release(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> Result<()> {
+        for (fast, mlp) in self.0.iter().zip(mlps) {
+            if let Some(fast) = fast {
+                fast.release(mlp.get_isq_layers())?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A faster form of a layer's shells over the same weights, while there is one.
 pub(crate) struct FastExperts {
     activation: Activation,
@@ -73,6 +101,11 @@ pub(crate) struct FastExperts {
 impl FastExperts {
     pub fn new(activation: Activation, widths: &[usize]) -> Self {
         Self { activation, widths: widths.to_vec(), experts: RwLock::default() }
+    }
+
+    /// One for other weights of the same shape, not built yet.
+    pub fn empty(&self) -> Self {
+        Self::new(self.activation, &self.widths)
     }
 
     /// Forgets it, since the engine is about to change the shells in `slots`: parts of whole matrices become

@@ -13,7 +13,7 @@ use mistralrs_core::{
 
 use crate::{
     dial::RequestDial,
-    experts::{EngineExperts, FastExperts},
+    experts::{CpuKernels, EngineExperts},
     loaded::LoadedModel,
     projection::Slot,
     weights::LayerWeights,
@@ -29,7 +29,7 @@ pub struct SwappedFfns {
     /// The tensors that the model has beyond the engine's projections: an engine that writes the model has to
     /// write these too.
     pub tensors: NamedTensors,
-    fast: Vec<Arc<FastExperts>>,
+    kernels: CpuKernels,
     #[cfg(feature = "cuda")]
     cuda: Vec<Arc<crate::cuda::CudaExperts>>,
     /// What layers have routed on a CUDA device in the forward that is running.
@@ -44,10 +44,7 @@ impl SwappedFfns {
     /// Returns how many of the FFNs run so. The others run shell by shell on the engine's projections, as all do
     /// before this call.
     pub fn use_cpu_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<usize> {
-        let mut built = 0;
-        for (fast, mlp) in self.fast.iter().zip(mlps) {
-            built += usize::from(fast.try_build(mlp.get_isq_layers())?);
-        }
+        let built = self.kernels.build(mlps)?;
         self.model.set_on_cpu_kernels(built);
         Ok(built)
     }
@@ -55,9 +52,7 @@ impl SwappedFfns {
     /// Goes back to the engine's projections, shell by shell. Each gets memory of its own, because candle quantizes all
     /// of the memory that a tensor is a part of.
     pub fn release_cpu_kernels(&self, mlps: Vec<&mut Box<dyn MlpLayer>>) -> candle_core::Result<()> {
-        for (fast, mlp) in self.fast.iter().zip(mlps) {
-            fast.release(mlp.get_isq_layers())?;
-        }
+        self.kernels.release(mlps)?;
         self.model.set_on_cpu_kernels(0);
         Ok(())
     }
@@ -115,7 +110,7 @@ pub fn swap_ffns(
         let activation = mlp.hidden_act();
         let ffn = weights.read(config, hidden_size, activation.try_into()?)?;
         tensors.extend(router_tensors(layer, &ffn));
-        fast.push(Arc::clone(&ffn.experts().fast));
+        fast.push(Some(Arc::clone(&ffn.experts().fast)));
         #[cfg(feature = "cuda")]
         cuda.push(Arc::clone(&ffn.experts().cuda));
         *mlp = Box::new(EngineFfn {
@@ -131,7 +126,7 @@ pub fn swap_ffns(
     Ok(SwappedFfns {
         model,
         tensors,
-        fast,
+        kernels: CpuKernels(fast),
         #[cfg(feature = "cuda")]
         cuda,
         #[cfg(feature = "cuda")]

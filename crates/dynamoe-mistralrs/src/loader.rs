@@ -21,7 +21,7 @@ use crate::{
     base_config::BaseConfig,
     checked::{self, check_tied_head},
     ffn::swap_ffns,
-    model::{DynaMoeModel, NO_ADAPTERS},
+    model::{NO_ADAPTERS, SwappedModel},
     weights::LayerWeights,
 };
 
@@ -68,7 +68,7 @@ impl DynaMoeLoader {
         let mut dense = base.loader().load(&stub, checked::without_ffns(vb), metadata, attention)?;
         let ffns =
             swap_ffns(dense.get_mlps_mut(), dynamoe, weights).context("cannot load the DynaMoE FFNs")?;
-        let mut model = DynaMoeModel::new(dense, ffns);
+        let mut model = SwappedModel::new(dense, ffns);
         // what is quantized or filled after loading gets them then
         if !loading_isq {
             model.use_cpu_kernels()?;
@@ -93,7 +93,18 @@ impl NormalModelLoader for DynaMoeLoader {
             return Self::load_dynamoe(&base, dynamoe, &vb, metadata, attention);
         }
         let vb = if base.is_quantized() { vb } else { checked::checked(&vb) };
-        base.loader().load(&base.text(), vb, metadata, attention)
+        // what is mapped to several devices, or quantized in the checkpoint, is the engine's
+        let on_cpu = metadata.real_device.is_cpu() && !base.is_quantized();
+        let loading_isq = metadata.loading_isq;
+        let dense = base.loader().load(&base.text(), vb, metadata, attention)?;
+        if !on_cpu {
+            return Ok(dense);
+        }
+        let mut model = SwappedModel::dense(dense)?;
+        if !loading_isq {
+            model.use_cpu_kernels()?;
+        }
+        Ok(Box::new(model))
     }
 
     fn load_xlora(

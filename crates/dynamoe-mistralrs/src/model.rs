@@ -1,55 +1,78 @@
-//! The dense model of the engine with its FFNs swapped.
+//! A model of the engine with its FFNs swapped.
 
 use std::{path::PathBuf, sync::Arc};
 
 use candle_core::{Device, Result, Tensor};
 use mistralrs_core::{
-    Topology,
+    AnyMoeConfig, AnyMoeExpertType, Topology,
     plugin::{
         AnyMoeBaseModelMixin, DeviceMapper, EitherCache, FlashParams, ImatrixDataSource, IsqModel,
-        IsqOrganization, ModelConfigLike, ModelConfigMetadata, MultiProgress, NonGranularState, NormalModel,
-        PagedAttentionInputMetadata, UqffFullSer,
+        IsqOrganization, MlpLayer, ModelConfigLike, ModelConfigMetadata, MultiProgress, NonGranularState,
+        NormalModel, PagedAttentionInputMetadata, UqffFullSer,
     },
     row_data::RowData,
 };
-use mistralrs_quant::{CollectedImatrixData, IsqType};
+use mistralrs_quant::{CollectedImatrixData, IsqType, ShardedVarBuilder};
 
 use crate::{
+    dense::swap_dense,
+    experts::CpuKernels,
     ffn::SwappedFfns,
     projection::{Slot, speed_up},
 };
 
 pub(crate) const NO_ADAPTERS: &str = "LoRA and X-LoRA adapters on a DynaMoE model are not supported: merge them into the dense model, then convert";
 
-/// Passes everything on to the dense model, and adds what that does not know of: the tensors of the routers to
-/// what is written, the default dial to requests that bring none, and CPU kernels to what is on the CPU.
-pub(crate) struct DynaMoeModel {
+/// Passes everything on to the engine's model, and adds what that does not know of: CPU kernels to what is on the CPU,
+/// and for a DynaMoE model the tensors of the routers to what is written, and the default dial to requests that bring
+/// none.
+pub(crate) struct SwappedModel {
     inner: Inner,
 }
 
-/// The dense model with its FFNs swapped: the engine's own ways to quantize, read and write work on this.
+/// The engine's model with its FFNs swapped: the engine's own ways to quantize, read and write work on this.
 struct Inner {
     base: Box<dyn NormalModel + Send + Sync>,
-    ffns: SwappedFfns,
+    ffns: Ffns,
 }
 
-impl DynaMoeModel {
+/// What took the place of the engine's FFNs.
+enum Ffns {
+    DynaMoe(SwappedFfns),
+    Dense(CpuKernels),
+}
+
+impl SwappedModel {
+    /// A DynaMoE model.
     pub fn new(base: Box<dyn NormalModel + Send + Sync>, ffns: SwappedFfns) -> Self {
-        Self { inner: Inner { base, ffns } }
+        Self { inner: Inner { base, ffns: Ffns::DynaMoe(ffns) } }
+    }
+
+    /// A dense model.
+    ///
+    /// # Errors
+    /// An activation that candle does not know.
+    pub fn dense(mut base: Box<dyn NormalModel + Send + Sync>) -> anyhow::Result<Self> {
+        let kernels = swap_dense(base.get_mlps_mut())?;
+        Ok(Self { inner: Inner { base, ffns: Ffns::Dense(kernels) } })
     }
 
     /// Runs what is on the CPU on dynamoe's kernels, until the engine changes it.
     pub fn use_cpu_kernels(&mut self) -> Result<()> {
         let Inner { base, ffns } = &mut self.inner;
-        let built = ffns.use_cpu_kernels(base.get_mlps_mut())?;
+        let mlps = base.get_mlps_mut();
+        let layers = mlps.len();
+        let built = match ffns {
+            Ffns::DynaMoe(ffns) => ffns.use_cpu_kernels(mlps)?,
+            Ffns::Dense(kernels) => kernels.build(mlps)?,
+        };
         let mut projections = 0;
         for (slot, _) in base.get_layers().0 {
             projections += usize::from(speed_up(slot)?);
         }
-        let layers = ffns.model.layers();
         tracing::info!("CPU kernels run {built} of {layers} FFNs and {projections} other projections");
         #[cfg(feature = "cuda")]
-        {
+        if let Ffns::DynaMoe(ffns) = ffns {
             let built = ffns.use_cuda_kernels(base.get_mlps_mut())?;
             tracing::info!("CUDA kernels run {built} of {layers} FFNs");
         }
@@ -59,9 +82,15 @@ impl DynaMoeModel {
 
 impl Inner {
     fn release_cpu_kernels(&mut self) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        self.ffns.release_cuda_kernels();
-        self.ffns.release_cpu_kernels(self.base.get_mlps_mut())
+        let mlps = self.base.get_mlps_mut();
+        match &self.ffns {
+            Ffns::DynaMoe(ffns) => {
+                #[cfg(feature = "cuda")]
+                ffns.release_cuda_kernels();
+                ffns.release_cpu_kernels(mlps)
+            }
+            Ffns::Dense(kernels) => kernels.release(mlps),
+        }
     }
 }
 
@@ -72,13 +101,15 @@ impl IsqModel for Inner {
 
     fn residual_tensors(&self) -> Vec<(String, Tensor)> {
         let mut tensors = self.base.residual_tensors();
-        tensors.extend(self.ffns.tensors.iter().cloned());
+        if let Ffns::DynaMoe(ffns) = &self.ffns {
+            tensors.extend(ffns.tensors.iter().cloned());
+        }
         tensors
     }
 }
 
 /// As [`Inner`], but the engine gets its own projections before it changes or watches them.
-impl IsqModel for DynaMoeModel {
+impl IsqModel for SwappedModel {
     fn get_layers(&mut self) -> (Vec<(&mut Slot, Option<usize>)>, &dyn DeviceMapper) {
         self.inner.get_layers()
     }
@@ -142,7 +173,7 @@ impl IsqModel for DynaMoeModel {
     }
 }
 
-impl NormalModel for DynaMoeModel {
+impl NormalModel for SwappedModel {
     fn forward(
         &self,
         input_ids: &Tensor,
@@ -154,11 +185,15 @@ impl NormalModel for DynaMoeModel {
     ) -> Result<Tensor> {
         let base = &self.inner.base;
         #[cfg(feature = "cuda")]
-        self.inner.ffns.passes.clear();
+        if let Ffns::DynaMoe(ffns) = &self.inner.ffns {
+            ffns.passes.clear();
+        }
         let logits =
             base.forward(input_ids, seqlen_offsets, context_lens, position_ids, metadata, flash_params)?;
         #[cfg(feature = "cuda")]
-        self.inner.ffns.count_passes()?;
+        if let Ffns::DynaMoe(ffns) = &self.inner.ffns {
+            ffns.count_passes()?;
+        }
         Ok(logits)
     }
 
@@ -207,8 +242,40 @@ impl NormalModel for DynaMoeModel {
     }
 
     fn default_row_data(&self) -> Option<Arc<dyn RowData>> {
-        Some(self.inner.ffns.model.default_request())
+        match &self.inner.ffns {
+            Ffns::DynaMoe(ffns) => Some(ffns.model.default_request()),
+            Ffns::Dense(_) => None,
+        }
     }
 }
 
-impl AnyMoeBaseModelMixin for DynaMoeModel {}
+/// A dense model's FFNs take part in the engine's AnyMoE as before.
+impl AnyMoeBaseModelMixin for SwappedModel {
+    fn create_anymoe_layers(
+        &mut self,
+        additional_vbs: Vec<ShardedVarBuilder>,
+        config: AnyMoeConfig,
+        names: (String, String),
+        layers: Vec<usize>,
+        expert_type: AnyMoeExpertType,
+        gate_vb: Option<ShardedVarBuilder>,
+    ) -> Result<()> {
+        if !self.amoe_supported() {
+            candle_core::bail!("a DynaMoE model takes no AnyMoE layers");
+        }
+        let base = &mut self.inner.base;
+        base.create_anymoe_layers(additional_vbs, config, names, layers, expert_type, gate_vb)
+    }
+
+    fn get_mlps(&self) -> Vec<&dyn MlpLayer> {
+        self.inner.base.get_mlps()
+    }
+
+    fn get_mlps_mut(&mut self) -> Vec<&mut Box<dyn MlpLayer>> {
+        self.inner.base.get_mlps_mut()
+    }
+
+    fn amoe_supported(&self) -> bool {
+        matches!(self.inner.ffns, Ffns::Dense(_)) && self.inner.base.amoe_supported()
+    }
+}
