@@ -11,9 +11,11 @@ use super::print;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::Checkpoint;
 use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
-use moefy_train::evaluate::{Setting, budget, pairs_point, point, scored_tokens, shuffled_point};
+use moefy_train::evaluate::{
+    Setting, budget, choices_point, pairs_point, point, scored_tokens, shuffled_point,
+};
 use moefy_train::progress::Progress;
-use moefy_train::report::results::{Evaluation, PairsPoint, Point};
+use moefy_train::report::results::{ChoicesPoint, Evaluation, PairsPoint, Point};
 
 /// Tokens on which a missing budget is solved.
 const SOLVE_TOKENS: usize = 32_768;
@@ -49,6 +51,9 @@ pub struct EvaluateArgs {
     /// Minimal pairs to compare: .jsonl with "good" and "bad"
     #[arg(long)]
     pairs: Option<PathBuf>,
+    /// Multiple choice: .jsonl with "context", "choices" and "answer", the index of the right one; may be repeated
+    #[arg(long)]
+    choices: Vec<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -60,7 +65,10 @@ pub struct EvaluateArgs {
 }
 
 pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
-    ensure!(!args.data.is_empty() || args.pairs.is_some(), "nothing to score: give --data or --pairs");
+    ensure!(
+        !args.data.is_empty() || args.pairs.is_some() || !args.choices.is_empty(),
+        "nothing to score: give --data, --pairs or --choices"
+    );
     // before a large model is read
     args.sensitivity.iter().try_for_each(|&s| check_dial("sensitivity", s))?;
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
@@ -89,6 +97,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         ..Evaluation::default()
     };
     let pairs = args.pairs.as_deref().map(|path| texts.pairs(path)).transpose()?;
+    let choices = args.choices.iter().map(|path| texts.choices(path)).collect::<Result<Vec<_>>>()?;
     let tokens = settings.len() as u64 * scored_tokens(&batches);
     let progress = Progress::new("evaluating", "tokens", tokens, 0);
     for setting in &settings {
@@ -103,12 +112,16 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
         if let Some(pairs) = &pairs {
             evaluation.pairs.push(pairs_point(&model, pairs, setting)?);
         }
+        for choices in &choices {
+            evaluation.choices.push(choices_point(&model, choices, setting)?);
+        }
     }
     progress.finish();
     if args.json {
         print(&format_args!("{}", serde_json::to_string_pretty(&evaluation)?))?;
     } else {
         print_pairs(&evaluation.pairs)?;
+        print_choices(&evaluation.choices)?;
     }
     Ok(())
 }
@@ -187,6 +200,29 @@ fn print_pairs(pairs: &[PairsPoint]) -> Result<()> {
             point.pairs,
             point.mean_width,
             fields.join("  ")
+        ))?;
+    }
+    Ok(())
+}
+
+/// One line for each file at each dial value, with the difference to the widest setting of the same file.
+fn print_choices(points: &[ChoicesPoint]) -> Result<()> {
+    for point in points {
+        let of_file = points.iter().filter(|other| other.name == point.name);
+        let widest = of_file.max_by(|a, b| a.mean_width.total_cmp(&b.mean_width)).unwrap_or(point);
+        let (difference, error) = point.difference(widest);
+        print(&format_args!(
+            "{} at sensitivity {:.4}: acc {:.4} ± {:.4}, acc_norm {:.4} ± {:.4} of {} questions, mean width {:.3}, acc \
+             {difference:+.4} ± {error:.4} against width {:.3}",
+            point.name,
+            point.sensitivity,
+            point.acc,
+            point.acc_stderr,
+            point.acc_norm,
+            point.acc_norm_stderr,
+            point.right.len(),
+            point.mean_width,
+            widest.mean_width,
         ))?;
     }
     Ok(())

@@ -1,9 +1,10 @@
 //! Text to batches: [`source`] reads documents, [`tokenizer`] frames them, [`cache`] keeps their tokens on disk,
-//! [`batches`] packs them for training, [`documents`] and [`pairs`] pad them for evaluation ([`padded`]). [`texts`] does
+//! [`batches`] packs them for training, [`documents`], [`pairs`] and [`choices`] pad them for evaluation ([`padded`]). [`texts`] does
 //! all of that for one model. [`corpus`] is text that this program generates.
 
 pub mod batches;
 pub mod cache;
+pub mod choices;
 pub mod corpus;
 pub mod documents;
 pub mod padded;
@@ -14,6 +15,7 @@ pub mod tokenizer;
 
 pub use batches::{Batch, Batches, BatchesConfig, Origin, Split, WeightedCache};
 pub use cache::{TokenCache, default_cache_dir};
+pub use choices::Choices;
 pub use documents::{DocumentBatches, DocumentLimits};
 pub use padded::{BATCH_TOKENS, PaddedBatch, subsample};
 pub use pairs::Pairs;

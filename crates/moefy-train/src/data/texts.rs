@@ -207,6 +207,16 @@ impl Texts {
         Ok(pairs)
     }
 
+    /// Multiple-choice questions from a .jsonl file.
+    ///
+    /// # Errors
+    /// Those of [`Choices::read`].
+    pub fn choices(&self, path: &Path) -> Result<Choices> {
+        let choices = Choices::read(path, &self.tokenizer, self.positions)?;
+        choices.sequences().try_for_each(|sequence| self.check_embedded(path, sequence))?;
+        Ok(choices)
+    }
+
     /// The text that each token adds.
     pub fn pieces(&self, ids: &[u32]) -> Vec<String> {
         let mut before = String::new();

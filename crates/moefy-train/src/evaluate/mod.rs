@@ -17,9 +17,9 @@ use rayon::prelude::*;
 
 pub use score::{Policy, Score, score};
 
-use crate::data::{BATCH_TOKENS, PaddedBatch, Pairs};
+use crate::data::{BATCH_TOKENS, Choices, PaddedBatch, Pairs};
 use crate::progress::Progress;
-use crate::report::results::{PairsPoint, Point};
+use crate::report::results::{ChoicesPoint, PairsPoint, Point};
 use dynamoe_model::RoutedModel;
 
 /// A value of the dial and the sensitivity that each layer takes for it.
@@ -119,10 +119,35 @@ pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
 /// Accuracy on minimal pairs at one setting of the dial.
 ///
 /// # Errors
-/// candle's.
+/// What the model says instead.
 pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
-    let progress = Progress::new("scoring pairs", "tokens", scored_tokens(&batches), 0);
+    let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, 2 * pairs.len(), setting)?;
+    let accuracy = pairs.score(&log_likelihoods)?;
+    Ok(PairsPoint { sensitivity: setting.mean(), mean_width, ..accuracy })
+}
+
+/// Accuracy on multiple choice at one setting of the dial.
+///
+/// # Errors
+/// What the model says instead.
+pub fn choices_point(model: &RoutedModel, choices: &Choices, setting: &Setting) -> Result<ChoicesPoint> {
+    let batches: Vec<PaddedBatch> = choices.batches(BATCH_TOKENS).collect();
+    let items = choices.sequences().count();
+    let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, items, setting)?;
+    let accuracy = choices.score(&log_likelihoods)?;
+    Ok(ChoicesPoint { sensitivity: setting.mean(), budget: setting.budget, mean_width, ..accuracy })
+}
+
+/// The sum over the scored tokens of each of `items` items, and the mean width of all these tokens. Batches run in
+/// parallel.
+fn log_likelihoods(
+    model: &RoutedModel,
+    batches: &[PaddedBatch],
+    items: usize,
+    setting: &Setting,
+) -> Result<(Vec<f64>, f64)> {
+    let progress = Progress::new("scoring tasks", "tokens", scored_tokens(batches), 0);
     let parts: Vec<Score> = batches
         .par_iter()
         .map(|batch| {
@@ -130,13 +155,12 @@ pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Res
         })
         .collect::<Result<_>>()?;
     progress.finish();
-    let mut log_likelihoods = vec![0.0; 2 * pairs.len()];
+    let mut log_likelihoods = vec![0.0; items];
     let (mut tokens, mut used) = (0.0, 0.0);
     for part in &parts {
         part.items.iter().for_each(|item| log_likelihoods[item.item] -= item.loss);
         tokens += part.tokens as f64;
         used += part.tokens as f64 * part.mean_width();
     }
-    let accuracy = pairs.score(&log_likelihoods)?;
-    Ok(PairsPoint { sensitivity: setting.mean(), mean_width: used / tokens.max(1.0), ..accuracy })
+    Ok((log_likelihoods, used / tokens.max(1.0)))
 }

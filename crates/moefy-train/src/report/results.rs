@@ -68,6 +68,51 @@ pub struct PairsPoint {
     pub by_field: Vec<(String, f64)>,
 }
 
+/// Accuracy on multiple choice (HellaSwag, PIQA).
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ChoicesPoint {
+    /// The file's name without its ending.
+    pub name: String,
+    /// The dial's value.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub sensitivity: f64,
+    /// The mean width that was asked for, if one was.
+    pub budget: Option<f64>,
+    /// Share of questions whose right choice has the largest log likelihood.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub acc: f64,
+    /// Its standard error.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub acc_stderr: f64,
+    /// The same with log likelihoods divided by the choices' lengths in bytes.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub acc_norm: f64,
+    /// Its standard error.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub acc_norm_stderr: f64,
+    /// Mean FFN width over the tokens of the choices.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub mean_width: f64,
+    /// Whether each question was answered right, as `acc` counts.
+    pub right: Vec<bool>,
+    /// The log likelihood of each question's choices.
+    pub log_likelihoods: Vec<Vec<f64>>,
+}
+
+impl ChoicesPoint {
+    /// How much more often this answers right than `other` does on the same questions, and the standard error of that: the
+    /// differences are taken question by question.
+    pub fn difference(&self, other: &Self) -> (f64, f64) {
+        let pairs = self.right.iter().zip(&other.right);
+        let differences: Vec<f64> =
+            pairs.map(|(&own, &others)| f64::from(u8::from(own)) - f64::from(u8::from(others))).collect();
+        let count = differences.len() as f64;
+        let mean = differences.iter().sum::<f64>() / count;
+        let variance = differences.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / count;
+        (mean, (variance / count).sqrt())
+    }
+}
+
 /// What `evaluate --json` prints.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
@@ -76,6 +121,9 @@ pub struct Evaluation {
     /// Minimal pairs, if asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pairs: Vec<PairsPoint>,
+    /// Multiple choice, if asked for: each file at each dial value.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub choices: Vec<ChoicesPoint>,
     /// The model's folder.
     pub model: String,
     /// The data scored.
@@ -204,6 +252,16 @@ pub struct Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_are_compared_question_by_question() {
+        let point = |right: &[bool]| ChoicesPoint { right: right.to_vec(), ..ChoicesPoint::default() };
+        let (mean, stderr) =
+            point(&[true, true, true, false]).difference(&point(&[true, false, true, false]));
+        assert!((mean - 0.25).abs() < 1e-12 && (stderr - (0.1875f64 / 4.0).sqrt()).abs() < 1e-12);
+        let same = point(&[true, false]);
+        assert_eq!(same.difference(&same), (0.0, 0.0));
+    }
 
     #[test]
     fn losses_are_linear_between_points_and_absent_outside() {
