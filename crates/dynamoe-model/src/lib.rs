@@ -10,6 +10,7 @@
 //! | the model: forward and backward | [`model`], on the fused operations of [`ops`] |
 //! | rewriting a checkpoint, dense or in another type | [`export`] |
 //! | telling what a checkpoint is | [`inspect`] |
+//! | Python code that checkpoints carry for transformers | [`transformers`] |
 //!
 //! Letters in shape comments: `B` sequences, `T` positions, `N = B·T` tokens, `D` hidden_size,
 //! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary, `H` attention heads, `K` key/value heads,
@@ -25,6 +26,7 @@ pub mod model;
 pub mod ops;
 pub mod params;
 pub mod tensors;
+pub mod transformers;
 
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;

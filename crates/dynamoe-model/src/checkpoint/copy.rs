@@ -18,6 +18,7 @@ use super::{
 use crate::config::{ModelConfig, remove_not_finite};
 use crate::files::read_file;
 use crate::tensors::expected_tensors;
+use crate::transformers;
 
 /// Bytes of a tensor in memory at a time while it is copied.
 pub const CHUNK_BYTES: usize = 8 << 20;
@@ -80,6 +81,7 @@ pub fn set_section(config: &mut Value, section: &DynaMoeConfig) -> Result<()> {
     section.validate(number("intermediate_size"), number("num_hidden_layers"))?; // JSON would lose a NaN
     config["architectures"] = json!([ARCHITECTURE]);
     config["model_type"] = json!(MODEL_TYPE);
+    config["auto_map"] = transformers::auto_map();
     config["dynamoe"] = serde_json::to_value(section)?;
     ModelConfig::from_json(config).map(drop)
 }
@@ -93,7 +95,9 @@ pub fn remove_section(config: &mut Value) -> Result<()> {
     config["architectures"] = json!([section.base_architecture]);
     config["model_type"] = json!(section.base_model_type);
     // shift_remove keeps the order of the keys that stay
-    config.as_object_mut().context("config.json is not an object")?.shift_remove("dynamoe");
+    let keys = config.as_object_mut().context("config.json is not an object")?;
+    keys.shift_remove("dynamoe");
+    keys.shift_remove("auto_map");
     Ok(())
 }
 
@@ -160,6 +164,9 @@ pub fn write_folder(
     let path = staged.path().join("config.json");
     std::fs::write(&path, pretty(config)?).with_context(|| format!("{}: writing", path.display()))?;
     copy_companions(source.dir(), staged.path())?;
+    if config.get("dynamoe").is_some() {
+        transformers::write_code(staged.path())?;
+    }
     staged.commit()
 }
 
