@@ -139,7 +139,7 @@ impl Choices {
         }
         let count = self.questions.len() as f64;
         let stderr = |share: f64| (share * (1.0 - share) / count).sqrt();
-        (point.acc, point.acc_norm) = (f64::from(right) / count, f64::from(right_by_bytes) / count);
+        (point.acc, point.acc_norm) = (right as f64 / count, right_by_bytes as f64 / count);
         (point.acc_stderr, point.acc_norm_stderr) = (stderr(point.acc), stderr(point.acc_norm));
         Ok(point)
     }

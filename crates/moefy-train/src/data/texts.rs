@@ -9,8 +9,8 @@ use tokenizers::Tokenizer;
 
 use super::tokenizer::{largest_id, named_ends};
 use super::{
-    BATCH_TOKENS, Batches, BatchesConfig, DataSource, DocumentBatches, DocumentLimits, Framing, PaddedBatch,
-    Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
+    BATCH_TOKENS, Batches, BatchesConfig, Choices, DataSource, DocumentBatches, DocumentLimits, Framing,
+    PaddedBatch, Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
 };
 use dynamoe_model::ModelConfig;
 
