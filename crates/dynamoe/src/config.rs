@@ -4,8 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::dial::{Budget, check_dial};
 use crate::error::{Error, Result};
+use crate::sensitivity::{Budget, check_dial};
 
 /// `architectures[0]` of a DynaMoE checkpoint.
 pub const ARCHITECTURE: &str = "DynaMoeForCausalLM";

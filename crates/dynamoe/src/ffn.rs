@@ -26,11 +26,11 @@ use candle_core::{D, DType, Tensor};
 use candle_nn::{Activation, Module, VarBuilder};
 
 use crate::config::DynaMoeConfig;
-use crate::dial::check_dial;
 use crate::error::{Error, Result};
 use crate::experts::{NestedExperts, PrefixExperts, inverse, rows};
 use crate::router::{Router, logit};
 use crate::routes::{PendingRoutes, Routes};
+use crate::sensitivity::check_dial;
 use crate::tensors;
 
 /// Whether the router has nothing to say.

@@ -20,8 +20,10 @@ use safetensors::Dtype;
 use super::calibrate::{Calibration, LayerStatistics};
 use crate::progress::Progress;
 use crate::random;
-use dynamoe_model::checkpoint::copy::{CHUNK_BYTES, copy_tensor, write_folder};
-use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section};
+use dynamoe_model::checkpoint::copy::{copy_tensor, write_folder};
+use dynamoe_model::checkpoint::{
+    CHUNK_BYTES, Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section,
+};
 use dynamoe_model::config::{ModelConfig, read_json};
 use dynamoe_model::tensors::added_tensors;
 
