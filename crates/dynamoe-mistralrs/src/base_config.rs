@@ -68,7 +68,7 @@ impl BaseConfig {
     /// Numbers in each layer's router and compensation.
     pub fn router_elements(&self) -> usize {
         let Some(dynamoe) = &self.dynamoe else { return 0 };
-        let (d, r, narrower) = (self.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
+        let (d, r, narrower) = (self.hidden_size, dynamoe.router.hidden_size, dynamoe.expert_count() - 1);
         let compensation = if dynamoe.router.compensation { narrower * d } else { 0 };
         r * (d + 1) + if r > 0 { narrower * (r + 1) } else { 0 } + compensation
     }

@@ -56,7 +56,7 @@ impl LoadedModel {
     fn new(config: DynaMoeConfig, layers: usize) -> dynamoe::Result<Self> {
         let dial = Dial::Sensitivity(config.sensitivity);
         let default = RwLock::new((dial, dial.sensitivities(&config, layers)?.into()));
-        let counters = Counters::new(layers, config.experts());
+        let counters = Counters::new(layers, config.expert_count());
         Ok(Self { config, layers, default, counters, on_cpu_kernels: AtomicUsize::new(0) })
     }
 
@@ -152,7 +152,7 @@ pub(crate) mod tests {
             base_architecture: "LlamaForCausalLM".into(),
             base_model_type: "llama".into(),
             expert_widths: vec![16, 32],
-            own_shells: 0,
+            separate_shells: 0,
             router: RouterConfig { kind: RouterKind::Static, hidden_size: 0, compensation: false },
             sensitivity: 0.9,
             budgets: vec![Budget { width: 0.75, sensitivity: Sensitivity::PerLayer(vec![0.2, 0.4]) }],

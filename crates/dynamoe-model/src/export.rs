@@ -15,8 +15,8 @@ use crate::tensors::router_tensors;
 /// What to change.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Leave routers, narrow experts' own neurons and the `dynamoe` section out: any engine loads the result as the
-    /// base architecture.
+    /// Leave out the routers, the separate weights and the `dynamoe` section: any engine loads the result as the base
+    /// architecture.
     pub dense: bool,
     /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers and the order of neurons stay in F32.
     pub dtype: Option<Dtype>,

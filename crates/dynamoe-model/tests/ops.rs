@@ -362,7 +362,7 @@ fn self_attention_equals_its_composition() -> Result<()> {
 #[test]
 fn ffn_equals_its_composition() -> Result<()> {
     let mut random = Random::new();
-    for (n, d, widths, own, compensated) in [
+    for (n, d, widths, separate, compensated) in [
         (1, 1, vec![1], 0, false),
         (3, 5, vec![2, 7], 0, true),
         (5, 6, vec![2, 7], 2, false),
@@ -379,17 +379,17 @@ fn ffn_equals_its_composition() -> Result<()> {
             gate_proj: weights.add(&[i, d], 0.5),
             up_proj: weights.add(&[i, d], 0.5),
             down_proj: weights.add(&[d, i], 0.5),
-            separate: (own > 0).then(|| Projections {
-                gate_proj: weights.add(&[own, d], 0.5),
-                up_proj: weights.add(&[own, d], 0.5),
-                down_proj: weights.add(&[d, own], 0.5),
+            separate: (separate > 0).then(|| Projections {
+                gate_proj: weights.add(&[separate, d], 0.5),
+                up_proj: weights.add(&[separate, d], 0.5),
+                down_proj: weights.add(&[d, separate], 0.5),
             }),
             compensation: compensated.then(|| weights.add(&[e - 1, d], 1.0)),
             widths,
         };
         assert_same_sums(
             &mut weights,
-            &format!("{n} {d} {i}, {own} separate"),
+            &format!("{n} {d} {i}, {separate} separate"),
             || ffn(&layer, &x, &reach),
             || layer.forward(&x, &reach),
             3e-5,

@@ -15,14 +15,14 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A base in `dense` and an add-on to it in `add-on`.
-fn made(own_shells: usize) -> (TempDir, PathBuf) {
+fn made(separate_shells: usize) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let (dense, out, add_on) = (dir.path().join("dense"), dir.path().join("out"), dir.path().join("add-on"));
     common::write(&dense, &common::config("Qwen3ForCausalLM"), Dtype::BF16, 2);
     let base = Checkpoint::open(&dense).unwrap();
     let options = ConvertOptions {
         expert_widths: vec![8, 12, common::WIDTH],
-        own_shells,
+        separate_shells,
         router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 5, compensation: true },
         seed: 3,
         sensitivity: 0.9,
@@ -47,8 +47,8 @@ fn message(dir: &Path) -> String {
 
 #[test]
 fn base_and_add_on_read_like_the_whole_checkpoint() {
-    for own_shells in [0, 1, 2] {
-        let (dir, add_on) = made(own_shells);
+    for separate_shells in [0, 1, 2] {
+        let (dir, add_on) = made(separate_shells);
         let (joined, whole) = (open(dir.path()).unwrap(), Checkpoint::open(&dir.path().join("out")).unwrap());
         assert_eq!(joined.config(), whole.config());
         assert_eq!(joined.json(), whole.json());

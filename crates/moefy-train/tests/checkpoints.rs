@@ -33,7 +33,7 @@ fn scratch(architecture: &str, dtype: Dtype, shards: usize) -> (TempDir, Checkpo
 fn options() -> ConvertOptions {
     ConvertOptions {
         expert_widths: WIDTHS.to_vec(),
-        own_shells: 0,
+        separate_shells: 0,
         router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 5, compensation: true },
         seed: 3,
         sensitivity: 0.9,
@@ -162,14 +162,14 @@ fn conversion_reorders_neurons_and_keeps_the_function() {
 }
 
 #[test]
-fn own_shells_start_as_copies_and_leave_with_the_routers() {
-    for (own_shells, dtype, shards) in [(1, Dtype::F32, 1), (2, Dtype::BF16, 3)] {
+fn separate_shells_start_as_copies_and_leave_with_the_routers() {
+    for (separate_shells, dtype, shards) in [(1, Dtype::F32, 1), (2, Dtype::BF16, 3)] {
         let (dir, source) = scratch("LlamaForCausalLM", dtype, shards);
         let (shared, own) = (dir.path().join("shared"), dir.path().join("own"));
         let calibration = calibration(&source);
         convert(&source, Some(&calibration), &options(), &shared).unwrap();
-        let with_own = ConvertOptions { own_shells, ..options() };
-        convert(&source, Some(&calibration), &with_own, &own).unwrap();
+        let with_separate = ConvertOptions { separate_shells, ..options() };
+        convert(&source, Some(&calibration), &with_separate, &own).unwrap();
         let versions = [&shared, &own].map(|dir| {
             let config: Value =
                 serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
@@ -180,7 +180,7 @@ fn own_shells_start_as_copies_and_leave_with_the_routers() {
         for name in shared.names() {
             assert_eq!(shared.read_bytes(name).unwrap(), converted.read_bytes(name).unwrap(), "{name}");
         }
-        let p = WIDTHS[own_shells - 1];
+        let p = WIDTHS[separate_shells - 1];
         for layer in 0..LAYERS {
             let names = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ].into_iter();
             for (name, own) in names.zip(tensors::SEPARATE_TENSORS) {

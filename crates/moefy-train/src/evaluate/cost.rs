@@ -27,7 +27,7 @@ impl Cost {
             (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let embedding = config.vocab_size * d;
         let router = config.dynamoe.as_ref().filter(|c| c.router.kind == RouterKind::Mlp).map_or(0, |c| {
-            let (r, narrower) = (c.router.hidden_size, c.experts() - 1);
+            let (r, narrower) = (c.router.hidden_size, c.expert_count() - 1);
             r * d + r + narrower * r + narrower
         });
         let biases = usize::from(config.qkv_bias) * (q + 2 * kv) + usize::from(config.o_bias) * d;

@@ -66,7 +66,7 @@ impl TrainConfig {
     /// Strength of the distillation where none is given.
     pub const DISTILL: f64 = 1.0;
     /// Mean width that most sequences are trained near where none is given: a little below the widths that are served
-    /// most, since what a narrow expert learns serves wider ones too.
+    /// most, since what a small expert learns serves larger ones too.
     pub const FOCUS: f64 = 0.45;
     /// Steps between checkpoints where none are given.
     pub const SAVE_EVERY: u64 = 200;

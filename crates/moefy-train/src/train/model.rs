@@ -39,7 +39,7 @@ impl TrainModel {
             config.expert_widths().len() > 1 || !train.method.has_router(),
             "a checkpoint of one expert has nothing to route: --method dense trains it"
         );
-        let separate = config.dynamoe.as_ref().is_some_and(|section| section.own_shells > 0);
+        let separate = config.dynamoe.as_ref().is_some_and(|section| section.separate_shells > 0);
         let mut params = Params::new();
         let mut frozen = BTreeMap::new();
         let mut take = |name: &str, shape: &[usize]| -> Result<Tensor> {
