@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError, RwLock, Weak,
+        Arc, Mutex, RwLock, Weak,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -10,7 +10,11 @@ use std::{
 
 use dynamoe::{Dial, DynaMoeConfig, Routes};
 
-use crate::{counters::Counters, dial::RequestDial};
+use crate::{
+    counters::Counters,
+    dial::RequestDial,
+    locks::{lock, read, write},
+};
 
 /// A DynaMoE model in memory: its default dial and its counters.
 #[derive(Debug)]
@@ -34,13 +38,13 @@ struct Registry(Mutex<Vec<Weak<LoadedModel>>>);
 
 impl Registry {
     fn add(&self, model: &Arc<LoadedModel>) {
-        let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut models = lock(&self.0);
         models.retain(|model| model.strong_count() > 0);
         models.push(Arc::downgrade(model));
     }
 
     fn list(&self) -> Vec<Arc<LoadedModel>> {
-        let models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let models = lock(&self.0);
         models.iter().filter_map(Weak::upgrade).collect()
     }
 }
@@ -119,7 +123,7 @@ impl LoadedModel {
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn set_dial(&self, dial: Dial) -> dynamoe::Result<()> {
         let sensitivities = dial.sensitivities(&self.config, self.layers)?.into();
-        *self.default.write().unwrap_or_else(PoisonError::into_inner) = (dial, sensitivities);
+        *write(&self.default) = (dial, sensitivities);
         Ok(())
     }
 
@@ -137,7 +141,7 @@ impl LoadedModel {
     }
 
     fn read_default(&self) -> (Dial, Arc<[f64]>) {
-        self.default.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read(&self.default).clone()
     }
 }
 

@@ -11,6 +11,7 @@ pub mod allocator;
 pub mod data;
 pub mod demo;
 pub mod evaluate;
+mod locks;
 pub mod machine;
 pub mod methods;
 pub mod pipeline;

@@ -13,7 +13,7 @@ use faer::Accum;
 use rayon::prelude::*;
 
 use super::cpu::{
-    Host, add_parts, axpy, blocks, dot, fusable, host, matrix, multiply, multiply_blocks, read,
+    Host, add_parts, axpy, blocks, dot, fusable, host, lock, matrix, multiply, multiply_blocks, read,
     rows_per_block, slice,
 };
 use super::gradients::add_gradient;
@@ -180,7 +180,7 @@ impl CustomOp2 for Fused {
                 }
             });
         if self.keep {
-            *self.saved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(saved);
+            *lock(&self.saved) = Some(saved);
         }
         Ok((CpuStorage::F32(y), x_at.shape().clone()))
     }
@@ -192,7 +192,7 @@ impl CustomOp2 for Fused {
         _y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let saved = self.saved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let saved = lock(&self.saved).take();
         let Some([mut gate, mut up]) = saved else {
             bail!("ffn: expected one forward pass, then one backward pass");
         };
