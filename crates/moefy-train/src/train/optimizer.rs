@@ -20,10 +20,17 @@ const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
 const EPSILON: f32 = 1e-8;
 
-/// The first and second moments of every parameter.
+/// The running means of a parameter's gradient and of its square.
+#[derive(Debug)]
+struct Moments {
+    m: Tensor,
+    v: Tensor,
+}
+
+/// The optimizer: the moments of every parameter.
 #[derive(Debug)]
 pub struct AdamW {
-    moments: BTreeMap<String, (Tensor, Tensor)>,
+    moments: BTreeMap<String, Moments>,
     /// Updates done.
     pub step: u64,
 }
@@ -52,7 +59,8 @@ impl AdamW {
     /// The device's.
     pub fn new(params: &Params) -> Result<Self> {
         let zeros = |name: &str, var: &candle_core::Var| -> Result<_> {
-            Ok((name.to_owned(), (var.zeros_like()?.detach(), var.zeros_like()?.detach())))
+            let moments = Moments { m: var.zeros_like()?.detach(), v: var.zeros_like()?.detach() };
+            Ok((name.to_owned(), moments))
         };
         let moments = params.iter().map(|(name, var)| zeros(name, var)).collect::<Result<_>>()?;
         Ok(Self { moments, step: 0 })
@@ -60,7 +68,7 @@ impl AdamW {
 
     /// All moments by name: `NAME.m` and `NAME.v`.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
-        let both = |(name, (m, v)): (&String, &(Tensor, Tensor))| {
+        let both = |(name, Moments { m, v }): (&String, &Moments)| {
             [(format!("{name}.m"), m.clone()), (format!("{name}.v"), v.clone())]
         };
         self.moments.iter().flat_map(both).collect()
@@ -71,7 +79,7 @@ impl AdamW {
     /// # Errors
     /// A moment that is missing or of another shape.
     pub fn restore(&mut self, step: u64, mut state: BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, (m, v)) in &mut self.moments {
+        for (name, Moments { m, v }) in &mut self.moments {
             for (suffix, moment) in [("m", m), ("v", v)] {
                 let found = state.remove(&format!("{name}.{suffix}"));
                 let found = found.with_context(|| format!("no optimizer state for {name}"))?;
@@ -109,8 +117,8 @@ impl AdamW {
                 scale: update.scale as f32,
             };
             match grad {
-                Gradient::Host(grad) => edit(&moments.0, |m| {
-                    edit(&moments.1, |v| {
+                Gradient::Host(grad) => edit(&moments.m, |m| {
+                    edit(&moments.v, |v| {
                         edit(var, |w| {
                             rule.apply(w, [m, v], grad);
                             Ok(())
@@ -153,14 +161,14 @@ impl Rule {
     }
 
     /// [`Rule::apply`] out of candle's operations, for any device.
-    fn apply_composed(&self, w: &Var, moments: &mut (Tensor, Tensor), grad: &Tensor) -> Result<()> {
+    fn apply_composed(&self, w: &Var, moments: &mut Moments, grad: &Tensor) -> Result<()> {
         let mix = |old: &Tensor, new: &Tensor, beta: f32| -> candle_core::Result<Tensor> {
             (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
         };
         let grad = (grad * f64::from(self.scale))?;
-        *moments = (mix(&moments.0, &grad, BETA_1)?, mix(&moments.1, &grad.sqr()?, BETA_2)?);
-        let (m, v) = (&moments.0, &moments.1);
-        let step = (m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?;
+        *moments = Moments { m: mix(&moments.m, &grad, BETA_1)?, v: mix(&moments.v, &grad.sqr()?, BETA_2)? };
+        let Moments { m, v } = moments;
+        let step = (&*m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?;
         w.set(&((w.as_detached_tensor() * f64::from(self.keep))? - (step * f64::from(self.lr))?)?)?;
         Ok(())
     }
@@ -235,6 +243,7 @@ mod tests {
                     "{found} {expected}"
                 );
             }
+                // an update is 0.01 at most; its moments are sums of 5 terms in f32, of which single ones may cancel
         }
         let mut again = AdamW::new(&params).unwrap();
         again.restore(5, optimizer.state()).unwrap();
