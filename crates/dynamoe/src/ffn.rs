@@ -120,7 +120,8 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         f64::from_bits(self.sensitivity.load(Ordering::Relaxed))
     }
 
-    /// Turns the dial that [`Module::forward`] uses.
+    /// Turns the dial that [`Module::forward`] uses. It may be turned while other threads run the layer: a pass that
+    /// has begun keeps the value that it read.
     ///
     /// # Errors
     /// [`Error::Dial`] for a value outside 0 to 1.

@@ -119,7 +119,7 @@ pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
 /// Accuracy on minimal pairs at one setting of the dial.
 ///
 /// # Errors
-/// candle's.
+/// A token outside the vocabulary.
 pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
     let progress = Progress::new("scoring pairs", "tokens", scored_tokens(&batches), 0);

@@ -94,7 +94,7 @@ impl AdamW {
     /// Updates every parameter that has a gradient.
     ///
     /// # Errors
-    /// candle's.
+    /// A parameter that this optimizer was not made for; a gradient of another shape.
     pub fn update(&mut self, params: &Params, grads: &Gradients, update: Update) -> Result<()> {
         self.step += 1;
         let t = self.step as i32;
