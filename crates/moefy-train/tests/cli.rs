@@ -477,7 +477,7 @@ fn ctrl_c_saves_and_tells_how_to_continue() {
     std::thread::sleep(Duration::from_millis(rand::rng().random_range(0..100)));
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
-    assert!(String::from_utf8_lossy(&output.stderr).contains("stopping after the step at hand"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("stopping after this step"));
     assert!(finished(output, &stopped).contains("--resume continues"));
     assert!(!lab.path("stopped/config.json").exists());
 
