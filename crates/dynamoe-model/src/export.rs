@@ -26,15 +26,6 @@ pub struct ExportOptions {
     pub force: bool,
 }
 
-/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers and narrow experts' own
-/// neurons. Neurons stand in the base's order again if the checkpoint knows it.
-///
-/// # Errors
-/// As [`export`].
-pub fn export_dense(source: &Checkpoint, out: &Path, force: bool) -> Result<()> {
-    export(source, &ExportOptions { dense: true, force, ..ExportOptions::default() }, out)
-}
-
 /// Writes `source` into the new folder `out` as `options` say.
 ///
 /// # Errors
