@@ -13,12 +13,15 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// A source of random tensors whose seed is printed where a test fails.
+/// A source of random tensors. A failing test shows its seed; `TEST_SEED=…` repeats a run.
 struct Random(ChaCha8Rng);
 
 impl Random {
     fn new() -> Self {
-        let seed = rand::random();
+        let seed = match std::env::var("TEST_SEED") {
+            Ok(seed) => seed.parse().expect("TEST_SEED must be a whole number"),
+            Err(_) => rand::random(),
+        };
         println!("seed {seed}");
         Self(ChaCha8Rng::seed_from_u64(seed))
     }

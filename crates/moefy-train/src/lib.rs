@@ -19,4 +19,7 @@ pub mod prepare;
 pub mod progress;
 pub mod random;
 pub mod report;
+#[cfg(test)]
+#[path = "../tests/support/random.rs"]
+mod testing;
 pub mod train;

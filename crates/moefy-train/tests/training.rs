@@ -1,5 +1,7 @@
 //! A training step as a whole.
 
+mod support;
+
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
@@ -9,6 +11,7 @@ use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
 use moefy_train::methods::Method;
 use moefy_train::train::{StepBatch, StepContext, StepLoss, Teacher, TrainConfig, TrainModel, Trained};
+use support::random::normal;
 
 /// A model that uses what the architectures differ in.
 fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfig {
@@ -47,9 +50,9 @@ fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfi
 
 /// Hands out random tensors, the same ones for the same names.
 fn random() -> impl FnMut(&str, &[usize]) -> anyhow::Result<Tensor> {
-    let mut made = BTreeMap::new();
+    let (mut rng, mut made) = (support::random::rng(), BTreeMap::new());
     move |name: &str, shape: &[usize]| {
-        let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
+        let new = || normal(&mut rng, 0.3, shape);
         Ok(made.entry(name.to_owned()).or_insert_with(new).clone())
     }
 }
@@ -153,7 +156,7 @@ fn frozen_matrices_get_no_gradient_on_any_device() {
     };
     let tokens = Tensor::zeros((2, 5), candle_core::DType::U32, &Device::Cpu).unwrap();
     let pass = || {
-        let x = Var::randn(0f32, 1.0, (10, 24), &Device::Cpu).unwrap();
+        let x = Var::from_tensor(&normal(&mut support::random::rng(), 1.0, (10, 24))).unwrap();
         let reach = Var::ones((10, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
         let places = backbone.places(&tokens).unwrap();
         let y = backbone.layer(0, &x, &places, &mut |x| ops::ffn(&weights, x, &reach)).unwrap();

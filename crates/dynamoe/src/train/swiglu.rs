@@ -202,16 +202,18 @@ fn backward_shell(shell: NeuronRows<'_>, mask: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{rng, uniform};
     use candle_core::{DType, Device, Var};
 
     #[test]
     fn values_and_gradients_equal_the_reference() {
+        let mut rng = rng();
         for (n, widths) in [(1, vec![1]), (3, vec![2, 5]), (67, vec![8, 16, 24, 32]), (5, vec![43, 86, 172])]
         {
             let i = widths[widths.len() - 1];
-            let var = |columns| Var::randn(0f32, 2.0, (n, columns), &Device::Cpu).unwrap();
+            let mut var = |columns| Var::from_tensor(&uniform(&mut rng, 4.0, (n, columns))).unwrap();
             let (gate, up, reach) = (var(i), var(i), var(widths.len()));
-            let weight = Tensor::randn(0f32, 1.0, (n, i), &Device::Cpu).unwrap();
+            let weight = uniform(&mut rng, 2.0, (n, i));
             let run = |f: fn(&Tensor, &Tensor, &Tensor, &[usize]) -> Result<Tensor>| {
                 let h = f(&gate, &up, &reach, &widths).unwrap();
                 let grads = (&h * &weight).unwrap().sum_all().unwrap().backward().unwrap();
