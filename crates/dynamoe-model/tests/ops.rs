@@ -110,6 +110,12 @@ fn assert_same_sums(
     Ok(())
 }
 
+/// Compares with `tolerance` times the largest number.
+///
+/// A sum of `n` random terms in another order moves by about `√n · 2⁻²⁴` of the largest: 1e-6 for the longest sums here,
+/// of some 300 terms. Tests of one sum allow ten times that, since the largest of thousands of differences counts. Where
+/// several sums follow one another (FFN, attention), they allow 2e-5 to 5e-5; 1e-4 where scores reach thousands, whose
+/// rounding moves probabilities.
 fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f32) -> Result<()> {
     assert_eq!(a.dims(), b.dims(), "{what}");
     let largest = |x: &Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
