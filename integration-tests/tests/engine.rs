@@ -84,9 +84,9 @@ async fn qwen3() {
 }
 
 #[tokio::test]
-async fn narrow_experts_with_shells_of_their_own() {
-    for own_shells in [1, 3] {
-        routed_equals_the_trainers("LlamaForCausalLM", Shape { own_shells, ..SMALL }).await;
+async fn smaller_experts_with_separate_shells() {
+    for separate_shells in [1, 3] {
+        routed_equals_the_trainers("LlamaForCausalLM", Shape { separate_shells, ..SMALL }).await;
     }
 }
 
@@ -153,7 +153,7 @@ async fn q4k_equals_dense_quantized() {
 #[tokio::test]
 async fn uqff_round_trip() {
     uqff_keeps_logits(FOR_K_QUANTS).await;
-    uqff_keeps_logits(Shape { own_shells: 1, ..FOR_K_QUANTS }).await;
+    uqff_keeps_logits(Shape { separate_shells: 1, ..FOR_K_QUANTS }).await;
 }
 
 async fn uqff_keeps_logits(shape: Shape) {
@@ -173,7 +173,7 @@ async fn uqff_keeps_logits(shape: Shape) {
 
 #[tokio::test]
 async fn quantizing_again_keeps_the_dial() {
-    let checkpoints = checkpoints("LlamaForCausalLM", Shape { own_shells: 2, ..FOR_K_QUANTS }, 4);
+    let checkpoints = checkpoints("LlamaForCausalLM", Shape { separate_shells: 2, ..FOR_K_QUANTS }, 4);
     let engine = build(plain(&checkpoints.dynamoe())).await;
     let (exact, _, width) = engine.logits(Some(Dial::Sensitivity(0.0))).await;
     engine.model.re_isq_model(IsqType::Q8_0).await.unwrap();

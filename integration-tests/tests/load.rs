@@ -1,7 +1,7 @@
 //! Sixteen clients at once, with mixed dials, cancelled streams and bad requests: no error that is ours, no answer
 //! that another client's request changed, and memory that stays where it was.
 //!
-//! Eight seconds; `DYNAMOE_LOAD_SECONDS=600` makes it ten minutes, and `DYNAMOE_SEED` repeats a run's requests:
+//! Eight seconds; `DYNAMOE_LOAD_SECONDS=600` makes it ten minutes, and `TEST_SEED` repeats a run's requests:
 //!
 //! ```sh
 //! DYNAMOE_LOAD_SECONDS=600 cargo test --release -p dynamoe-integration-tests --test load -- --nocapture
@@ -163,9 +163,9 @@ fn many_clients_at_once() {
     let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 41);
     let mut server = Server::start(&checkpoints.dynamoe(), &["--max-seqs", "8"]);
     let (probes, counts) = (probes(&server), Counts::default());
-    let given = std::env::var("DYNAMOE_SEED").ok().map(|seed| seed.parse().unwrap());
+    let given = std::env::var("TEST_SEED").ok().map(|seed| seed.parse().unwrap());
     let seed: u64 = given.unwrap_or_else(rand::random);
-    println!("DYNAMOE_SEED={seed}");
+    println!("TEST_SEED={seed}");
     let deadline = Instant::now() + Duration::from_secs(seconds);
     let mut memory = Vec::new();
     thread::scope(|scope| {

@@ -69,7 +69,7 @@ fn logits_are_the_trainers_at_every_dial() {
     let Some(python) = python() else { return };
     let seed = rand::random::<u64>() >> 1;
     println!("seed {seed}");
-    let separate = Shape { own_shells: 2, ..SMALL };
+    let separate = Shape { separate_shells: 2, ..SMALL };
     let models: Vec<Checkpoints> = ARCHITECTURES
         .iter()
         .flat_map(|architecture| [(architecture, SMALL), (architecture, separate)])

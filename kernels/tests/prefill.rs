@@ -2,15 +2,14 @@
 
 mod support;
 
-use dynamoe_kernels::args::{FfnArgs, SortArgs};
-use dynamoe_kernels::plan::{self, Float, Launch, Tile};
+use dynamoe_kernels::args::SortArgs;
+use dynamoe_kernels::plan::{self, Float, Tile};
 use dynamoe_kernels::reference;
 use rand::Rng;
-use rand_chacha::ChaCha8Rng;
+use support::case::{Case, HALVES};
 use support::layer::Layer;
-use support::{MIXES, Memory, Mix, SEPARATE_MIXES, decode, experts, lengths, rng, run, run_without};
+use support::{MIXES, Memory, Mix, SEPARATE_MIXES, experts, losses, rng, run, run_without};
 
-const HALVES: [Float; 2] = [Float::F16, Float::Bf16];
 const TILES: [Tile; 3] = [Tile::Mma, Tile::Wgmma128, Tile::Wgmma256];
 
 #[test]
@@ -34,35 +33,6 @@ fn sorting_equals_the_reference() {
     }
 }
 
-/// Plans, arguments and outputs of one layer.
-struct Case {
-    layer: Layer,
-    launches: [Launch; 2],
-    args: FfnArgs,
-    outputs: [Memory; 2],
-    sorted: Vec<u32>,
-    _order: Memory,
-}
-
-impl Case {
-    fn new(mut layer: Layer, tile: Tile, in_shells: bool) -> Self {
-        let segments = layer.segments(in_shells);
-        let mut args = layer.args(&segments);
-        let sorted = reference::sort(&layer.experts);
-        let order = Memory::of(&sorted);
-        let outputs = [layer.intermediate_size(), layer.d]
-            .map(|n| Memory::poisoned(layer.tokens * n * layer.float.bytes()));
-        (args.order, args.h, args.y) = (order.address(), outputs[0].address(), outputs[1].address());
-        let launches = plan::prefill(layer.float, [tile; 2], layer.tokens, layer.d, &lengths(&segments));
-        Self { layer, launches, args, outputs, sorted, _order: order }
-    }
-
-    fn compare(&self) -> Result<(), String> {
-        let [h, y] = [0, 1].map(|n: usize| decode(self.layer.float, &self.outputs[n]));
-        self.layer.compare(&h, &y, &self.sorted)
-    }
-}
-
 const SHAPES: [(usize, usize, &[usize]); 7] = [
     (0, 16, &[8, 16]),
     (1, 8, &[8]),
@@ -72,14 +42,6 @@ const SHAPES: [(usize, usize, &[usize]); 7] = [
     (130, 64, &[8, 72, 320]),
     (513, 40, &[40, 72, 104, 136]),
 ];
-
-fn check(layer: Layer, tile: Tile, in_shells: bool, rng: &mut ChaCha8Rng) {
-    let case = Case::new(layer, tile, in_shells);
-    for launch in &case.launches {
-        run(launch, &case.args, rng);
-    }
-    case.compare().unwrap_or_else(|e| panic!("{tile:?} {}, in shells {in_shells}: {e}", case.layer.name()));
-}
 
 #[test]
 fn prefill_equals_the_reference() {
@@ -93,7 +55,7 @@ fn prefill_equals_the_reference() {
                 for tile in TILES {
                     let float = HALVES[rng.random_range(0..2)];
                     let layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
-                    check(layer, tile, in_shells, &mut rng);
+                    Case::prefill(layer, tile, in_shells).check(&mut rng);
                 }
             }
         }
@@ -112,7 +74,7 @@ fn separate_weights_serve_tokens_below_full_width() {
                     let layer = Layer::random(&mut rng, float, [tokens, d], widths, mix);
                     let mut layer = layer.with_separate(&mut rng, shells);
                     layer.poison_unneeded();
-                    check(layer, tile, in_shells, &mut rng);
+                    Case::prefill(layer, tile, in_shells).check(&mut rng);
                 }
             }
         }
@@ -126,9 +88,9 @@ fn tiles_outside_the_staircase_are_not_made() {
         // 130 rows of which the last two tiles' rows are narrow
         let mut layer = Layer::random(&mut rng, Float::Bf16, [260, 16], &[64, 384], Mix::Narrow);
         layer.experts[200] = 1;
-        let case = Case::new(layer, tile, false);
-        run(&case.launches[0], &case.args, &mut rng);
-        let h = decode(Float::Bf16, &case.outputs[0]);
+        let case = Case::prefill(layer, tile, false);
+        case.check(&mut rng);
+        let h = case.h();
         let first = if tile == Tile::Wgmma256 { 128 } else { 64 };
         for (row, h) in h.chunks(384).enumerate() {
             let made = if row < 128 { 384 } else { first };
@@ -146,9 +108,9 @@ fn tiles_of_separate_weights_are_made_for_rows_below_full_width_only() {
         let mut layer = Layer::random(&mut rng, Float::F16, [300, 16], &[64, 256, 512], Mix::Wide);
         layer.experts[..100].fill(0);
         layer.experts[100..150].fill(1);
-        let case = Case::new(layer.with_separate(&mut rng, 2), tile, false);
-        run(&case.launches[0], &case.args, &mut rng);
-        let h = decode(Float::F16, &case.outputs[0]);
+        let case = Case::prefill(layer.with_separate(&mut rng, 2), tile, false);
+        case.check(&mut rng);
+        let h = case.h();
         let narrow = if tile == Tile::Wgmma256 { 128 } else { 64 };
         for (row, h) in h.chunks(512).enumerate() {
             // the second tile of rows has both
@@ -159,29 +121,12 @@ fn tiles_of_separate_weights_are_made_for_rows_below_full_width_only() {
     }
 }
 
-/// Leaves out each barrier of `launch` in turn and says which losses are seen in `outcome`.
-fn losses(
-    launch: &Launch,
-    seeds: std::ops::Range<u64>,
-    mut attempt: impl FnMut(&Launch, u64, Option<u32>) -> Result<u32, String>,
-) -> Vec<bool> {
-    let mut found = vec![];
-    for seed in seeds {
-        let sites = attempt(launch, seed, None).unwrap();
-        found.resize(sites as usize, false);
-        for site in 0..sites {
-            found[site as usize] |= attempt(launch, seed, Some(site)).is_err();
-        }
-    }
-    found
-}
-
 #[test]
 fn a_missing_barrier_is_found() {
     let mut rng = rng();
     let chosen = experts(&mut rng, Mix::Mixed, 1100, 5);
     let experts = Memory::of(&chosen);
-    let found = losses(&plan::sort(), 0..8, |launch, seed, without| {
+    let found = losses(0..8, |seed, without| {
         let order = Memory::of(&vec![0u32; chosen.len()]);
         let args = SortArgs {
             experts: experts.address(),
@@ -189,22 +134,16 @@ fn a_missing_barrier_is_found() {
             tokens: chosen.len() as u32,
             expert_count: 5,
         };
-        let sites = run_without(launch, &args, seed, without)?;
+        let sites = run_without(&plan::sort(), &args, seed, without)?;
         if order.read::<u32>() == reference::sort(&chosen) { Ok(sites) } else { Err("order".into()) }
     });
     assert_eq!(found, [true; 5], "sort: each barrier is needed, and its loss is seen");
 
     for (tile, waits) in [(Tile::Mma, 2), (Tile::Wgmma128, 7), (Tile::Wgmma256, 7)] {
         let layer = Layer::random(&mut rng, Float::F16, [20, 504], &[64, 72], Mix::OneWide);
-        let case = Case::new(layer.with_separate(&mut rng, 1), tile, false);
-        for launch in &case.launches {
-            run(launch, &case.args, &mut rng);
-        }
-        let found = losses(&case.launches[0], 0..3, |launch, seed, without| {
-            let sites = run_without(launch, &case.args, seed, without)?;
-            run_without(&case.launches[1], &case.args, seed, None)?;
-            case.compare().map(|()| sites)
-        });
+        let case = Case::prefill(layer.with_separate(&mut rng, 1), tile, false);
+        case.run(&mut rng);
+        let found = case.losses(0..3);
         // for copies, and the barrier; with wgmma also three fences and waits in the loop, and the last wait
         assert_eq!(found, vec![true; waits], "{tile:?}: each is needed, and its loss is seen");
     }

@@ -10,8 +10,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use support::blocks::Shells;
 use support::{
-    FLOATS, MIXES, Memory, Mix, SEPARATE_MIXES, Strided, decode, epsilon, experts, floats, lengths, rng,
-    round, run, run_without,
+    FLOATS, MIXES, Memory, Mix, SEPARATE_MIXES, Strided, decode, epsilon, experts, floats, lengths, losses,
+    rng, round, run, run_without,
 };
 
 /// Memory for `(rows, columns)` of quantized activations.
@@ -250,13 +250,6 @@ fn separate_weights_serve_tokens_below_full_width() {
 fn a_missing_wait_is_found() {
     let mut rng = rng();
     let case = Case::random(&mut rng, [Block::Q8_0; 2], [2, 3072], &[256], (Mix::Wide, 0));
-    let mut found = vec![];
-    for seed in 0..4 {
-        let sites = case.attempt(seed, None).unwrap();
-        found.resize(sites as usize, false);
-        for site in 0..sites {
-            found[site as usize] |= case.attempt(seed, Some(site)).is_err();
-        }
-    }
+    let found = losses(0..4, |seed, without| case.attempt(seed, without));
     assert_eq!(found, [true; 3], "the wait for copies and both barriers are needed, and their loss is seen");
 }

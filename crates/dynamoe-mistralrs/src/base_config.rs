@@ -1,7 +1,7 @@
 //! config.json of a checkpoint, rewritten for mistral.rs's own loaders.
 
 use anyhow::{Context, Result, bail, ensure};
-use dynamoe::{DynaMoeConfig, config::ARCHITECTURE};
+use dynamoe::{DynaMoeConfig, config::ARCHITECTURE, tensors};
 use dynamoe_model::config::{self, engine};
 use mistralrs_core::{
     LlamaLoader, MistralLoader, Qwen2Loader,
@@ -68,9 +68,9 @@ impl BaseConfig {
     /// Numbers in each layer's router and compensation.
     pub fn router_elements(&self) -> usize {
         let Some(dynamoe) = &self.dynamoe else { return 0 };
-        let (d, r, narrower) = (self.hidden_size, dynamoe.router.hidden_size, dynamoe.experts() - 1);
-        let compensation = if dynamoe.router.compensation { narrower * d } else { 0 };
-        r * (d + 1) + if r > 0 { narrower * (r + 1) } else { 0 } + compensation
+        let router = tensors::router(dynamoe, self.hidden_size).into_iter().flatten();
+        let table = router.chain(tensors::compensation(dynamoe, self.hidden_size));
+        table.map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 }
 

@@ -2,13 +2,17 @@
 //!
 //! This compiles and has not run on a GPU yet.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use candle_core::{Result, quantized::GgmlDType};
 use dynamoe::{CudaSegment, CudaSegments, CudaWeight};
 use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
-use crate::{engine_blocks::EngineBlocks, projection::Slot};
+use crate::{
+    engine_blocks::EngineBlocks,
+    locks::{read, write},
+    projection::Slot,
+};
 
 /// Where the matrices of a layer's shells lie on a CUDA device, while the kernels know all of them.
 #[derive(Default)]
@@ -31,22 +35,22 @@ impl CudaExperts {
             let separate = dense.split_off(experts.min(dense.len()));
             CudaSegments { dense, separate }
         });
-        let mut of_layer = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut of_layer = write(&self.0);
         *of_layer = segments;
         Ok(of_layer.is_some())
     }
 
     /// Forgets them, since the engine is about to change the shells.
     pub fn release(&self) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *write(&self.0) = None;
     }
 
     pub fn is_built(&self) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
+        read(&self.0).is_some()
     }
 
     pub fn get(&self) -> Option<CudaSegments> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read(&self.0).clone()
     }
 }
 

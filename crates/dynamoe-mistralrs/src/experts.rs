@@ -3,7 +3,7 @@
 //! Packed shells together are one pass over the FFN instead of three products for each shell. Unquantized shells
 //! become parts of whole matrices, so that full width is the dense FFN's three products.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use candle_core::{Result, Tensor};
 use candle_nn::Activation;
@@ -13,6 +13,7 @@ use dynamoe::{
 
 use mistralrs_core::plugin::MlpLayer;
 
+use crate::locks::{read, write};
 use crate::projection::{Extracted, Projection, Slot, extract, fused_glu, unquantized};
 
 /// A layer's shells as the engine's projections, and their faster form while there is one.
@@ -111,7 +112,7 @@ impl FastExperts {
     /// Forgets it, since the engine is about to change the shells in `slots`: parts of whole matrices become
     /// matrices of their own.
     pub fn release(&self, slots: Vec<&mut Slot>) -> Result<()> {
-        if self.experts.write().unwrap_or_else(PoisonError::into_inner).take().is_none() {
+        if write(&self.experts).take().is_none() {
             return Ok(());
         }
         for slot in slots {
@@ -123,7 +124,7 @@ impl FastExperts {
     }
 
     fn get(&self) -> Option<Arc<dyn NestedExperts>> {
-        self.experts.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read(&self.experts).clone()
     }
 
     /// Builds it from the shells in `slots` (gate, up and down projection of each, narrowest expert's first, then those
@@ -142,7 +143,7 @@ impl FastExperts {
             (_, Some(weights)) => self.prefixes(&mut slots, &weights)?,
             _ => return Ok(false),
         };
-        *self.experts.write().unwrap_or_else(PoisonError::into_inner) = Some(experts);
+        *write(&self.experts) = Some(experts);
         Ok(true)
     }
 

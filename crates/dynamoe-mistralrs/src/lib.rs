@@ -26,6 +26,7 @@ mod experts;
 mod ffn;
 mod loaded;
 mod loader;
+mod locks;
 mod model;
 #[cfg(any(test, feature = "cuda"))]
 mod pending;

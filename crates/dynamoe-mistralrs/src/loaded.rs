@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError, RwLock, Weak,
+        Arc, Mutex, RwLock, Weak,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -13,6 +13,7 @@ use dynamoe::{Dial, DynaMoeConfig, Routes};
 use crate::{
     counters::Counters,
     dial::{PhaseDials, RequestDial},
+    locks::{lock, read, write},
 };
 
 /// A DynaMoE model in memory: its default dial and its counters.
@@ -37,13 +38,13 @@ struct Registry(Mutex<Vec<Weak<LoadedModel>>>);
 
 impl Registry {
     fn add(&self, model: &Arc<LoadedModel>) {
-        let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut models = lock(&self.0);
         models.retain(|model| model.strong_count() > 0);
         models.push(Arc::downgrade(model));
     }
 
     fn list(&self) -> Vec<Arc<LoadedModel>> {
-        let models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let models = lock(&self.0);
         models.iter().filter_map(Weak::upgrade).collect()
     }
 }
@@ -59,7 +60,7 @@ impl LoadedModel {
     fn new(config: DynaMoeConfig, layers: usize) -> dynamoe::Result<Self> {
         let dial = Dial::Sensitivity(config.sensitivity);
         let default = RwLock::new((dial, dial.sensitivities(&config, layers)?.into()));
-        let counters = Counters::new(layers, config.experts());
+        let counters = Counters::new(layers, config.expert_count());
         Ok(Self { config, layers, default, counters, on_cpu_kernels: AtomicUsize::new(0) })
     }
 
@@ -122,7 +123,7 @@ impl LoadedModel {
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn set_dial(&self, dial: Dial) -> dynamoe::Result<()> {
         let sensitivities = dial.sensitivities(&self.config, self.layers)?.into();
-        *self.default.write().unwrap_or_else(PoisonError::into_inner) = (dial, sensitivities);
+        *write(&self.default) = (dial, sensitivities);
         Ok(())
     }
 
@@ -149,7 +150,7 @@ impl LoadedModel {
     }
 
     fn read_default(&self) -> (Dial, Arc<[f64]>) {
-        self.default.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read(&self.default).clone()
     }
 }
 
@@ -164,7 +165,7 @@ pub(crate) mod tests {
             base_architecture: "LlamaForCausalLM".into(),
             base_model_type: "llama".into(),
             expert_widths: vec![16, 32],
-            own_shells: 0,
+            separate_shells: 0,
             router: RouterConfig { kind: RouterKind::Static, hidden_size: 0, compensation: false },
             sensitivity: 0.9,
             budgets: vec![Budget { width: 0.75, sensitivity: Sensitivity::PerLayer(vec![0.2, 0.4]) }],

@@ -1,7 +1,7 @@
 //! Routes that the device knows and the host does not yet: they are counted once for each forward of the model.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -9,7 +9,7 @@ use candle_core::Result;
 use dynamoe::PendingRoutes;
 use mistralrs_core::row_data::RowData;
 
-use crate::{dial::RequestDial, loaded::LoadedModel};
+use crate::{dial::RequestDial, loaded::LoadedModel, locks::lock};
 
 /// A row of the engine's batch.
 pub(crate) type Row = Option<Arc<dyn RowData>>;
@@ -28,17 +28,17 @@ pub(crate) struct Passes(Mutex<Vec<Pass>>);
 impl Passes {
     /// Keeps the routes of a layer, of `rows` with equal shares of its tokens.
     pub fn push(&self, layer: usize, rows: Vec<Row>, routes: PendingRoutes) {
-        self.lock().push(Pass { layer, rows, routes });
+        lock(&self.0).push(Pass { layer, rows, routes });
     }
 
     /// Forgets what a forward that failed has left.
     pub fn clear(&self) {
-        self.lock().clear();
+        lock(&self.0).clear();
     }
 
     /// Waits for the device, once, and counts for `model` and for each request.
     pub fn count(&self, model: &LoadedModel) -> Result<()> {
-        let passes = std::mem::take(&mut *self.lock());
+        let passes = std::mem::take(&mut *lock(&self.0));
         let routes = PendingRoutes::wait_all(passes.iter().map(|pass| pass.routes.clone()).collect())?;
         for (pass, routes) in passes.iter().zip(routes) {
             let dials: Vec<_> =
@@ -47,10 +47,6 @@ impl Passes {
             model.count(pass.layer, &dials, &routes, Duration::ZERO);
         }
         Ok(())
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Pass>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -186,11 +186,11 @@ pub(crate) mod tests {
     use rand_distr::{Distribution, StandardNormal};
 
     thread_local! {
-        /// Fresh random numbers of a test, which has a thread of its own; `DYNAMOE_SEED` repeats those of one that failed.
+        /// Fresh random numbers of a test, which has a thread of its own; `TEST_SEED` repeats those of one that failed.
         static RNG: RefCell<ChaCha8Rng> = {
-            let given = std::env::var("DYNAMOE_SEED").ok().map(|seed| seed.parse().unwrap());
+            let given = std::env::var("TEST_SEED").ok().map(|seed| seed.parse().unwrap());
             let seed = given.unwrap_or_else(rand::random);
-            println!("DYNAMOE_SEED={seed}");
+            println!("TEST_SEED={seed}");
             RefCell::new(ChaCha8Rng::seed_from_u64(seed))
         };
     }

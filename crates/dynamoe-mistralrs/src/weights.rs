@@ -36,7 +36,7 @@ impl LayerWeights {
     ) -> Result<DynaMoeFfn<EngineExperts>> {
         let shells = self.shells(&config.expert_widths, hidden_size)?;
         let separate = Self { vb: self.vb.pp("own"), device: self.device.clone() };
-        let separate = separate.shells(&config.expert_widths[..config.own_shells], hidden_size)?;
+        let separate = separate.shells(&config.expert_widths[..config.separate_shells], hidden_size)?;
         let experts = EngineExperts {
             shells: ShellExperts::new(shells, activation, &config.expert_widths)?
                 .with_separate(separate)?

@@ -15,8 +15,8 @@ use crate::tensors::router_tensors;
 /// What to change.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Leave routers, narrow experts' own neurons and the `dynamoe` section out: any engine loads the result as the
-    /// base architecture.
+    /// Leave out the routers, the separate weights and the `dynamoe` section: any engine loads the result as the base
+    /// architecture.
     pub dense: bool,
     /// Type of the weights (F32, F16 or BF16); none keeps each tensor's. Routers and the order of neurons stay in F32.
     pub dtype: Option<Dtype>,
@@ -24,15 +24,6 @@ pub struct ExportOptions {
     pub max_shard_bytes: Option<u64>,
     /// Replace an existing output folder.
     pub force: bool,
-}
-
-/// Writes the dense model of a DynaMoE checkpoint: the same weights, bit for bit, without routers and narrow experts' own
-/// neurons. Neurons stand in the base's order again if the checkpoint knows it.
-///
-/// # Errors
-/// As [`export`].
-pub fn export_dense(source: &Checkpoint, out: &Path, force: bool) -> Result<()> {
-    export(source, &ExportOptions { dense: true, force, ..ExportOptions::default() }, out)
 }
 
 /// Writes `source` into the new folder `out` as `options` say.

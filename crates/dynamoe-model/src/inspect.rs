@@ -30,10 +30,12 @@ pub struct DynaMoePart {
     pub version: u32,
     /// Smallest first.
     pub experts: Vec<Expert>,
-    /// How many of the first shells narrow experts have of their own.
-    pub own_shells: usize,
-    /// Parameters of the neurons that narrow experts have of their own.
-    pub own_parameters: usize,
+    /// For how many of the first shells the smaller experts have separate weights.
+    #[serde(rename = "own_shells")]
+    pub separate_shells: usize,
+    /// Parameters of these separate weights.
+    #[serde(rename = "own_parameters")]
+    pub separate_parameters: usize,
     /// The routers' configuration.
     pub router: RouterConfig,
     /// Parameters of all routers, compensation included.
@@ -113,8 +115,8 @@ pub fn describe(checkpoint: &Checkpoint) -> Inspection {
                 active_parameters: parameters - neuron * (config.intermediate_size - width),
             })
             .collect(),
-        own_shells: section.own_shells,
-        own_parameters: size(&added) - size(&routers),
+        separate_shells: section.separate_shells,
+        separate_parameters: size(&added) - size(&routers),
         router: section.router.clone(),
         router_parameters: size(&routers),
         router_bytes,
@@ -177,9 +179,10 @@ impl DynaMoePart {
         )?;
         let routers = format!("{}, {}", count_text(self.router_parameters), bytes_text(self.router_bytes));
         row(f, "all routers", &routers)?;
-        if self.own_shells > 0 {
-            let own = format!("{} shell(s), {}", self.own_shells, count_text(self.own_parameters));
-            row(f, "narrow's own", &own)?;
+        if self.separate_shells > 0 {
+            let separate =
+                format!("{} shell(s), {}", self.separate_shells, count_text(self.separate_parameters));
+            row(f, "separate weights", &separate)?;
         }
         row(f, "sensitivity", &self.sensitivity)?;
         writeln!(f, "\nexpert   width   share   active parameters")?;

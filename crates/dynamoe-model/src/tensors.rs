@@ -1,5 +1,7 @@
 //! Every tensor of a model, with its name and shape: the one list that readers and writers go by.
 
+use anyhow::Result;
+use candle_core::Tensor;
 use dynamoe::tensors::{NamedShape, compensation, dense, full_name, router, separate};
 
 use crate::config::ModelConfig;
@@ -63,6 +65,16 @@ pub fn router_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let mut table: Vec<NamedShape> = router(section, config.hidden_size).into_iter().flatten().collect();
     table.extend(compensation(section, config.hidden_size));
     (0..config.num_hidden_layers).flat_map(|layer| of_layer(layer, table.clone())).collect()
+}
+
+/// Hands out the tensors of one layer's FFN by their names below `mlp.`, out of `get`, which knows full names.
+pub fn below_mlp(
+    layer: usize,
+    get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
+) -> impl FnMut(&str, &[usize]) -> dynamoe::Result<Tensor> {
+    move |name, shape| {
+        get(&full_name(layer, name), shape).map_err(|error| dynamoe::Error::Tensor(format!("{error:#}")))
+    }
 }
 
 fn of_layer(

@@ -4,8 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::dial::{Budget, check_dial};
 use crate::error::{Error, Result};
+use crate::sensitivity::{Budget, check_dial};
 
 /// `architectures[0]` of a DynaMoE checkpoint.
 pub const ARCHITECTURE: &str = "DynaMoeForCausalLM";
@@ -17,6 +17,7 @@ pub const FORMAT_VERSION: u32 = 2;
 /// How a token's expert is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum RouterKind {
     /// A small MLP scores every expert but the largest; a token takes the smallest that scores at least the
     /// sensitivity.
@@ -51,10 +52,10 @@ pub struct DynaMoeConfig {
     pub base_model_type: String,
     /// `H_e`: neurons of each nested expert, strictly increasing; the last is the dense FFN's width.
     pub expert_widths: Vec<usize>,
-    /// How many of the first shells narrow experts, all but the largest, have of their own: 0 where they share all
-    /// neurons with the dense FFN. Needs version 2.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub own_shells: usize,
+    /// For how many of the first shells the smaller experts, all but the largest, have separate weights: 0 where they
+    /// share all neurons with the dense FFN. Needs version 2.
+    #[serde(default, rename = "own_shells", skip_serializing_if = "is_zero")]
+    pub separate_shells: usize,
     /// The router of every layer.
     pub router: RouterConfig,
     /// The dial's default.
@@ -68,23 +69,21 @@ fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
-/// The version of a checkpoint whose narrow experts have so many shells of their own: the oldest that says it.
-pub fn version_for(own_shells: usize) -> u32 {
-    if own_shells > 0 { 2 } else { 1 }
+/// The oldest format version that can hold this many separate shells.
+pub fn version_for(separate_shells: usize) -> u32 {
+    if separate_shells > 0 { 2 } else { 1 }
 }
 
-/// Checks that narrow experts can have so many shells of their own.
+/// Checks that the smaller of `experts` experts can have separate weights for this many shells.
 ///
 /// # Errors
-/// [`Error::Config`] if there are not as many narrow experts.
-pub fn check_own_shells(own_shells: usize, experts: usize) -> Result<()> {
-    if own_shells < experts.max(1) {
+/// [`Error::Count`] if there are fewer smaller experts than that.
+pub fn check_separate_shells(separate_shells: usize, experts: usize) -> Result<()> {
+    if separate_shells < experts.max(1) {
         return Ok(());
     }
-    Err(Error::Config(format!(
-        "own_shells must be from 0 to {}, the number of experts but the largest, found {own_shells}",
-        experts.saturating_sub(1)
-    )))
+    let what = "the number of shells with separate weights (own_shells)";
+    Err(Error::Count { what, least: 0, most: experts.saturating_sub(1), found: separate_shells })
 }
 
 /// Checks that `widths` are strictly increasing and end at the dense width.
@@ -104,12 +103,11 @@ pub fn check_widths(widths: &[usize], intermediate_size: usize) -> Result<()> {
 /// multiples of 256.
 ///
 /// # Errors
-/// [`Error::Config`] if `experts` is 0 or exceeds the width.
+/// [`Error::Count`] if `experts` is 0 or exceeds the width.
 pub fn even_widths(intermediate_size: usize, experts: usize) -> Result<Vec<usize>> {
     if experts == 0 || experts > intermediate_size {
-        return Err(Error::Config(format!(
-            "the number of experts must be from 1 to the FFN's width {intermediate_size}, found {experts}"
-        )));
+        let what = "the number of experts of an FFN";
+        return Err(Error::Count { what, least: 1, most: intermediate_size, found: experts });
     }
     for block in [256, 64, 32, 1] {
         let widths: Vec<usize> = (1..=experts)
@@ -164,8 +162,9 @@ impl DynaMoeConfig {
             return Err(Error::Config("version must be 1 or more, found 0".into()));
         }
         check_widths(&self.expert_widths, intermediate_size)?;
-        check_own_shells(self.own_shells, self.experts())?;
-        let needed = version_for(self.own_shells);
+        check_separate_shells(self.separate_shells, self.expert_count())
+            .map_err(|error| Error::Config(error.to_string()))?;
+        let needed = version_for(self.separate_shells);
         if self.version < needed {
             return Err(Error::Config(format!(
                 "own_shells needs version {needed} of the format, found version {}",
@@ -193,13 +192,13 @@ impl DynaMoeConfig {
     }
 
     /// Number of nested experts.
-    pub fn experts(&self) -> usize {
+    pub fn expert_count(&self) -> usize {
         self.expert_widths.len()
     }
 
-    /// Neurons that narrow experts have of their own, `H_{own_shells - 1}`; 0 for none.
-    pub fn own_width(&self) -> usize {
-        self.own_shells.checked_sub(1).map_or(0, |last| self.expert_widths[last])
+    /// Neurons for which the smaller experts have separate weights, `H_{separate_shells - 1}`; 0 for none.
+    pub fn separate_width(&self) -> usize {
+        self.separate_shells.checked_sub(1).map_or(0, |last| self.expert_widths[last])
     }
 
     /// The widest expert: the dense FFN's `intermediate_size`.

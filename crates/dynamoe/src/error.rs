@@ -2,6 +2,7 @@
 
 /// What can go wrong when a DynaMoE layer is configured or built.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The `dynamoe` section of config.json is missing or is not what the format specifies.
     #[error("config.json, section \"dynamoe\": {0}")]
@@ -25,6 +26,18 @@ pub enum Error {
         widths: Vec<usize>,
         /// The width of the dense FFN.
         intermediate_size: usize,
+    },
+    /// A number of experts or shells that the FFN cannot have.
+    #[error("{what} must be from {least} to {most}, found {found}")]
+    Count {
+        /// What is counted.
+        what: &'static str,
+        /// The smallest number that is possible.
+        least: usize,
+        /// The largest.
+        most: usize,
+        /// The number found.
+        found: usize,
     },
     /// A dial value outside its range.
     #[error("{dial} must be a number from 0 to 1, found {found}")]

@@ -26,11 +26,11 @@ use candle_core::{D, DType, Tensor};
 use candle_nn::{Activation, Module, VarBuilder};
 
 use crate::config::DynaMoeConfig;
-use crate::dial::check_dial;
 use crate::error::{Error, Result};
 use crate::experts::{NestedExperts, PrefixExperts, inverse, rows};
 use crate::router::{Router, logit};
 use crate::routes::{PendingRoutes, Routes};
+use crate::sensitivity::check_dial;
 use crate::tensors;
 
 /// Whether the router has nothing to say.
@@ -120,7 +120,8 @@ impl<X: NestedExperts> DynaMoeFfn<X> {
         f64::from_bits(self.sensitivity.load(Ordering::Relaxed))
     }
 
-    /// Turns the dial that [`Module::forward`] uses.
+    /// Turns the dial that [`Module::forward`] uses. It may be turned while other threads run the layer: a pass that
+    /// has begun keeps the value that it read.
     ///
     /// # Errors
     /// [`Error::Dial`] for a value outside 0 to 1.

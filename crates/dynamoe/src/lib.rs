@@ -31,6 +31,7 @@ pub mod math;
 pub mod reference;
 pub mod router;
 pub mod routes;
+pub mod sensitivity;
 pub mod tensors;
 #[cfg(test)]
 #[path = "../tests/support/mod.rs"]
@@ -42,11 +43,12 @@ pub mod train;
 pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Segments as CudaSegments, Weight as CudaWeight};
 
 pub use config::{DynaMoeConfig, RouterConfig, RouterKind};
-pub use dial::{Budget, Dial, Sensitivity};
+pub use dial::Dial;
 pub use error::{Error, Result};
 pub use experts::{NestedExperts, PackedExperts, PrefixExperts, Projections, ShellExperts};
 pub use ffn::DynaMoeFfn;
 pub use router::Router;
 pub use routes::{PendingRoutes, Routes};
+pub use sensitivity::{Budget, Sensitivity};
 #[cfg(feature = "train")]
 pub use train::TrainableFfn;

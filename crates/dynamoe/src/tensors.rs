@@ -56,7 +56,7 @@ pub fn dense(intermediate_size: usize, hidden_size: usize) -> Projections<NamedS
 /// The smaller experts' separate weights in place of the first `P` neurons, shaped like [`dense`]; none where these
 /// share all neurons with the largest.
 pub fn separate(config: &DynaMoeConfig, hidden_size: usize) -> Option<Projections<NamedShape>> {
-    let (p, d) = (config.own_width(), hidden_size);
+    let (p, d) = (config.separate_width(), hidden_size);
     (p > 0).then(|| Projections {
         gate_proj: (SEPARATE_GATE_PROJ, vec![p, d]),
         up_proj: (SEPARATE_UP_PROJ, vec![p, d]),
@@ -67,7 +67,7 @@ pub fn separate(config: &DynaMoeConfig, hidden_size: usize) -> Option<Projection
 /// The router's first matrix `(R, D)` and bias `(R)`, and its second matrix `(E-1, R)` and bias `(E-1)`; none for
 /// [`RouterKind::Static`].
 pub fn router(config: &DynaMoeConfig, hidden_size: usize) -> Option<[NamedShape; 4]> {
-    let (r, scores) = (config.router.hidden_size, config.experts() - 1);
+    let (r, scores) = (config.router.hidden_size, config.expert_count() - 1);
     (config.router.kind == RouterKind::Mlp).then(|| {
         [
             (ROUTER_FC1_WEIGHT, vec![r, hidden_size]),
@@ -80,7 +80,7 @@ pub fn router(config: &DynaMoeConfig, hidden_size: usize) -> Option<[NamedShape;
 
 /// What each expert but the largest adds for the neurons that it leaves out, `(E-1, D)`, if layers have it.
 pub fn compensation(config: &DynaMoeConfig, hidden_size: usize) -> Option<NamedShape> {
-    config.router.compensation.then(|| (COMPENSATION, vec![config.experts() - 1, hidden_size]))
+    config.router.compensation.then(|| (COMPENSATION, vec![config.expert_count() - 1, hidden_size]))
 }
 
 /// The full name of a tensor of decoder layer `layer`, as in `model.layers.3.mlp.gate_proj.weight`.
@@ -142,6 +142,6 @@ pub fn read_compensation(
     hidden_size: usize,
     get: &mut Get,
 ) -> Result<Option<Tensor>> {
-    let named = compensation(config, hidden_size).filter(|_| config.experts() > 1);
+    let named = compensation(config, hidden_size).filter(|_| config.expert_count() > 1);
     named.map(|named| Ok(read(&named, get)?.to_dtype(DType::F32)?)).transpose()
 }

@@ -32,8 +32,7 @@ struct Layer {
 }
 
 fn random(rng: &mut ChaCha8Rng, rows: usize, columns: usize, scale: f32) -> Tensor {
-    let data: Vec<f32> = (0..rows * columns).map(|_| rng.random_range(-scale..scale)).collect();
-    Tensor::from_vec(data, (rows, columns), &CPU).unwrap()
+    support::uniform(rng, scale, (rows, columns))
 }
 
 /// gate and up `(i, d)`, down `(d, i)`.
@@ -152,6 +151,11 @@ fn flat(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// Compares with `tolerance · (1 + |expected|)`.
+///
+/// An output is a sum of at most 65 products, of size 10 or less. f32 moves a sum by about 2⁻²⁴ of its terms' sizes: 4e-5
+/// together. Tests allow 1e-4, or 1e-5 where sums are four times as short. In f64 1e-9 allows no step in f32. In f16 one
+/// rounding is 2⁻¹¹, of terms whose sizes add up to some 16: 8e-3, and 2e-2 is allowed.
 fn assert_close(found: &Tensor, expected: &[f64], tolerance: f64) {
     let found = flat(found);
     assert_eq!(found.len(), expected.len());
@@ -251,9 +255,16 @@ fn each_token_may_have_its_own_dial() {
         assert_eq!(route.0, [routes.0[t]]);
         assert_close(&y.narrow(0, t, 1).unwrap(), &flat(&alone), 1e-5);
     }
-    assert!(ffn.forward_routed(&x, &dials[..3]).is_err());
-    assert!(ffn.forward_with(&x, &Routes(vec![4; 20])).is_err());
-    assert!(ffn.set_sensitivity(f64::NAN).is_err() && ffn.set_sensitivity(1.1).is_err());
+    let says = |result: Result<(), String>, words: &str| {
+        let error = result.unwrap_err();
+        assert!(error.contains(words), "{words:?} not in: {error}");
+    };
+    let error = |error: candle_core::Error| error.to_string();
+    says(ffn.forward_routed(&x, &dials[..3]).map(drop).map_err(error), "3");
+    says(ffn.forward_with(&x, &Routes(vec![4; 20])).map(drop).map_err(error), "expected 20 experts below 4");
+    for wrong in [f64::NAN, 1.1] {
+        says(ffn.set_sensitivity(wrong).map_err(|error| error.to_string()), &format!("{wrong}"));
+    }
 }
 
 #[test]

@@ -16,54 +16,76 @@ use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{Gradients, ffn, linear};
 use moefy_train::train::optimizer::{AdamW, Update};
 
-/// A model's shape and the batch to train it on.
+/// The shape of a Llama with tied embeddings, and the batch to train it on.
 struct Case {
     name: &'static str,
-    config: ModelConfig,
+    hidden_size: usize,
+    intermediate_size: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    vocab_size: usize,
     sequences: usize,
     positions: usize,
 }
 
-/// `[D, I, L, H, K, d, V]` of a Llama with tied embeddings.
-fn llama([d, i, l, h, k, head_dim, v]: [usize; 7]) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: d,
-        intermediate_size: i,
-        num_hidden_layers: l,
-        num_attention_heads: h,
-        num_key_value_heads: k,
-        head_dim,
-        vocab_size: v,
-        max_position_embeddings: 512,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10000.0,
-        rope_scaling: None,
-        tie_word_embeddings: true,
-        qkv_bias: false,
-        o_bias: false,
-        qk_norm: false,
-        sliding_window: vec![None; l],
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-        dynamoe: None,
+const CASES: [Case; 2] = [
+    Case {
+        name: "stories260k",
+        hidden_size: 64,
+        intermediate_size: 172,
+        layers: 5,
+        heads: 8,
+        kv_heads: 4,
+        vocab_size: 512,
+        sequences: 16,
+        positions: 256,
+    },
+    Case {
+        name: "15M",
+        hidden_size: 288,
+        intermediate_size: 768,
+        layers: 6,
+        heads: 6,
+        kv_heads: 6,
+        vocab_size: 32000,
+        sequences: 4,
+        positions: 256,
+    },
+];
+
+impl Case {
+    fn config(&self) -> ModelConfig {
+        ModelConfig {
+            architecture: Architecture::Llama,
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_hidden_layers: self.layers,
+            num_attention_heads: self.heads,
+            num_key_value_heads: self.kv_heads,
+            head_dim: self.hidden_size / self.heads,
+            vocab_size: self.vocab_size,
+            max_position_embeddings: 512,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10000.0,
+            rope_scaling: None,
+            tie_word_embeddings: true,
+            qkv_bias: false,
+            o_bias: false,
+            qk_norm: false,
+            sliding_window: vec![None; self.layers],
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            dynamoe: None,
+        }
     }
 }
 
 fn main() -> Result<()> {
     moefy_train::allocator::keep_freed_memory();
     let runs = std::env::args().nth(1).map_or(Ok(10), |runs| runs.parse()).context("RUNS: a whole number")?;
-    let cases = [
-        Case {
-            name: "stories260k",
-            config: llama([64, 172, 5, 8, 4, 8, 512]),
-            sequences: 16,
-            positions: 256,
-        },
-        Case { name: "15M", config: llama([288, 768, 6, 6, 6, 48, 32000]), sequences: 4, positions: 256 },
-    ];
     let only = std::env::args().nth(2);
-    for case in cases.iter().filter(|case| only.as_deref().is_none_or(|only| only == case.name)) {
+    for case in CASES.iter().filter(|case| only.as_deref().is_none_or(|only| only == case.name)) {
         measure(case, runs)?;
     }
     Ok(())
@@ -71,16 +93,16 @@ fn main() -> Result<()> {
 
 /// Prints the median of `runs` steps and the spread.
 fn measure(case: &Case, runs: usize) -> Result<()> {
-    let tokens = case.sequences * case.positions;
+    let (config, tokens) = (case.config(), case.sequences * case.positions);
     let mut params = Params::new();
     let mut init = |name: &str, shape: &[usize]| -> Result<Tensor> {
         let scale = if shape.len() == 1 { 0.0 } else { 0.05 };
         let mean = if shape.len() == 1 { 1.0 } else { 0.0 };
         Ok(params.insert(name, &Tensor::randn(mean, scale as f32, shape, &Device::Cpu)?)?.as_tensor().clone())
     };
-    let (d, i, v) = (case.config.hidden_size, case.config.intermediate_size, case.config.vocab_size as f32);
-    let model = Backbone::from_tensors(&case.config, &mut init)?;
-    let ffns = (0..case.config.num_hidden_layers)
+    let (d, i, v) = (config.hidden_size, config.intermediate_size, config.vocab_size as f32);
+    let model = Backbone::from_tensors(&config, &mut init)?;
+    let ffns = (0..config.num_hidden_layers)
         .map(|layer| {
             let mut get =
                 |name: &str, shape: &[usize]| init(&format!("model.layers.{layer}.mlp.{name}.weight"), shape);
@@ -123,27 +145,30 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
         anyhow::ensure!(params.iter().all(|(_, var)| gradients.get(var).is_some()), "a gradient is missing");
     }
     let peak = peak_memory();
-    let products = products(&case.config, tokens, runs)?;
+    let products = products(&config, tokens, runs)?;
     [&mut forward, &mut backward, &mut step, &mut cpu]
         .into_iter()
         .for_each(|times| times.sort_by(f64::total_cmp));
     let median = |times: &[f64]| times[times.len() / 2];
+    let rate = |seconds: f64| tokens as f64 / seconds;
+    let milliseconds = |times: &[f64]| 1e3 * median(times);
+    let share = 100.0 * products.seconds / median(&step);
+    println!("{}: {} parameters, {tokens} tokens a step", case.name, params.elements());
     println!(
-        "{}: {} parameters, {tokens} tokens a step: {:.0} tokens/s (best {:.0}, worst {:.0}), {:.1} ms a step \
-         ({:.0} ms of CPU): forward {:.1}, backward {:.1}; peak memory {peak:.0} MB; matrix products alone {:.1} ms = {:.0} % at {:.0} GFLOP/s",
-        case.name,
-        params.elements(),
-        tokens as f64 / median(&step),
-        tokens as f64 / step[0],
-        tokens as f64 / step[step.len() - 1],
-        1e3 * median(&step),
-        1e3 * median(&cpu),
-        1e3 * median(&forward),
-        1e3 * median(&backward),
-        1e3 * products.seconds,
-        100.0 * products.seconds / median(&step),
-        products.flops / products.seconds / 1e9,
+        "  tokens/s          {:.0} (best {:.0}, worst {:.0})",
+        rate(median(&step)),
+        rate(step[0]),
+        rate(step[step.len() - 1])
     );
+    println!("  step              {:.1} ms, {:.0} ms of CPU", milliseconds(&step), milliseconds(&cpu));
+    println!("  forward           {:.1} ms", milliseconds(&forward));
+    println!("  backward          {:.1} ms", milliseconds(&backward));
+    println!(
+        "  products alone    {:.1} ms, {share:.0} % of the step, at {:.0} GFLOP/s",
+        1e3 * products.seconds,
+        products.flops / products.seconds / 1e9
+    );
+    println!("  peak memory       {peak:.0} MB");
     Ok(())
 }
 

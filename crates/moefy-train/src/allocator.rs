@@ -1,4 +1,4 @@
-//! The C library's allocator, told what a training loop needs.
+//! The C library's allocator, set to what a training loop needs.
 
 /// Tells glibc to keep large blocks that are freed and to use them again. By default they go back to the
 /// system, and every step pays for mapping and clearing its activations' pages anew. To be called once, early;

@@ -11,6 +11,7 @@ pub mod allocator;
 pub mod data;
 pub mod demo;
 pub mod evaluate;
+mod locks;
 pub mod machine;
 pub mod methods;
 pub mod pipeline;
@@ -18,4 +19,7 @@ pub mod prepare;
 pub mod progress;
 pub mod random;
 pub mod report;
+#[cfg(test)]
+#[path = "../tests/support/random.rs"]
+mod testing;
 pub mod train;

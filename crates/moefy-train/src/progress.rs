@@ -2,10 +2,13 @@
 //! none. Both go to standard error.
 
 use std::io::{IsTerminal, Write};
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::locks::lock;
 
 /// Time between plain lines.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
@@ -29,33 +32,33 @@ impl Progress {
     pub fn new(label: &str, unit: &'static str, total: u64, done: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Self::shown(label, unit, [total, done], target, !terminal)
+        Self::shown(label, unit, done..total, target, !terminal)
     }
 
     /// Progress that nobody sees.
     pub fn hidden() -> Self {
-        Self::shown("", "", [0, 0], ProgressDrawTarget::hidden(), false)
+        Self::shown("", "", 0..0, ProgressDrawTarget::hidden(), false)
     }
 
     fn shown(
         label: &str,
         unit: &'static str,
-        [total, done]: [u64; 2],
+        units: Range<u64>,
         target: ProgressDrawTarget,
         plain: bool,
     ) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(total), target);
+        let bar = ProgressBar::with_draw_target(Some(units.end), target);
         if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {msg}") {
             bar.set_style(style);
         }
         bar.set_prefix(label.to_owned());
-        bar.set_position(done);
+        bar.set_position(units.start);
         let started = Instant::now();
         Self {
             bar,
             label: label.to_owned(),
             unit,
-            first: done,
+            first: units.start,
             started,
             message: Mutex::default(),
             plain: plain.then(|| Mutex::new(started)),
@@ -70,7 +73,7 @@ impl Progress {
 
     /// `done` units are done in all; `message` holds a loss and the like.
     pub fn update(&self, done: u64, message: String) {
-        *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message;
+        *lock(&self.message) = message;
         self.bar.set_position(done);
         self.show();
     }
@@ -83,7 +86,7 @@ impl Progress {
         }
     }
 
-    /// Seconds that so many units take at the rate so far.
+    /// Seconds that this many units take at the rate so far.
     pub fn seconds_for(&self, units: u64) -> f64 {
         units as f64 / self.rate().max(1e-9)
     }
@@ -93,7 +96,7 @@ impl Progress {
             self.bar.set_message(format!("{}, {} left", self.status(), self.left()));
         }
         let Some(plain) = &self.plain else { return };
-        let mut last = plain.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(plain);
         if last.elapsed() >= PLAIN_EVERY {
             *last = Instant::now();
             self.write(&format!("{} left", self.left()));
@@ -114,7 +117,7 @@ impl Progress {
     /// `DONE/TOTAL UNIT, MESSAGE, RATE UNIT/s`
     fn status(&self) -> String {
         let (done, total, unit) = (self.bar.position(), self.bar.length().unwrap_or(0), self.unit);
-        let message = self.message.lock().unwrap_or_else(PoisonError::into_inner);
+        let message = lock(&self.message);
         let between = if message.is_empty() { "" } else { ", " };
         let rate = self.rate();
         let digits = if rate < 10.0 { 2 } else { 0 };
@@ -149,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_rate_counts_what_was_done_since_the_start() {
-        let mut progress = Progress::shown("", "tokens", [1000, 400], ProgressDrawTarget::hidden(), false);
+        let mut progress = Progress::shown("", "tokens", 400..1000, ProgressDrawTarget::hidden(), false);
         progress.started -= Duration::from_secs(10);
         assert_eq!(progress.left(), "?");
         std::thread::scope(|scope| {

@@ -1,6 +1,6 @@
 //! Add-ons that are broken, or belong to another model.
 
-mod common;
+mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,14 +15,14 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A base in `dense` and an add-on to it in `add-on`.
-fn made(own_shells: usize) -> (TempDir, PathBuf) {
+fn made(separate_shells: usize) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let (dense, out, add_on) = (dir.path().join("dense"), dir.path().join("out"), dir.path().join("add-on"));
-    common::write(&dense, &common::config("Qwen3ForCausalLM"), Dtype::BF16, 2);
+    support::write(&dense, &support::config("Qwen3ForCausalLM"), Dtype::BF16, 2);
     let base = Checkpoint::open(&dense).unwrap();
     let options = ConvertOptions {
-        expert_widths: vec![8, 12, common::WIDTH],
-        own_shells,
+        expert_widths: vec![8, 12, support::WIDTH],
+        separate_shells,
         router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 5, compensation: true },
         seed: 3,
         sensitivity: 0.9,
@@ -47,8 +47,8 @@ fn message(dir: &Path) -> String {
 
 #[test]
 fn base_and_add_on_read_like_the_whole_checkpoint() {
-    for own_shells in [0, 1, 2] {
-        let (dir, add_on) = made(own_shells);
+    for separate_shells in [0, 1, 2] {
+        let (dir, add_on) = made(separate_shells);
         let (joined, whole) = (open(dir.path()).unwrap(), Checkpoint::open(&dir.path().join("out")).unwrap());
         assert_eq!(joined.config(), whole.config());
         assert_eq!(joined.json(), whole.json());
@@ -61,7 +61,7 @@ fn base_and_add_on_read_like_the_whole_checkpoint() {
         let again = dir.path().join("again");
         let base = Checkpoint::open(&dir.path().join("dense")).unwrap();
         write_add_on(&joined, &base, "org/base", &again, false).unwrap();
-        assert_eq!(common::contents(&again), common::contents(&add_on));
+        assert_eq!(support::contents(&again), support::contents(&add_on));
     }
 }
 
@@ -95,7 +95,7 @@ fn broken_tensors_are_refused() {
     let order = tensors::full_name(1, tensors::ORDER);
     let fc1 = tensors::full_name(0, tensors::ROUTER_FC1_WEIGHT);
     let numbers = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
-    let count = |from: usize| (from..from + common::WIDTH).map(|n| n as f32);
+    let count = |from: usize| (from..from + support::WIDTH).map(|n| n as f32);
     let twice = numbers(count(0).map(|n| n.max(1.0)).collect());
     let beyond = numbers(count(1).collect());
     let halves = numbers(count(0).map(|n| n + 0.5).collect());

@@ -83,7 +83,7 @@ fn a_large_checkpoint_converts_in_little_memory() {
 
     let options = ConvertOptions {
         expert_widths: even_widths(14336, 4).unwrap(),
-        own_shells: 1,
+        separate_shells: 1,
         router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 64, compensation: true },
         seed: 0,
         sensitivity: 0.9,

@@ -1,5 +1,7 @@
 //! A training step as a whole.
 
+mod support;
+
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
@@ -9,9 +11,10 @@ use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
 use moefy_train::methods::Method;
 use moefy_train::train::{StepBatch, StepContext, StepLoss, Teacher, TrainConfig, TrainModel, Trained};
+use support::random::normal;
 
 /// A model that uses what the architectures differ in.
-fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
+fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfig {
     ModelConfig {
         architecture: Architecture::Llama,
         hidden_size: 24,
@@ -33,11 +36,11 @@ fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
         bos_token_id: None,
         eos_token_ids: Vec::new(),
         dynamoe: Some(DynaMoeConfig {
-            version: dynamoe::config::version_for(own_shells),
+            version: dynamoe::config::version_for(separate_shells),
             base_architecture: "LlamaForCausalLM".into(),
             base_model_type: "llama".into(),
             expert_widths: vec![8, 24, 40],
-            own_shells,
+            separate_shells,
             router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 6, compensation: true },
             sensitivity: 0.5,
             budgets: Vec::new(),
@@ -47,9 +50,9 @@ fn config(vocab_size: usize, extras: bool, own_shells: usize) -> ModelConfig {
 
 /// Hands out random tensors, the same ones for the same names.
 fn random() -> impl FnMut(&str, &[usize]) -> anyhow::Result<Tensor> {
-    let mut made = BTreeMap::new();
+    let (mut rng, mut made) = (support::random::rng(), BTreeMap::new());
     move |name: &str, shape: &[usize]| {
-        let new = || Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
+        let new = || normal(&mut rng, 0.3, shape);
         Ok(made.entry(name.to_owned()).or_insert_with(new).clone())
     }
 }
@@ -94,10 +97,10 @@ const METHODS: [Method; 4] = [Method::Dense, Method::Static, Method::Priced, Met
 /// Another device has no fused operations, but computes the same.
 #[test]
 fn a_step_without_fused_operations_is_the_same_step() {
-    for (vocab_size, extras, own_shells) in SHAPES {
+    for (vocab_size, extras, separate_shells) in SHAPES {
         for method in METHODS {
             let train = TrainConfig { method, ..TrainConfig::default() };
-            let (config, mut random) = (config(vocab_size, extras, own_shells), random());
+            let (config, mut random) = (config(vocab_size, extras, separate_shells), random());
             let [one, other] = [(); 2].map(|()| TrainModel::new(&config, &train, &mut random).unwrap());
             let steps = [(&one, step(&one, &train)), (&other, ops::composed(|| step(&other, &train)))];
             assert_same(&format!("{method:?}"), steps);
@@ -108,7 +111,7 @@ fn a_step_without_fused_operations_is_the_same_step() {
 #[test]
 fn layers_that_are_computed_again_make_the_same_step() {
     // the logits of the last one are computed in two blocks
-    for (vocab_size, extras, own_shells) in SHAPES.into_iter().chain([(140_000, false, 1)]) {
+    for (vocab_size, extras, separate_shells) in SHAPES.into_iter().chain([(140_000, false, 1)]) {
         for (method, trained, distill) in [
             (Method::Dense, Trained::All, 0.0),
             (Method::Static, Trained::All, 0.5),
@@ -119,7 +122,7 @@ fn layers_that_are_computed_again_make_the_same_step() {
         ] {
             let train = TrainConfig { method, train: trained, distill, ..TrainConfig::default() };
             let again = TrainConfig { recompute: true, ..train.clone() };
-            let (config, mut random) = (config(vocab_size, extras, own_shells), random());
+            let (config, mut random) = (config(vocab_size, extras, separate_shells), random());
             let model = TrainModel::new(&config, &train, &mut random).unwrap();
             let steps = [&again, &train].map(|train| (&model, step(&model, train)));
             assert_same(&format!("{vocab_size}, {method:?}, {trained:?}"), steps);
@@ -153,7 +156,7 @@ fn frozen_matrices_get_no_gradient_on_any_device() {
     };
     let tokens = Tensor::zeros((2, 5), candle_core::DType::U32, &Device::Cpu).unwrap();
     let pass = || {
-        let x = Var::randn(0f32, 1.0, (10, 24), &Device::Cpu).unwrap();
+        let x = Var::from_tensor(&normal(&mut support::random::rng(), 1.0, (10, 24))).unwrap();
         let reach = Var::ones((10, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
         let places = backbone.places(&tokens).unwrap();
         let y = backbone.layer(0, &x, &places, &mut |x| ops::ffn(&weights, x, &reach)).unwrap();

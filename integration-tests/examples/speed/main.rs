@@ -5,7 +5,7 @@
 //! ```
 //!
 //! SHAPE is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's work),
-//! with `+N` behind it where narrow experts have N shells of their own; PRECISION is `f32` or a quantization of the
+//! with `+N` behind it if the smaller experts have separate weights for N shells; PRECISION is `f32` or a quantization of the
 //! engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints and, quantized, UQFF files for the next time. `batch`
 //! measures concurrent requests instead of single ones.
 //!
@@ -30,7 +30,7 @@ use models::Models;
 const LLAMA: Shape = Shape {
     hidden_size: 2048,
     expert_widths: [2048, 4096, 6144, 8192],
-    own_shells: 0,
+    separate_shells: 0,
     layers: 8,
     heads: [32, 8, 64],
     vocab_size: 32_000,
@@ -42,7 +42,7 @@ const LLAMA: Shape = Shape {
 const QWEN3: Shape = Shape {
     hidden_size: 1024,
     expert_widths: [768, 1536, 2304, 3072],
-    own_shells: 0,
+    separate_shells: 0,
     layers: 28,
     heads: [16, 8, 128],
     vocab_size: 151_936,
@@ -60,8 +60,8 @@ async fn main() -> Result<()> {
     }
     let argument = |n: usize| arguments.get(n).map(String::as_str);
     let name = argument(0).unwrap_or("small");
-    let (base, own_shells) = match name.split_once('+') {
-        Some((base, own)) => (base, own.parse()?),
+    let (base, separate_shells) = match name.split_once('+') {
+        Some((base, shells)) => (base, shells.parse()?),
         None => (name, 0),
     };
     let (architecture, shape) = match base {
@@ -70,7 +70,7 @@ async fn main() -> Result<()> {
         "small" => ("LlamaForCausalLM", Shape { positions: 1024, ..SMALL }),
         other => bail!("expected llama-617m, qwen3-0.6b or small, found {other}"),
     };
-    let shape = Shape { own_shells, ..shape };
+    let shape = Shape { separate_shells, ..shape };
     let precision = argument(1).unwrap_or("f32");
     let rounds = argument(2).map_or(Ok(5), str::parse)?;
     let temporary = tempfile::tempdir()?;

@@ -19,8 +19,8 @@ pub const VOCAB_SIZE: usize = 258;
 pub struct Shape {
     pub hidden_size: usize,
     pub expert_widths: [usize; 4],
-    /// First shells that narrow experts have of their own.
-    pub own_shells: usize,
+    /// For how many of the first shells the smaller experts have separate weights.
+    pub separate_shells: usize,
     pub layers: usize,
     /// Heads of queries, heads of keys, size of a head.
     pub heads: [usize; 3],
@@ -35,7 +35,7 @@ pub struct Shape {
 pub const SMALL: Shape = Shape {
     hidden_size: 64,
     expert_widths: [64, 128, 192, 256],
-    own_shells: 0,
+    separate_shells: 0,
     layers: 2,
     heads: [4, 2, 16],
     vocab_size: VOCAB_SIZE,
@@ -232,9 +232,9 @@ pub fn write_checkpoints(
     write(&folder.join("dense"), &dense, &tensors);
     for layer in 0..shape.layers {
         tensors.extend(router(layer, shape, &mut numbers));
-        if let Some(last) = shape.own_shells.checked_sub(1) {
-            let own = shape.expert_widths[last];
-            for (name, rows, columns) in [("gate_proj", own, d), ("up_proj", own, d), ("down_proj", d, own)] {
+        if let Some(last) = shape.separate_shells.checked_sub(1) {
+            let p = shape.expert_widths[last];
+            for (name, rows, columns) in [("gate_proj", p, d), ("up_proj", p, d), ("down_proj", d, p)] {
                 let name = format!("model.layers.{layer}.mlp.own.{name}.weight");
                 tensors.insert(name, numbers.matrix(rows, columns));
             }
@@ -252,9 +252,9 @@ pub fn write_checkpoints(
         "router": {"kind": "mlp", "hidden_size": shape.router_hidden_size, "compensation": true},
         "budgets": [{"width": 0.5, "sensitivity": alternating(0.3, 0.4)}, {"width": 0.75, "sensitivity": alternating(0.5, 0.6)}],
     });
-    if shape.own_shells > 0 {
+    if shape.separate_shells > 0 {
         config["dynamoe"]["version"] = 2.into();
-        config["dynamoe"]["own_shells"] = shape.own_shells.into();
+        config["dynamoe"]["own_shells"] = shape.separate_shells.into();
     }
     write(&folder.join("dynamoe"), &config, &tensors);
     (tensors, config)

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test uses its part
 
 pub mod blocks;
+pub mod case;
 pub mod layer;
 
 use dynamoe_kernels::args::{Address, Segment};
@@ -12,9 +13,12 @@ use rand_chacha::ChaCha8Rng;
 
 pub const FLOATS: [Float; 3] = [Float::F32, Float::F16, Float::Bf16];
 
-/// A generator with a seed that a failing test prints.
+/// A generator with a fresh seed, which a failing test shows. `TEST_SEED=…` repeats a run.
 pub fn rng() -> ChaCha8Rng {
-    let seed = rand::random();
+    let seed = match std::env::var("TEST_SEED") {
+        Ok(seed) => seed.parse().expect("TEST_SEED must be a whole number"),
+        Err(_) => rand::random(),
+    };
     println!("seed {seed}");
     ChaCha8Rng::seed_from_u64(seed)
 }
@@ -176,6 +180,23 @@ pub fn run_without<A>(
     };
     // SAFETY: the tests build arguments from memory that lives through the call
     unsafe { simulated.run(args) }.map_err(|fault| fault.to_string())
+}
+
+/// Leaves out each barrier in turn, in the order of each of `seeds`. Says of each barrier whether `attempt` has failed
+/// without it. With all barriers it must succeed; it returns how many there are.
+pub fn losses(
+    seeds: std::ops::Range<u64>,
+    mut attempt: impl FnMut(u64, Option<u32>) -> Result<u32, String>,
+) -> Vec<bool> {
+    let mut found = vec![];
+    for seed in seeds {
+        let sites = attempt(seed, None).unwrap();
+        found.resize(sites as usize, false);
+        for site in 0..sites {
+            found[site as usize] |= attempt(seed, Some(site)).is_err();
+        }
+    }
+    found
 }
 
 pub fn run<A>(launch: &Launch, args: &A, rng: &mut ChaCha8Rng) {

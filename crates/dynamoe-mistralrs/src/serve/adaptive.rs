@@ -15,7 +15,7 @@
 use std::{
     collections::VecDeque,
     str::FromStr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -23,7 +23,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::metrics::Metrics;
-use crate::{Dial, LoadedModel, RequestDial};
+use crate::{Dial, LoadedModel, RequestDial, locks::lock};
 
 /// Time between two decisions.
 const PERIOD: Duration = Duration::from_millis(500);
@@ -143,7 +143,7 @@ pub(super) struct Latencies(Mutex<VecDeque<(Instant, Duration)>>);
 impl Latencies {
     /// A token came at this time, this long after the one before it.
     pub fn record(&self, at: Instant, latency: Duration) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.0);
         if kept.len() == KEPT {
             kept.pop_front();
         }
@@ -152,7 +152,7 @@ impl Latencies {
 
     /// The 95th percentile of those recorded in the `period` before `now`; none if there are none. Forgets older ones.
     pub fn p95(&self, now: Instant, period: Duration) -> Option<Duration> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.0);
         kept.retain(|(at, _)| now.saturating_duration_since(*at) < period);
         let mut sorted: Vec<Duration> = kept.iter().map(|(_, latency)| *latency).collect();
         sorted.sort_unstable();

@@ -7,23 +7,22 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device};
 use dynamoe::DynaMoeConfig;
-use dynamoe::tensors::is_addition;
+use dynamoe::tensors::{self, is_addition};
 use serde::{Deserialize, Serialize};
 
 use super::copy::{copy_tensor, pretty, remove_section, set_section};
-use super::order::{inverse, of_layer};
-use super::reader::open_shard;
-use super::{Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap};
+use super::layout::{ADD_ON_CONFIG, ADD_ON_TENSORS};
+use super::order::{Order, checked, inverse, of_layer};
+use super::reader::{Checkpoint, open_shard};
+use super::staged::{StagedFolder, refuse_overlap, write_atomic};
+use super::writer::{TensorSpec, Writer};
 use crate::config::ModelConfig;
 use crate::files::read_file;
 
 /// The version of the format that this program writes, and the newest that it reads.
 pub const ADD_ON_VERSION: u32 = 1;
-/// What the add-on is.
-pub const ADD_ON_CONFIG: &str = "add_on.json";
-/// Its tensors.
-pub const ADD_ON_TENSORS: &str = "add_on.safetensors";
 
 /// The content of [`ADD_ON_CONFIG`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,7 +69,7 @@ impl AddOn {
     }
 
     /// The file's text.
-    pub(super) fn text(&self) -> Result<Vec<u8>> {
+    fn text(&self) -> Result<Vec<u8>> {
         pretty(&serde_json::to_value(self)?)
     }
 }
@@ -151,6 +150,39 @@ impl Checkpoint {
         dense.add_on = None;
         dense.tensors.retain(|name, _| !is_addition(name));
         Ok(dense)
+    }
+
+    /// Replaces the `dynamoe` section, such as with a new table of budgets: in config.json or, if the checkpoint is a base
+    /// with an add-on, in the add-on.
+    ///
+    /// # Errors
+    /// A dense model; a section that does not fit the model; the file cannot be written.
+    pub fn store_section(&mut self, section: &DynaMoeConfig) -> Result<()> {
+        DynaMoeConfig::from_config_json(&self.json)?;
+        set_section(&mut self.json, section)?;
+        self.config.dynamoe = Some(section.clone());
+        match &self.add_on {
+            Some(dir) => {
+                let add_on = AddOn { dynamoe: section.clone(), ..AddOn::read(dir)? };
+                write_atomic(&dir.join(ADD_ON_CONFIG), &add_on.text()?)
+            }
+            None => write_atomic(&self.dir.join("config.json"), &pretty(&self.json)?),
+        }
+    }
+
+    /// Where each neuron of a layer stood in the base's FFN; none if the checkpoint does not say so.
+    ///
+    /// # Errors
+    /// A list that does not name every neuron once; a failed read.
+    fn order(&self, layer: usize) -> Result<Option<Order>> {
+        let name = tensors::full_name(layer, tensors::ORDER);
+        if self.info(&name).is_none() {
+            return Ok(None);
+        }
+        let shape = [self.config().intermediate_size];
+        let order = self.tensor(&name, &shape, DType::F32, &Device::Cpu)?;
+        let order = checked(&order.to_vec1()?);
+        order.map(Some).with_context(|| format!("{}: tensor {name}", self.dir().display()))
     }
 }
 

@@ -10,18 +10,14 @@ use dynamoe::tensors;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::reader::float_dtype;
-use super::writer::{check_finite, to_bytes};
-use super::{
-    ADD_ON_CONFIG, AddOn, Checkpoint, StagedFolder, TensorSpec, Writer, refuse_overlap, write_atomic,
-};
+use super::layout::CHUNK_BYTES;
+use super::reader::{Checkpoint, float_dtype};
+use super::staged::{StagedFolder, refuse_overlap};
+use super::writer::{TensorSpec, Writer, check_finite, to_bytes};
 use crate::config::{ModelConfig, remove_not_finite};
 use crate::files::read_file;
 use crate::tensors::expected_tensors;
 use crate::transformers;
-
-/// Bytes of a tensor in memory at a time while it is copied.
-pub const CHUNK_BYTES: usize = 8 << 20;
 
 /// Beginnings of the names of files that belong to a model besides its weights and config.json.
 const COMPANIONS: [&str; 11] = [
@@ -39,24 +35,6 @@ const COMPANIONS: [&str; 11] = [
 ];
 
 impl Checkpoint {
-    /// Replaces the `dynamoe` section, such as with a new table of budgets: in config.json or, if the checkpoint is a base
-    /// with an add-on, in the add-on.
-    ///
-    /// # Errors
-    /// A dense model; a section that does not fit the model; the file cannot be written.
-    pub fn store_section(&mut self, section: &DynaMoeConfig) -> Result<()> {
-        DynaMoeConfig::from_config_json(&self.json)?;
-        set_section(&mut self.json, section)?;
-        self.config.dynamoe = Some(section.clone());
-        match &self.add_on {
-            Some(dir) => {
-                let add_on = AddOn { dynamoe: section.clone(), ..AddOn::read(dir)? };
-                write_atomic(&dir.join(ADD_ON_CONFIG), &add_on.text()?)
-            }
-            None => write_atomic(&self.dir.join("config.json"), &pretty(&self.json)?),
-        }
-    }
-
     /// What its files hold, file by file: the plan that keeps its sharding.
     pub fn plan(&self) -> Vec<Vec<TensorSpec>> {
         let mut shards = vec![Vec::new(); self.shards().len()];

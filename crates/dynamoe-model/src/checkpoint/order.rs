@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device};
+use anyhow::{Result, ensure};
 use dynamoe::tensors;
 
-use super::{Checkpoint, TensorInfo};
+use super::layout::TensorInfo;
 
 /// For each place, the neuron of the file that stands there.
 pub(super) type Order = Arc<[usize]>;
@@ -16,8 +15,8 @@ pub(super) type Order = Arc<[usize]>;
 /// Which matrices of a checkpoint are read in another order, by the tensor's name.
 pub(super) type Orders = BTreeMap<String, Order>;
 
-/// Checks that `values` name every neuron once; returns them as the order that they are.
-fn checked(values: &[f32]) -> Result<Order> {
+/// The order that `values` list, if they name every neuron once.
+pub(super) fn checked(values: &[f32]) -> Result<Order> {
     let mut seen = vec![false; values.len()];
     let mut order = Vec::with_capacity(values.len());
     for &value in values {
@@ -40,23 +39,6 @@ pub(super) fn inverse(order: &Order) -> Order {
     inverse.into()
 }
 
-impl Checkpoint {
-    /// Where each neuron of a layer stood in the base's FFN; none if the checkpoint does not say so.
-    ///
-    /// # Errors
-    /// A list that does not name every neuron once; a failed read.
-    pub(super) fn order(&self, layer: usize) -> Result<Option<Order>> {
-        let name = tensors::full_name(layer, tensors::ORDER);
-        if self.info(&name).is_none() {
-            return Ok(None);
-        }
-        let shape = [self.config().intermediate_size];
-        let order = self.tensor(&name, &shape, DType::F32, &Device::Cpu)?;
-        let order = checked(&order.to_vec1()?);
-        order.map(Some).with_context(|| format!("{}: tensor {name}", self.dir().display()))
-    }
-}
-
 /// The matrices of a layer whose neurons stand in `order`.
 pub(super) fn of_layer(layer: usize, order: &Order) -> impl Iterator<Item = (String, Order)> {
     let matrices = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ];
@@ -65,7 +47,8 @@ pub(super) fn of_layer(layer: usize, order: &Order) -> impl Iterator<Item = (Str
 
 /// Bytes `range` of a matrix whose neurons are put into `order`; `read` reads bytes of the matrix as it is stored.
 pub(super) fn read_ordered(
-    (name, info): (&str, &TensorInfo),
+    name: &str,
+    info: &TensorInfo,
     order: &Order,
     range: Range<usize>,
     read: impl Fn(Range<usize>) -> Result<Vec<u8>>,

@@ -15,33 +15,15 @@ use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::add_on::ADD_ON_CONFIG;
-use super::copy::CHUNK_BYTES;
+use super::layout::{ADD_ON_CONFIG, CHUNK_BYTES, INDEX, SINGLE, TensorInfo};
 use super::order::{Orders, read_ordered};
 use super::writer::check_finite;
 use crate::config::{ModelConfig, read_json};
 use crate::files::read_file;
 use crate::tensors::{EMBEDDING, LM_HEAD, expected_tensors};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 /// The safetensors crate's own limit.
 const MAX_HEADER_LEN: u64 = 100_000_000;
-
-/// Where a tensor is and what it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// Type of its elements.
-    pub dtype: Dtype,
-    /// Its dimensions.
-    pub shape: Vec<usize>,
-    /// Index of its file in [`Checkpoint::shards`].
-    pub shard: usize,
-    /// First byte in that file.
-    pub offset: u64,
-    /// Length in bytes.
-    pub len: usize,
-}
 
 #[derive(Clone)]
 pub(super) struct Shard {
@@ -186,7 +168,7 @@ impl Checkpoint {
         );
         match self.orders.get(name) {
             Some(order) => {
-                read_ordered((name, info), order, range, |range| self.read_stored(name, info, range))
+                read_ordered(name, info, order, range, |range| self.read_stored(name, info, range))
             }
             None => self.read_stored(name, info, range),
         }

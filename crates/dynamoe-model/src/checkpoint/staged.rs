@@ -12,7 +12,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 
-use super::ADD_ON_CONFIG;
+use super::layout::ADD_ON_CONFIG;
 
 /// A folder under construction. [`StagedFolder::commit`] puts it in place; dropped before, it is removed.
 /// One left behind by a killed process is a hidden sibling named `.<name>.partial-<pid>…`; the next output of that

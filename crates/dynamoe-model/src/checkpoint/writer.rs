@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-/// The largest shard written unless told otherwise: 5 GB, as transformers does.
+/// The largest shard written by default: 5 GB, as transformers does.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Elements of a candle tensor converted at a time.

@@ -7,6 +7,7 @@ use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, tensors};
 use super::{Backbone, Experts};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
+use crate::tensors::below_mlp;
 
 /// A model whose FFNs run only the experts that their routers choose. A dense model is one whose FFNs have a
 /// single expert.
@@ -72,7 +73,7 @@ impl RoutedModel {
     /// norm, `(B·T, D)`, and each layer's routes.
     ///
     /// # Errors
-    /// candle's.
+    /// A token outside the vocabulary.
     pub fn forward(&self, tokens: &Tensor, sensitivity: &[f64]) -> CandleResult<(Tensor, Vec<Routes>)> {
         let mut routes = Vec::with_capacity(self.ffns.len());
         let hidden = self.backbone.forward(tokens, &mut |layer, x| {
@@ -86,7 +87,7 @@ impl RoutedModel {
     /// Runs `tokens (B, T)` with experts that were chosen elsewhere, one list for each layer.
     ///
     /// # Errors
-    /// candle's.
+    /// A token outside the vocabulary; routes that do not fit, as for [`DynaMoeFfn::forward_with`].
     pub fn forward_with(&self, tokens: &Tensor, routes: &[Routes]) -> CandleResult<Tensor> {
         self.backbone.forward(tokens, &mut |layer, x| self.ffns[layer].forward_with(x, &routes[layer]))
     }
@@ -94,7 +95,7 @@ impl RoutedModel {
     /// `hidden (N, D)` → `(N, V)`.
     ///
     /// # Errors
-    /// candle's.
+    /// Another width than `D`.
     pub fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
         self.backbone.logits(hidden)
     }
@@ -106,10 +107,7 @@ fn ffn(
     get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
 ) -> Result<DynaMoeFfn<Experts>> {
     let (d, widths) = (config.hidden_size, config.expert_widths());
-    let mut get = |name: &str, shape: &[usize]| {
-        get(&tensors::full_name(layer, name), shape)
-            .map_err(|error| dynamoe::Error::Tensor(format!("{error:#}")))
-    };
+    let mut get = below_mlp(layer, get);
     let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut get)?;
     let mut experts = Experts::new(dense, &widths)?;
     let Some(dynamoe) = &config.dynamoe else {

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::AttentionShape;
+use super::attention_shape::AttentionShape;
 use super::cpu::{dot, exp, larger, mul_add, rows_per_task};
 
 /// Queries or keys that are computed at once: two registers of AVX-512, or of AVX2, which has half as many registers.

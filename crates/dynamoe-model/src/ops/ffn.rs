@@ -8,12 +8,12 @@ use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use dynamoe::TrainableFfn;
-use dynamoe::train::swiglu::{backward_rows, forward_rows};
+use dynamoe::train::swiglu::{NeuronRows, backward_rows, forward_rows};
 use faer::Accum;
 use rayon::prelude::*;
 
 use super::cpu::{
-    Host, add_parts, axpy, blocks, dot, fusable, host, matrix, multiply, multiply_blocks, read,
+    Host, add_parts, axpy, blocks, dot, fusable, host, lock, matrix, multiply, multiply_blocks, read,
     rows_per_block, slice,
 };
 use super::gradients::add_gradient;
@@ -86,6 +86,31 @@ struct Weights<'a> {
     i: usize,
 }
 
+/// Some rows of a backward pass.
+struct BackwardRows<'a> {
+    /// `(N, E)`.
+    reach: &'a [f32],
+    /// The gradient with respect to `y`, `(N, D)`.
+    g: &'a [f32],
+    /// As the forward pass left it, `(N, I)`; becomes the gradient with respect to it.
+    gate: &'a mut [f32],
+    /// Likewise.
+    up: &'a mut [f32],
+    /// Becomes h, `(N, I)`.
+    h: &'a mut [f32],
+    /// Becomes the gradient with respect to `reach`.
+    d_reach: &'a mut [f32],
+    /// Becomes the gradient with respect to `x`, `(N, D)`.
+    dx: &'a mut [f32],
+}
+
+/// The neurons of all rows, as the backward pass left them, `(N, I)`.
+struct Neurons<'a> {
+    d_gate: &'a [f32],
+    d_up: &'a [f32],
+    h: &'a [f32],
+}
+
 impl<'a> Weights<'a> {
     fn new(weights: &'a TrainableFfn) -> Result<Self> {
         let (i, d) = weights.gate_proj.dims2()?;
@@ -106,7 +131,7 @@ impl<'a> Weights<'a> {
         multiply(gate, Accum::Replace, x, matrix(&self.gate, self.d).transpose());
         multiply(up, Accum::Replace, x, matrix(&self.up, self.d).transpose());
         let mut h = vec![0f32; gate.len()];
-        forward_rows([gate, up, reach], self.widths, &mut h);
+        forward_rows(gate, up, reach, self.widths, &mut h);
         multiply(y, Accum::Replace, matrix(&h, self.i), matrix(&self.down, self.i).transpose());
         if let Some(compensation) = &self.compensation {
             let e = self.widths.len();
@@ -118,17 +143,11 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// `gate`, `up` and `h` of rows become the gradients by gate and up and the value of `h`. Returns the
-    /// gradient of the compensation.
-    fn backward(
-        &self,
-        (reach, g): (&[f32], &[f32]),
-        [gate, up, h]: [&mut [f32]; 3],
-        d_reach: &mut [f32],
-        dx: &mut [f32],
-    ) -> Vec<f32> {
+    /// Backwards through [`Weights::forward`]. Returns the gradient with respect to the compensation.
+    fn backward(&self, rows: BackwardRows<'_>) -> Vec<f32> {
+        let BackwardRows { reach, g, gate, up, h, d_reach, dx } = rows;
         multiply(h, Accum::Replace, matrix(g, self.d), matrix(&self.down, self.i));
-        backward_rows([gate, up, h], reach, self.widths, d_reach);
+        backward_rows(NeuronRows { gate: &mut *gate, up: &mut *up, h }, reach, self.widths, d_reach);
         multiply(dx, Accum::Replace, matrix(gate, self.i), matrix(&self.gate, self.d));
         multiply(dx, Accum::Add, matrix(up, self.i), matrix(&self.up, self.d));
         let Some(compensation) = &self.compensation else { return Vec::new() };
@@ -136,12 +155,12 @@ impl<'a> Weights<'a> {
         let e = self.widths.len();
         let rows = reach.chunks_exact(e).zip(d_reach.chunks_exact_mut(e)).zip(g.chunks_exact(self.d));
         for ((reach, d_reach), g) in rows {
-            for narrower in 0..e - 1 {
-                let at = narrower * self.d..(narrower + 1) * self.d;
-                let by_p = dot(g, &compensation[at.clone()]);
-                d_reach[narrower] += by_p;
-                d_reach[narrower + 1] -= by_p;
-                axpy(&mut sums[at], reach[narrower] - reach[narrower + 1], g);
+            for smaller in 0..e - 1 {
+                let at = smaller * self.d..(smaller + 1) * self.d;
+                let with_respect_to_p = dot(g, &compensation[at.clone()]);
+                d_reach[smaller] += with_respect_to_p;
+                d_reach[smaller + 1] -= with_respect_to_p;
+                axpy(&mut sums[at], reach[smaller] - reach[smaller + 1], g);
             }
         }
         sums
@@ -175,12 +194,13 @@ impl CustomOp2 for Fused {
                 if self.keep {
                     weights.forward(x, reach, [gate, up], y);
                 } else {
-                    let [mut gate, mut up] = [(); 2].map(|()| vec![0f32; x.len() / d * i]);
+                    let mut gate = vec![0f32; x.len() / d * i];
+                    let mut up = gate.clone();
                     weights.forward(x, reach, [&mut gate, &mut up], y);
                 }
             });
         if self.keep {
-            *self.saved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(saved);
+            *lock(&self.saved) = Some(saved);
         }
         Ok((CpuStorage::F32(y), x_at.shape().clone()))
     }
@@ -192,7 +212,7 @@ impl CustomOp2 for Fused {
         _y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let saved = self.saved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let saved = lock(&self.saved).take();
         let Some([mut gate, mut up]) = saved else {
             bail!("ffn: expected one forward pass, then one backward pass");
         };
@@ -206,11 +226,11 @@ impl CustomOp2 for Fused {
             let constants: Vec<Vec<f32>> = blocks(out, rows, n)
                 .into_par_iter()
                 .zip(reach_values.par_chunks(rows * e).zip(g.par_chunks(rows * d)))
-                .map(|([gate, up, h, d_reach, dx], inputs)| {
-                    weights.backward(inputs, [gate, up, h], d_reach, dx)
+                .map(|([gate, up, h, d_reach, dx], (reach, g))| {
+                    weights.backward(BackwardRows { reach, g, gate, up, h, d_reach, dx })
                 })
                 .collect();
-            self.by_weights(x_values, g, [&gate, &up, &h], &constants)?;
+            self.add_gradients(x_values, g, &Neurons { d_gate: &gate, d_up: &up, h: &h }, &constants)?;
             let tensor = |of: &Tensor, values| Tensor::from_vec(values, of.shape(), of.device());
             Ok((Some(tensor(x, dx)?), Some(tensor(reach, d_reach)?)))
         })
@@ -219,16 +239,11 @@ impl CustomOp2 for Fused {
 
 impl Fused {
     /// Adds the gradients of the weights to those of the backward pass at hand.
-    fn by_weights(
-        &self,
-        x: &[f32],
-        g: &[f32],
-        [gate, up, h]: [&[f32]; 3],
-        constants: &[Vec<f32>],
-    ) -> Result<()> {
+    fn add_gradients(&self, x: &[f32], g: &[f32], neurons: &Neurons, constants: &[Vec<f32>]) -> Result<()> {
+        let Neurons { d_gate, d_up, h } = neurons;
         let TrainableFfn { gate_proj, up_proj, down_proj, compensation, .. } = &self.weights;
         let mut lost = false;
-        for (weight, g, x) in [(gate_proj, gate, x), (up_proj, up, x), (down_proj, g, h)] {
+        for (weight, g, x) in [(gate_proj, *d_gate, x), (up_proj, *d_up, x), (down_proj, g, *h)] {
             let (to, from) = weight.dims2()?;
             let product = |dw: &mut [f32], accum| {
                 multiply_blocks(dw, accum, matrix(g, to).transpose(), matrix(x, from));

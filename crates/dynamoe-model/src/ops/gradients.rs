@@ -76,7 +76,7 @@ impl Gradients {
     /// Adds the gradients of `loss`, a scalar, with respect to `params`.
     ///
     /// # Errors
-    /// candle's.
+    /// An operation of the graph that has no gradient, or that ran backwards before.
     pub fn add(&mut self, loss: &Tensor, params: &Params) -> Result<()> {
         self.add_and_take(loss, params).map(drop)
     }
@@ -85,7 +85,7 @@ impl Gradients {
     /// Returns the gradient with respect to `input`, zeros where there is none.
     ///
     /// # Errors
-    /// candle's.
+    /// As [`Gradients::add`].
     pub fn add_through(&mut self, loss: &Tensor, params: &Params, input: &Var) -> Result<Tensor> {
         match self.add_and_take(loss, params)?.remove(input) {
             Some(gradient) => Ok(gradient.detach()),

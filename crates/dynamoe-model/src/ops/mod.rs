@@ -6,6 +6,7 @@
 
 mod attention;
 mod attention_cpu;
+mod attention_shape;
 mod cpu;
 mod cross_entropy;
 mod embedding;
@@ -24,7 +25,8 @@ pub(crate) use experts::expert_rows;
 
 pub use cpu::composed;
 
-pub use attention::{AttentionShape, attention, attention_composed};
+pub use attention::{attention, attention_composed};
+pub use attention_shape::AttentionShape;
 pub use cross_entropy::{cross_entropy, cross_entropy_composed};
 pub use embedding::embedding;
 pub use ffn::{ffn, reach_of};

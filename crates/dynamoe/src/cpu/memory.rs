@@ -5,7 +5,9 @@
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
+
+use super::pool::lock;
 
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -44,7 +46,7 @@ impl Memory {
     }
 
     fn share(bytes: usize) -> (Arc<Slab>, usize) {
-        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = lock(&CURRENT);
         let (slab, at) = match current.0.upgrade() {
             Some(slab) if current.1 + bytes <= SLAB => (slab, current.1),
             _ => (Arc::new(Slab::new(SLAB)), 0),

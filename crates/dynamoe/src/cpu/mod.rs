@@ -56,6 +56,7 @@ pub use matrix::PackedMatrix;
 pub(crate) use matrix::groups_each;
 pub(crate) use output::{Output, unset};
 pub(crate) use parallel::{Phase, run};
+pub(crate) use pool::lock;
 pub(crate) use router::logits as router_logits;
 pub(crate) use writer::Writer;
 

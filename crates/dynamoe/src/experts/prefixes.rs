@@ -54,14 +54,14 @@ impl PrefixExperts {
     }
 
     /// Adds separate weights for the first neurons of the smaller experts: gate and up `(P, D)` and down `(D, P)`,
-    /// where `P` is the width of one of these. The smaller experts become matrices of their own.
+    /// where `P` is the width of one of these. The smaller experts become whole matrices.
     ///
     /// # Errors
     /// Shapes that do not fit.
     pub fn with_separate(self, separate: &Projections<Tensor>) -> crate::Result<Self> {
         let p = separate.gate_proj.dim(0)?;
-        let narrower = smaller_widths(&self.widths, p)?;
-        let rest = narrower[narrower.len() - 1] - p;
+        let widths = smaller_widths(&self.widths, p)?;
+        let rest = widths[widths.len() - 1] - p;
         let extend =
             |first: &Tensor, dense: &Tensor, dim| Tensor::cat(&[first, &dense.narrow(dim, p, rest)?], dim);
         let matrices = Projections {
@@ -69,7 +69,7 @@ impl PrefixExperts {
             up_proj: extend(&separate.up_proj, &self.matrices.up_proj, 0)?,
             down_proj: extend(&separate.down_proj, &self.matrices.down_proj, 1)?,
         };
-        let smaller = Self::new(matrices, self.activation, narrower)?.with_glu(self.glu);
+        let smaller = Self::new(matrices, self.activation, widths)?.with_glu(self.glu);
         Ok(Self {
             smaller: Some(Box::new(smaller)),
             #[cfg(feature = "cuda")]

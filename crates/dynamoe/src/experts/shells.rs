@@ -35,7 +35,7 @@ impl<P> ShellExperts<P> {
     /// # Errors
     /// As many shells as experts, or more.
     pub fn with_separate(self, separate: Vec<Projections<P>>) -> crate::Result<Self> {
-        crate::config::check_own_shells(separate.len(), self.shells.len())?;
+        crate::config::check_separate_shells(separate.len(), self.shells.len())?;
         Ok(Self { separate, ..self })
     }
 

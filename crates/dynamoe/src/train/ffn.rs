@@ -88,11 +88,11 @@ impl TrainableFfn {
 
     /// Adds the compensation to `y (N, D)`.
     pub fn compensate(&self, y: Tensor, reach: &Tensor) -> Result<Tensor> {
-        let narrower = self.widths.len() - 1;
+        let smaller = self.widths.len() - 1;
         match &self.compensation {
-            Some(compensation) if narrower > 0 => {
+            Some(compensation) if smaller > 0 => {
                 // p_e = reach_e - reach_{e+1}
-                let p = (reach.narrow(1, 0, narrower)? - reach.narrow(1, 1, narrower)?)?; // (N, E-1)
+                let p = (reach.narrow(1, 0, smaller)? - reach.narrow(1, 1, smaller)?)?; // (N, E-1)
                 y + p.matmul(compensation)?
             }
             _ => Ok(y),
@@ -114,20 +114,24 @@ impl TrainableFfn {
         let dense = shells([&self.gate_proj, &self.up_proj, &self.down_proj])?;
         let separate =
             self.separate.as_ref().map_or(Ok(Vec::new()), |part| shells(part.as_ref().into_array()))?;
-        let narrower = dense.len() - 1;
-        let mut outputs: Vec<Tensor> = Vec::with_capacity(dense.len());
-        for (s, part) in separate.iter().chain(&dense[separate.len()..narrower]).enumerate() {
-            outputs.push(if s > 0 { (&outputs[s - 1] + part)? } else { part.clone() });
-        }
-        outputs.push(match (&separate[..], outputs.last()) {
-            ([], Some(narrower)) => (narrower + &dense[dense.len() - 1])?,
-            _ => dense.iter().skip(1).try_fold(dense[0].clone(), |sum, part| sum + part)?,
-        });
+        let smaller = dense.len() - 1;
+        let mut outputs = running_sums(separate.iter().chain(&dense[separate.len()..smaller]))?;
         if let Some(compensation) = &self.compensation {
-            for (e, output) in outputs[..narrower].iter_mut().enumerate() {
+            for (e, output) in outputs.iter_mut().enumerate() {
                 *output = output.broadcast_add(&compensation.get(e)?)?;
             }
         }
+        outputs.extend(running_sums(dense.iter())?.pop());
         Ok(outputs)
     }
+}
+
+/// The sums of the first, of the first two, … of all parts.
+fn running_sums<'a>(parts: impl Iterator<Item = &'a Tensor>) -> Result<Vec<Tensor>> {
+    let mut sums: Vec<Tensor> = Vec::new();
+    for part in parts {
+        let sum = sums.last().map_or_else(|| Ok(part.clone()), |sum| sum + part)?;
+        sums.push(sum);
+    }
+    Ok(sums)
 }

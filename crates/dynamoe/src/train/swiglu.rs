@@ -98,7 +98,7 @@ impl CustomOp3 for MaskedSwiglu {
         let inputs = gate.par_chunks(ROWS * i).zip(up.par_chunks(ROWS * i)).zip(reach.par_chunks(ROWS * e));
         h.par_chunks_mut(ROWS * i)
             .zip(inputs)
-            .for_each(|(h, ((gate, up), reach))| forward_rows([gate, up, reach], &self.widths, h));
+            .for_each(|(h, ((gate, up), reach))| forward_rows(gate, up, reach, &self.widths, h));
         Ok((CpuStorage::F32(h), gate_layout.shape().clone()))
     }
 
@@ -119,7 +119,7 @@ impl CustomOp3 for MaskedSwiglu {
             let rows = d_gate.par_chunks_mut(ROWS * i).zip(d_up.par_chunks_mut(ROWS * i));
             let rows = rows.zip(h.par_chunks_mut(ROWS * i)).zip(d_reach.par_chunks_mut(ROWS * e));
             rows.zip(reach.par_chunks(ROWS * e)).for_each(|((((gate, up), h), d_reach), reach)| {
-                backward_rows([gate, up, h], reach, &self.widths, d_reach);
+                backward_rows(NeuronRows { gate, up, h }, reach, &self.widths, d_reach);
             });
         })?;
         let device = gate.device();
@@ -132,7 +132,7 @@ impl CustomOp3 for MaskedSwiglu {
 }
 
 /// [`masked_swiglu`] of some rows: `gate`, `up` and `reach` → `h`, all row-major.
-pub fn forward_rows([gate, up, reach]: [&[f32]; 3], widths: &[usize], h: &mut [f32]) {
+pub fn forward_rows(gate: &[f32], up: &[f32], reach: &[f32], widths: &[usize], h: &mut [f32]) {
     let (i, e) = (widths[widths.len() - 1], widths.len());
     let rows = gate.chunks_exact(i).zip(up.chunks_exact(i)).zip(reach.chunks_exact(e));
     for (((gate, up), reach), h) in rows.zip(h.chunks_exact_mut(i)) {
@@ -145,16 +145,27 @@ pub fn forward_rows([gate, up, reach]: [&[f32]; 3], widths: &[usize], h: &mut [f
     }
 }
 
-/// Backwards through [`forward_rows`], in place. On return `gate` and `up` hold their own gradients, and `h`, which held
-/// dL/dh, holds h. Writes the gradient with respect to `reach`. All row-major.
-pub fn backward_rows([gate, up, h]: [&mut [f32]; 3], reach: &[f32], widths: &[usize], d_reach: &mut [f32]) {
+/// What [`backward_rows`] works on, in place: rows of numbers, one for each neuron, `(N, I)`.
+#[derive(Debug)]
+pub struct NeuronRows<'a> {
+    /// gate; becomes the gradient with respect to it.
+    pub gate: &'a mut [f32],
+    /// up; becomes the gradient with respect to it.
+    pub up: &'a mut [f32],
+    /// dL/dh; becomes h.
+    pub h: &'a mut [f32],
+}
+
+/// Backwards through [`forward_rows`], in place. Writes the gradient with respect to `reach`. All row-major.
+pub fn backward_rows(rows: NeuronRows<'_>, reach: &[f32], widths: &[usize], d_reach: &mut [f32]) {
     let (i, e) = (widths[widths.len() - 1], widths.len());
+    let NeuronRows { gate, up, h } = rows;
     let rows = gate.chunks_exact_mut(i).zip(up.chunks_exact_mut(i)).zip(h.chunks_exact_mut(i));
     let reaches = reach.chunks_exact(e).zip(d_reach.chunks_exact_mut(e));
     for (((gate, up), h), (reach, d_reach)) in rows.zip(reaches) {
         for ((range, &mask), d_mask) in shell_ranges(widths).zip(reach).zip(d_reach) {
-            let shell = [&mut gate[range.clone()], &mut up[range.clone()], &mut h[range]];
-            *d_mask = backward_shell(shell, mask);
+            let (gate, up) = (&mut gate[range.clone()], &mut up[range.clone()]);
+            *d_mask = backward_shell(NeuronRows { gate, up, h: &mut h[range] }, mask);
         }
     }
 }
@@ -164,7 +175,7 @@ const LANES: usize = 16;
 
 /// One token, one shell of [`backward_rows`]. Returns the gradient with respect to the mask, the sum of
 /// `silu(gate) ∘ up ∘ dh`: [`LANES`] partial sums, whose order does not change.
-fn backward_shell([gate, up, h]: [&mut [f32]; 3], mask: f32) -> f32 {
+fn backward_shell(shell: NeuronRows<'_>, mask: f32) -> f32 {
     let one = |gate: &mut f32, up: &mut f32, h: &mut f32| {
         let (g, u, dh) = (*gate, *up, *h);
         let sigma = sigmoid(g);
@@ -174,7 +185,8 @@ fn backward_shell([gate, up, h]: [&mut [f32]; 3], mask: f32) -> f32 {
         *h = silu * u * mask;
         silu * u * dh
     };
-    let [(gates, gate), (ups, up), (hs, h)] = [gate, up, h].map(|x| x.as_chunks_mut::<LANES>());
+    let [(gates, gate), (ups, up), (hs, h)] =
+        [shell.gate, shell.up, shell.h].map(|x| x.as_chunks_mut::<LANES>());
     let mut sums = [0f32; LANES];
     for ((gate, up), h) in gates.iter_mut().zip(ups).zip(hs) {
         for l in 0..LANES {
@@ -190,16 +202,18 @@ fn backward_shell([gate, up, h]: [&mut [f32]; 3], mask: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{rng, uniform};
     use candle_core::{DType, Device, Var};
 
     #[test]
     fn values_and_gradients_equal_the_reference() {
+        let mut rng = rng();
         for (n, widths) in [(1, vec![1]), (3, vec![2, 5]), (67, vec![8, 16, 24, 32]), (5, vec![43, 86, 172])]
         {
             let i = widths[widths.len() - 1];
-            let var = |columns| Var::randn(0f32, 2.0, (n, columns), &Device::Cpu).unwrap();
+            let mut var = |columns| Var::from_tensor(&uniform(&mut rng, 4.0, (n, columns))).unwrap();
             let (gate, up, reach) = (var(i), var(i), var(widths.len()));
-            let weight = Tensor::randn(0f32, 1.0, (n, i), &Device::Cpu).unwrap();
+            let weight = uniform(&mut rng, 2.0, (n, i));
             let run = |f: fn(&Tensor, &Tensor, &Tensor, &[usize]) -> Result<Tensor>| {
                 let h = f(&gate, &up, &reach, &widths).unwrap();
                 let grads = (&h * &weight).unwrap().sum_all().unwrap().backward().unwrap();

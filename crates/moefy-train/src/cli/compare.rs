@@ -1,4 +1,4 @@
-//! `compare`: recipes × seeds.
+//! `compare`: trains variants with several seeds, and compares them.
 
 use std::path::PathBuf;
 
@@ -22,7 +22,7 @@ pub struct CompareArgs {
     training: TrainingArgs,
     #[command(flatten)]
     comparison: ComparisonArgs,
-    /// Folder of the table and of finished cells; a comparison that was stopped goes on
+    /// Folder of the table and of finished trainings; the same command continues a comparison that was stopped
     #[arg(long, help_heading = heading::OUTPUT)]
     out: PathBuf,
     /// Keep the trained checkpoints, under OUT/checkpoints
@@ -36,22 +36,22 @@ pub struct CompareArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Comparison")]
 struct ComparisonArgs {
-    /// TOML file with a [[variant]] for each recipe: a name, and flags that differ from those given here
+    /// TOML file with a [[variant]] for each variant: its name, and the flags in which it differs from this command
     #[arg(long, value_name = "FILE")]
     variants: Option<PathBuf>,
-    /// Methods compared with --method where there is no --variants, separated by commas, or none
+    /// Without --variants: methods to compare --method with, separated by commas, or none
     #[arg(long, value_name = "METHODS", default_value = "dense,static,random,similarity")]
     baselines: Methods,
-    /// Seeds: this many from --seed up
+    /// Number of seeds, counted up from --seed
     #[arg(long, default_value_t = 3)]
     seeds: u64,
     /// Mean widths to compare at
     #[arg(long, value_delimiter = ',', default_values_t = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])]
     at: Vec<f64>,
-    /// Tokens on which curves are measured at most
+    /// Most tokens to measure curves on
     #[arg(long, default_value_t = 100_000)]
     eval_tokens: usize,
-    /// The variant (or method's label) whose oracle is searched, with the first seed
+    /// Search the oracle of this variant (or of the method with this label), with the first seed
     #[arg(long, value_name = "NAME")]
     oracle: Option<String>,
 }
@@ -96,6 +96,6 @@ pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
             print(&format_args!("{}", table.markdown()))?;
             print(&format_args!("{}", args.out.join("report.html").display()))
         }
-        None => print(&format_args!("stopped; the same command goes on")),
+        None => print(&format_args!("stopped; the same command continues")),
     }
 }

@@ -30,7 +30,7 @@ pub struct EvaluateArgs {
     /// Score each document by itself, not packed sequences
     #[arg(long)]
     documents: bool,
-    /// Tokens scored of each document at most [default: the model's positions]
+    /// Most tokens to score of each document [default: the model's positions]
     #[arg(long)]
     max_tokens: Option<usize>,
     /// Tokens in a packed sequence

@@ -23,7 +23,7 @@ pub struct ExportArgs {
     /// The checkpoint: a folder or a hub id
     #[arg(long)]
     model: String,
-    /// Without DIR: write what the checkpoint adds to --base. With DIR: read this add-on to the dense --model
+    /// Without DIR: write what the checkpoint adds to --base. With DIR: put this add-on and the dense --model together
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     add_on: Option<Option<PathBuf>>,
     /// The dense model that an add-on is written for: a folder or a hub id
@@ -32,7 +32,7 @@ pub struct ExportArgs {
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
-    /// Leave the routers out: an ordinary model of the base architecture
+    /// Write an ordinary model of the base architecture, without what DynaMoE added
     #[arg(long)]
     dense: bool,
     /// Type of the weights [default: as they are]

@@ -41,7 +41,7 @@ enum Command {
     Demo(demo::DemoArgs),
     /// All steps for a model of yours: calibrate, convert, fine-tune, evaluate, report
     Run(run::RunArgs),
-    /// Train methods and settings alike with several seeds; one table, one picture
+    /// Train several methods or settings with several seeds, and compare them in a table and a picture
     Compare(compare::CompareArgs),
     /// Measure a dense model's neurons on text
     Calibrate(calibrate::CalibrateArgs),
@@ -49,11 +49,11 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Train a converted model
     Finetune(finetune::FinetuneArgs),
-    /// Loss, widths and cost along the dial, of a dense or a DynaMoE model
+    /// Measure loss, widths and cost of a dense or DynaMoE model along the dial
     Evaluate(evaluate::EvaluateArgs),
-    /// Rewrite a checkpoint: as a dense model, in another type, in other shards
+    /// Rewrite a checkpoint: as a dense model, as an add-on, in another type, in other shards
     Export(export::ExportArgs),
-    /// Write report.html from a run's report.json again
+    /// Write report.html again from a run's report.json
     Report(report::ReportArgs),
     /// Draw loss against width as one SVG file
     Chart(chart::ChartArgs),
@@ -124,7 +124,7 @@ fn stop_on_signal() -> Result<Arc<Stop>> {
             tell("stopped; what is finished is kept, and --resume continues");
             std::process::exit(130);
         }
-        tell("stopping after the step at hand; again to stop at once");
+        tell("stopping after this step; press Ctrl-C again to stop at once");
     })
     .context("installing the handler for Ctrl-C")?;
     Ok(stop)

@@ -101,12 +101,12 @@ impl InputArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = heading::EXPERTS)]
 pub struct ExpertArgs {
-    /// Nested experts: a count (their widths are then even, in blocks that quantization likes), or their widths,
-    /// ascending, separated by commas
+    /// Number of experts, of even widths that fit quantization's blocks; or their widths in neurons, ascending,
+    /// separated by commas
     #[arg(long, value_name = "COUNT|WIDTHS", default_value_t = ExpertConfig::default().experts)]
     experts: Experts,
-    /// Number of leading shells with separate weights for the smaller experts: more memory, same speed
-    /// [default: half of the shells]
+    /// For how many of the first shells (the neurons from one expert's width to the next) the smaller experts get
+    /// separate weights: more memory, same speed [default: half of the shells]
     #[arg(long, value_name = "COUNT")]
     separate_shells: Option<usize>,
 }

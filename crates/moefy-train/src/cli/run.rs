@@ -37,13 +37,14 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = heading::REPORT)]
 struct ReportArgs {
-    /// Methods trained alike for the report's curves, separated by commas, or none
+    /// Methods to train in the same way for comparison, separated by commas, or none
     #[arg(long, value_name = "METHODS", default_value = "dense,static,random")]
     baselines: Methods,
-    /// Search the best routes with hindsight too: a bound for routers; takes as long as all the rest
+    /// Also search the best routes with the next token known (the oracle), a bound for routers. Takes as long as
+    /// everything else
     #[arg(long)]
     oracle: bool,
-    /// Tokens on which curves are measured at most
+    /// Most tokens to measure curves on
     #[arg(long, default_value_t = EVAL_TOKENS)]
     eval_tokens: usize,
     /// Minimal pairs for the report: .jsonl with "good" and "bad"

@@ -5,7 +5,7 @@
 //! times, in an order drawn from (seed, epoch).
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
@@ -13,6 +13,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::cache::TokenCache;
+use crate::locks::lock;
 use crate::random;
 
 /// Which part of every source is used.
@@ -217,7 +218,7 @@ impl Batches {
 
     fn order(&self, epoch: u64) -> Arc<Vec<Origin>> {
         // A panic elsewhere cannot leave a wrong order behind: it is stored whole.
-        let mut kept = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.order);
         match &*kept {
             Some((kept_epoch, order)) if *kept_epoch == epoch => order.clone(),
             _ => {

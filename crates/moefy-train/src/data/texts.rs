@@ -14,7 +14,7 @@ use super::{
 };
 use dynamoe_model::ModelConfig;
 
-/// Tokens that calibration reads unless told otherwise.
+/// Tokens that calibration reads by default.
 pub const CALIBRATION_TOKENS: usize = 32_768;
 
 /// Tokens scored of a held-out document.

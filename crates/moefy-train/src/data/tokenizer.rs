@@ -2,12 +2,14 @@
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use anyhow::{Context, Error, Result, bail, ensure};
 use dynamoe_model::files::read_file;
 use serde_json::Value;
 use tokenizers::Tokenizer;
+
+use crate::locks::lock;
 
 /// Reads `dir/tokenizer.json` for a model with `vocab_size` rows in its embedding. Tokens that were added to the
 /// vocabulary may lie beyond the embedding, as a token for padding often does; [`super::Texts`] refuses text that uses
@@ -70,7 +72,7 @@ fn try_out(tokenizer: &Tokenizer) -> Result<()> {
 /// Runs code of the tokenizers' library, which panics on some broken files: a panic is an error here, and is not shown.
 fn without_panic<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     static HOOK: Mutex<()> = Mutex::new(());
-    let _alone = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = lock(&HOOK);
     let shown = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let result = std::panic::catch_unwind(AssertUnwindSafe(run));

@@ -124,10 +124,13 @@ impl Drift {
 
     /// Linear between the places, 0 beyond them.
     fn at(&self, width: f64) -> f64 {
-        let between = self.places.windows(2).find(|pair| (pair[0].0..pair[1].0).contains(&width));
-        between.map_or(0.0, |pair| {
-            pair[0].1 + (width - pair[0].0) / (pair[1].0 - pair[0].0) * (pair[1].1 - pair[0].1)
-        })
+        let between = self.places.windows(2).find_map(|pair| match *pair {
+            [(low, from), (high, to)] if (low..high).contains(&width) => {
+                Some(from + (width - low) / (high - low) * (to - from))
+            }
+            _ => None,
+        });
+        between.unwrap_or(0.0)
     }
 }
 
@@ -139,6 +142,12 @@ struct Measured {
     /// The mean width; never descending along the dial.
     width: f64,
     scores: Scores,
+}
+
+impl Measured {
+    fn place(&self) -> Place {
+        Place { logit: self.logit, width: self.width }
+    }
 }
 
 /// The widths to expect between two measurements.
@@ -172,12 +181,25 @@ impl Between<'_> {
     }
 }
 
-/// Two neighbouring logits around a width, and their widths.
-type Bracket = [(f64, f64); 2];
+/// A logit, and the mean width that it gives.
+#[derive(Clone, Copy)]
+struct Place {
+    logit: f64,
+    width: f64,
+}
 
-/// The end of a bracket that is closer to `width`.
-fn nearest([low, high]: Bracket, width: f64) -> (f64, f64) {
-    if (low.1 - width).abs() < (high.1 - width).abs() { low } else { high }
+/// Two neighbouring logits around a width.
+struct Bracket {
+    low: Place,
+    high: Place,
+}
+
+impl Bracket {
+    /// The end that is closer to `width`.
+    fn nearest(&self, width: f64) -> Place {
+        let distance = |place: Place| (place.width - width).abs();
+        if distance(self.low) < distance(self.high) { self.low } else { self.high }
+    }
 }
 
 /// Solves a model's dial. It searches over logits, since all scores of a router may be close to one end of the dial. What
@@ -210,17 +232,17 @@ impl<F: Fn(&[f64]) -> Result<Scores>> Solver<F> {
     /// # Errors
     /// A width outside 0 to 1.
     fn solve(&mut self, width: f64) -> Result<(Sensitivity, f64)> {
-        let [low, high] = self.bracket(width)?;
-        let (logit, found) = nearest([low, high], width);
-        if (found - width).abs() <= TOLERANCE || width < low.1 {
-            return Ok((Sensitivity::Uniform(sensitivity(logit)), found));
+        let bracket = self.bracket(width)?;
+        let nearest = bracket.nearest(width);
+        if (nearest.width - width).abs() <= TOLERANCE || width < bracket.low.width {
+            return Ok((Sensitivity::Uniform(sensitivity(nearest.logit)), nearest.width));
         }
-        self.split(low, high, width)
+        self.split(&bracket, width)
     }
 
     /// The logit at which the mean width is `width`, if some sensitivity comes close to it.
     fn logit(&mut self, width: f64) -> Result<Option<f64>> {
-        let (logit, found) = nearest(self.bracket(width)?, width);
+        let Place { logit, width: found } = self.bracket(width)?.nearest(width);
         Ok(((found - width).abs() <= TOLERANCE && logit.abs() < FAR).then_some(logit))
     }
 
@@ -231,17 +253,17 @@ impl<F: Fn(&[f64]) -> Result<Scores>> Solver<F> {
         loop {
             let above = self.known.partition_point(|known| known.width < width).min(self.known.len() - 1);
             let (low, high) = (&self.known[above.saturating_sub(1)], &self.known[above]);
-            let ends = [(low.logit, low.width), (high.logit, high.width)];
             if above == 0 || width >= high.width || high.logit - low.logit < CLOSE {
-                return Ok(ends);
+                return Ok(Bracket { low: low.place(), high: high.place() });
             }
             let share = (width - low.width) / (high.width - low.width);
             let between = Between { low, high, share };
             let logit = between.logit(width);
             // on both sides of a jump, if there is one
-            let sides = [logit - CLOSE, logit].map(|logit| (logit, between.width_at(logit)));
-            if sides.iter().all(|&(logit, _)| between.doubt(logit) <= TOLERANCE / 2.0) {
-                return Ok(sides);
+            let sides = [logit - CLOSE, logit];
+            if sides.iter().all(|&logit| between.doubt(logit) <= TOLERANCE / 2.0) {
+                let [low, high] = sides.map(|logit| Place { logit, width: between.width_at(logit) });
+                return Ok(Bracket { low, high });
             }
             // not too close to an end, so that the bracket shrinks; and halves, where expectations fail again and again
             let margin = if passes < 4 { 0.02 } else { 0.4 };
@@ -256,18 +278,20 @@ impl<F: Fn(&[f64]) -> Result<Scores>> Solver<F> {
     }
 
     /// The best of both ends of a jump and of layers divided between them.
-    fn split(&self, low: (f64, f64), high: (f64, f64), width: f64) -> Result<(Sensitivity, f64)> {
+    fn split(&self, bracket: &Bracket, width: f64) -> Result<(Sensitivity, f64)> {
         let distance = |found: f64| (found - width).abs();
-        let (logit, found) = nearest([low, high], width);
-        let mut best = (Sensitivity::Uniform(sensitivity(logit)), found);
-        if distance(found) <= 10.0 * TOLERANCE {
+        let nearest = bracket.nearest(width);
+        let mut best = (Sensitivity::Uniform(sensitivity(nearest.logit)), nearest.width);
+        if distance(nearest.width) <= 10.0 * TOLERANCE {
             return Ok(best);
         }
         // the more layers take the upper side, the wider
         let (mut few, mut many) = (0, self.layers);
         while many - few > 1 {
             let first = usize::midpoint(few, many);
-            let at = |layer: usize| sensitivity(if layer < first { high.0 } else { low.0 });
+            let at = |layer: usize| {
+                sensitivity(if layer < first { bracket.high.logit } else { bracket.low.logit })
+            };
             let list: Vec<f64> = (0..self.layers).map(at).collect();
             let found = (self.measure)(&list)?.width;
             if found < width {

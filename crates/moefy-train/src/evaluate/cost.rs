@@ -1,7 +1,6 @@
 //! What a token costs at a mean width: parameters used and floating point operations.
 
-use dynamoe::RouterKind;
-
+use dynamoe::tensors;
 use dynamoe_model::ModelConfig;
 
 /// Parameters of the parts of a model.
@@ -26,10 +25,8 @@ impl Cost {
         let (q, kv) =
             (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let embedding = config.vocab_size * d;
-        let router = config.dynamoe.as_ref().filter(|c| c.router.kind == RouterKind::Mlp).map_or(0, |c| {
-            let (r, narrower) = (c.router.hidden_size, c.experts() - 1);
-            r * d + r + narrower * r + narrower
-        });
+        let router = config.dynamoe.as_ref().and_then(|section| tensors::router(section, d));
+        let router: usize = router.iter().flatten().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let biases = usize::from(config.qkv_bias) * (q + 2 * kv) + usize::from(config.o_bias) * d;
         let norms = 2 * d + usize::from(config.qk_norm) * 2 * config.head_dim;
         let untied = if config.tie_word_embeddings { 0 } else { embedding };

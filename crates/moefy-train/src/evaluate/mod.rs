@@ -119,7 +119,7 @@ pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
 /// Accuracy on minimal pairs at one setting of the dial.
 ///
 /// # Errors
-/// What the model says instead.
+/// A token outside the vocabulary.
 pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
     let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, 2 * pairs.len(), setting)?;
@@ -130,7 +130,7 @@ pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Res
 /// Accuracy on multiple choice at one setting of the dial.
 ///
 /// # Errors
-/// What the model says instead.
+/// A token outside the vocabulary.
 pub fn choices_point(model: &RoutedModel, choices: &Choices, setting: &Setting) -> Result<ChoicesPoint> {
     let batches: Vec<PaddedBatch> = choices.batches(BATCH_TOKENS).collect();
     let items = choices.sequences().count();

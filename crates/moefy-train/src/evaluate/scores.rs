@@ -39,7 +39,7 @@ impl Scores {
     /// Runs `model` on `batches` with one sensitivity for each layer. Batches run in parallel.
     ///
     /// # Errors
-    /// No tokens to measure on; candle's.
+    /// No tokens to measure on; a token outside the vocabulary.
     pub fn measure(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f64]) -> Result<Self> {
         let parts = batches.par_iter().map(|batch| of_batch(model, batch, sensitivity));
         let (parts, scores): (Vec<_>, Vec<_>) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();

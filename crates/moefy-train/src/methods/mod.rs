@@ -235,7 +235,7 @@ fn routed_places(probe: &Probe<'_>) -> Vec<Place> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use crate::testing::normal;
 
     /// A training of `shares` with everything else at its default.
     pub(super) fn routing(width_shares: &[f64]) -> Routing {
@@ -251,9 +251,9 @@ mod tests {
         }
     }
 
-    pub(super) fn ffn(d: usize, widths: &[usize]) -> TrainableFfn {
+    pub(super) fn ffn(rng: &mut ChaCha8Rng, d: usize, widths: &[usize]) -> TrainableFfn {
         let i = widths[widths.len() - 1];
-        let weight = |rows, columns| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
+        let mut weight = |rows, columns| normal(rng, 1.0, (rows, columns));
         TrainableFfn {
             gate_proj: weight(i, d),
             up_proj: weight(i, d),

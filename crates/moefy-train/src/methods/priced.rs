@@ -120,6 +120,7 @@ mod tests {
     use super::super::tests::{ffn, routing};
     use super::*;
     use crate::random::in_step;
+    use crate::testing::{normal, rng, seed};
     use candle_core::Device;
 
     fn priced(shares: &[f64]) -> PricedWidth {
@@ -129,13 +130,11 @@ mod tests {
 
     #[test]
     fn priced_routing_is_nested_and_its_ends_are_certain() {
-        let seed = rand::random();
-        println!("seed {seed}");
-        let mut rng = in_step(seed, 0, 0);
+        let mut rng = in_step(seed(), 0, 0);
         let n = 120;
         let priced = priced(&[0.25, 0.5, 1.0]);
-        let (x, ffn) = (Tensor::randn(0f32, 1.0, (n, 4), &Device::Cpu).unwrap(), ffn(4, &[2, 4, 8]));
-        let logits = Tensor::randn(0f32, 3.0, (n, 2), &Device::Cpu).unwrap();
+        let (x, ffn) = (normal(&mut rng, 1.0, (n, 4)), ffn(&mut rng, 4, &[2, 4, 8]));
+        let logits = normal(&mut rng, 3.0, (n, 2));
         let dials = &[0.0, 0.5, 1.0];
         let input = LayerInput { x: &x, logits: Some(&logits), ffn: &ffn, dials, rng: &mut rng };
         let routed = priced.route(input).unwrap();
@@ -154,9 +153,9 @@ mod tests {
 
     #[test]
     fn the_price_pushes_towards_narrow_experts() {
-        let mut rng = in_step(3, 0, 0);
+        let mut rng = rng();
         let priced = priced(&[0.25, 0.5, 1.0]);
-        let (x, ffn) = (Tensor::randn(0f32, 1.0, (8, 4), &Device::Cpu).unwrap(), ffn(4, &[2, 4, 8]));
+        let (x, ffn) = (normal(&mut rng, 1.0, (8, 4)), ffn(&mut rng, 4, &[2, 4, 8]));
         let logits = candle_core::Var::zeros((8, 2), DType::F32, &Device::Cpu).unwrap();
         let input = LayerInput { x: &x, logits: Some(&logits), ffn: &ffn, dials: &[0.5], rng: &mut rng };
         let loss = priced.route(input).unwrap().loss.unwrap();

@@ -80,14 +80,14 @@ fn softplus(x: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::super::tests::{ffn, routing};
     use super::*;
-    use crate::random::in_step;
+    use crate::testing::{normal, rng};
     use candle_core::{DType, Device};
     use candle_nn::ops::sigmoid;
 
     #[test]
     fn similarity_labels_are_learnable() {
-        let mut rng = in_step(4, 0, 0);
-        let (x, ffn) = (Tensor::randn(0f32, 1.0, (16, 4), &Device::Cpu).unwrap(), ffn(4, &[2, 4, 8]));
+        let mut rng = rng();
+        let (x, ffn) = (normal(&mut rng, 1.0, (16, 4)), ffn(&mut rng, 4, &[2, 4, 8]));
         let similarity = PredictedSimilarity(routing(&[0.25, 0.5, 1.0]));
         let logits = candle_core::Var::zeros((16, 2), DType::F32, &Device::Cpu).unwrap();
         for _ in 0..400 {

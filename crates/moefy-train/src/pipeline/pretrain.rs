@@ -12,7 +12,7 @@ use dynamoe_model::tensors::expected_tensors;
 use rand::Rng;
 use rand_distr::StandardNormal;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::folder::RunFolder;
@@ -126,8 +126,7 @@ fn read_documents(sources: &[DataSource], format: &TextFormat) -> Result<Vec<Str
     Ok(all)
 }
 
-/// A Llama with random weights: matrices `N(0, 0.02²)`, those that write to the residual stream smaller by
-/// `√(2L)`, norms 1.
+/// Writes a Llama with random weights, and its tokenizer.
 fn write_random(shape: &Shape, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> Result<PathBuf> {
     ensure!(
         shape.heads > 0 && shape.hidden_size.is_multiple_of(shape.heads),
@@ -135,10 +134,30 @@ fn write_random(shape: &Shape, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> 
         shape.hidden_size,
         shape.heads
     );
+    let config = config_json(shape, tokenizer)?;
+    let tensors = random_tensors(&ModelConfig::from_json(&config)?, seed)?;
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let dtype = if shape.bf16 { safetensors::Dtype::BF16 } else { safetensors::Dtype::F32 };
+    save_tensors(dir, &tensors, |_| dtype, DEFAULT_SHARD_BYTES)?;
+    tokenizer.save(dir.join("tokenizer.json"), true).map_err(Error::from_boxed)?;
+    let tokenizer_config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOUNDARY,
+        "eos_token": BOUNDARY,
+        "model_max_length": shape.positions,
+    });
+    fs::write(dir.join("tokenizer_config.json"), serde_json::to_vec_pretty(&tokenizer_config)?)?;
+    // config.json last: with it, the folder counts as complete
+    fs::write(dir.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
+    Ok(dir.to_owned())
+}
+
+/// The config.json of a Llama.
+fn config_json(shape: &Shape, tokenizer: &Tokenizer) -> Result<Value> {
     let boundary = tokenizer
         .token_to_id(BOUNDARY)
         .with_context(|| format!("the trained tokenizer has no token {BOUNDARY}"))?;
-    let config = json!({
+    Ok(json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -159,32 +178,22 @@ fn write_random(shape: &Shape, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> 
         "bos_token_id": boundary,
         "eos_token_id": boundary,
         "torch_dtype": if shape.bf16 { "bfloat16" } else { "float32" },
-    });
-    let parsed = ModelConfig::from_json(&config)?;
+    }))
+}
+
+/// Matrices are `N(0, 0.02²)`, those that write to the residual stream smaller by `√(2L)`; norms are 1.
+fn random_tensors(config: &ModelConfig, seed: u64) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     let mut rng = in_step(seed, 0, u64::MAX);
-    for (name, dims) in expected_tensors(&parsed) {
+    for (name, dims) in expected_tensors(config) {
         let values: Vec<f32> = if dims.len() == 1 {
             vec![1.0; dims[0]]
         } else {
             let writes = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-            let scale = if writes { 0.02 / (2.0 * shape.layers as f32).sqrt() } else { 0.02 };
+            let scale = if writes { 0.02 / (2.0 * config.num_hidden_layers as f32).sqrt() } else { 0.02 };
             (0..dims.iter().product()).map(|_| scale * rng.sample::<f32, _>(StandardNormal)).collect()
         };
         tensors.insert(name, Tensor::from_vec(values, dims, &Device::Cpu)?);
     }
-    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    let dtype = if shape.bf16 { safetensors::Dtype::BF16 } else { safetensors::Dtype::F32 };
-    save_tensors(dir, &tensors, |_| dtype, DEFAULT_SHARD_BYTES)?;
-    tokenizer.save(dir.join("tokenizer.json"), true).map_err(Error::from_boxed)?;
-    let tokenizer_config = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOUNDARY,
-        "eos_token": BOUNDARY,
-        "model_max_length": shape.positions,
-    });
-    fs::write(dir.join("tokenizer_config.json"), serde_json::to_vec_pretty(&tokenizer_config)?)?;
-    // config.json last: with it, the folder counts as complete
-    fs::write(dir.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-    Ok(dir.to_owned())
+    Ok(tensors)
 }

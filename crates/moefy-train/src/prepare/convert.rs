@@ -20,8 +20,10 @@ use safetensors::Dtype;
 use super::calibrate::{Calibration, LayerStatistics};
 use crate::progress::Progress;
 use crate::random;
-use dynamoe_model::checkpoint::copy::{CHUNK_BYTES, copy_tensor, write_folder};
-use dynamoe_model::checkpoint::{Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section};
+use dynamoe_model::checkpoint::copy::{copy_tensor, write_folder};
+use dynamoe_model::checkpoint::{
+    CHUNK_BYTES, Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section,
+};
 use dynamoe_model::config::{ModelConfig, read_json};
 use dynamoe_model::tensors::added_tensors;
 
@@ -32,8 +34,8 @@ const FFN: [&str; 3] = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ
 pub struct ConvertOptions {
     /// `H_e` of each expert; [`dynamoe::config::even_widths`] makes the paper's.
     pub expert_widths: Vec<usize>,
-    /// How many of the first shells narrow experts get as copies of their own.
-    pub own_shells: usize,
+    /// For how many of the first shells the smaller experts get separate weights, as copies.
+    pub separate_shells: usize,
     /// The routers to add.
     pub router: RouterConfig,
     /// Seed of the routers' weights.
@@ -50,11 +52,11 @@ impl ConvertOptions {
     /// The `dynamoe` section of the converted model's config.json; `config` is the dense model's.
     pub fn section(&self, config: &ModelConfig) -> DynaMoeConfig {
         DynaMoeConfig {
-            version: version_for(self.own_shells),
+            version: version_for(self.separate_shells),
             base_architecture: config.architecture.name().to_owned(),
             base_model_type: config.architecture.model_type().to_owned(),
             expert_widths: self.expert_widths.clone(),
-            own_shells: self.own_shells,
+            separate_shells: self.separate_shells,
             router: self.router.clone(),
             sensitivity: self.sensitivity,
             budgets: Vec::new(),
@@ -149,21 +151,21 @@ fn convert_ffn(
     order.sort_by(|&a, &b| importance[b].total_cmp(&importance[a])); // stable
     let numbers: Vec<u8> = order.iter().flat_map(|&j| (j as f32).to_le_bytes()).collect();
     writer.push(&tensors::full_name(layer, tensors::ORDER), &numbers)?;
-    permute_rows(source, [&gate, &gate], &order, writer)?;
-    permute_rows(source, [&up, &up], &order, writer)?;
-    let first = &order[..section.own_width()];
+    permute_rows(source, Copied { from: &gate, to: &gate }, &order, writer)?;
+    permute_rows(source, Copied { from: &up, to: &up }, &order, writer)?;
+    let first = &order[..section.separate_width()];
     if !first.is_empty() {
-        let [own_gate, own_up, own_down] =
+        let [separate_gate, separate_up, separate_down] =
             tensors::SEPARATE_TENSORS.map(|name| tensors::full_name(layer, name));
-        permute_rows(source, [&gate, &own_gate], first, writer)?;
-        permute_rows(source, [&up, &own_up], first, writer)?;
-        permute_columns(source, [&down, &own_down], first, writer, |_, _| {})?;
+        permute_rows(source, Copied { from: &gate, to: &separate_gate }, first, writer)?;
+        permute_rows(source, Copied { from: &up, to: &separate_up }, first, writer)?;
+        permute_columns(source, Copied { from: &down, to: &separate_down }, first, writer, |_, _| {})?;
     }
 
-    let (experts, hidden) = (section.experts() - 1, source.config().hidden_size);
+    let (experts, hidden) = (section.expert_count() - 1, source.config().hidden_size);
     let mut compensation = vec![0.0; experts * hidden];
     let mean: Option<Vec<f32>> = statistics.map(|s| order.iter().map(|&j| s.mean_activation[j]).collect());
-    permute_columns(source, [&down, &down], &order, writer, |d, row| {
+    permute_columns(source, Copied { from: &down, to: &down }, &order, writer, |d, row| {
         let Some(mean) = &mean else { return };
         // Σ_{j ≥ H_e} mean_j W_down[d, j], from the last shell inwards
         let mut sum = 0.0;
@@ -230,16 +232,23 @@ fn for_row_chunks(
     Ok(())
 }
 
-/// Writes a matrix as `to`, with its row `order[i]` as row `i`.
+/// The name of a matrix in the source, and its name in what is written.
+#[derive(Clone, Copy)]
+struct Copied<'a> {
+    from: &'a str,
+    to: &'a str,
+}
+
+/// Writes a matrix, with its row `order[i]` as row `i`.
 fn permute_rows(
     source: &Checkpoint,
-    [name, to]: [&str; 2],
+    Copied { from, to }: Copied,
     order: &[usize],
     writer: &mut Writer,
 ) -> Result<()> {
-    let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
-    let bytes = source.read_bytes(name)?;
-    check_finite(name, &bytes, info.dtype, &info.shape, 0)?;
+    let info = source.info(from).with_context(|| format!("tensor {from} not found"))?;
+    let bytes = source.read_bytes(from)?;
+    check_finite(from, &bytes, info.dtype, &info.shape, 0)?;
     let row = bytes.len() / info.shape[0];
     let mut chunk = Vec::with_capacity(CHUNK_BYTES + row);
     for &j in order {
@@ -252,16 +261,16 @@ fn permute_rows(
     writer.push(to, &chunk)
 }
 
-/// Writes a matrix as `to`, with its column `order[i]` as column `i`; shows every new row to `each`.
+/// Writes a matrix, with its column `order[i]` as column `i`; shows every new row to `each`.
 fn permute_columns(
     source: &Checkpoint,
-    [name, to]: [&str; 2],
+    Copied { from, to }: Copied,
     order: &[usize],
     writer: &mut Writer,
     mut each: impl FnMut(usize, &[f32]),
 ) -> Result<()> {
     let mut permuted = Vec::new();
-    for_row_chunks(source, name, |first, bytes, matrix| {
+    for_row_chunks(source, from, |first, bytes, matrix| {
         permuted.clear();
         permuted.reserve(bytes.len() / matrix.columns * order.len());
         for row in bytes.chunks_exact(matrix.row_bytes) {

@@ -88,11 +88,11 @@ impl ExpertConfig {
             expert_widths.len() > 1,
             "--experts must make two experts or more, found one: that is the dense model"
         );
-        let own_shells = self.separate_shells.unwrap_or(expert_widths.len() / 2);
-        config::check_own_shells(own_shells, expert_widths.len()).context("--separate-shells")?;
+        let separate_shells = self.separate_shells.unwrap_or(expert_widths.len() / 2);
+        config::check_separate_shells(separate_shells, expert_widths.len()).context("--separate-shells")?;
         Ok(ConvertOptions {
             expert_widths,
-            own_shells,
+            separate_shells,
             router: RouterConfig {
                 kind: RouterKind::Mlp,
                 hidden_size: router_hidden_size(config.hidden_size),

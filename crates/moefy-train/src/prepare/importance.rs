@@ -39,6 +39,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::testing::{normal, rng};
 
     /// Mean squared error of leaving out `neurons`, with the mean made up for.
     fn error(sample: &Tensor, down_proj: &Tensor, neurons: &[u32]) -> f32 {
@@ -51,13 +52,14 @@ mod tests {
 
     #[test]
     fn each_neuron_left_out_adds_the_least_error() {
+        let mut rng = rng();
         for (tokens, width, d) in [(40, 7, 3), (3, 9, 5), (200, 12, 1)] {
-            let random = |rows, columns| Tensor::randn(0.5f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
+            let mut random = |rows, columns| (normal(&mut rng, 1.0, (rows, columns)) + 0.5).unwrap();
             let (sample, down_proj) = (random(tokens, width), random(d, width));
-            let late = importance(&sample, &down_proj).unwrap();
+            let importances = importance(&sample, &down_proj).unwrap();
             let mut order: Vec<u32> = (0..width as u32).collect();
-            order.sort_by(|&a, &b| late[a as usize].total_cmp(&late[b as usize]));
-            assert_eq!(late[order[0] as usize], 1.0);
+            order.sort_by(|&a, &b| importances[a as usize].total_cmp(&importances[b as usize]));
+            assert_eq!(importances[order[0] as usize], 1.0);
             for step in 0..width {
                 let (out, kept) = order.split_at(step);
                 let with = |neuron: u32| error(&sample, &down_proj, &[out, &[neuron]].concat());
@@ -69,11 +71,11 @@ mod tests {
 
     #[test]
     fn neurons_that_cancel_each_other_go_first() {
-        let h = Tensor::randn(0f32, 1.0, (50, 2), &Device::Cpu).unwrap();
+        let h = normal(&mut rng(), 1.0, (50, 2));
         // the first two always add opposite things
         let sample = h.index_select(&Tensor::new(&[0u32, 0, 1], &Device::Cpu).unwrap(), 1).unwrap();
         let down_proj = Tensor::new(&[[2f32, -2.0, 3.0]], &Device::Cpu).unwrap();
-        let late = importance(&sample, &down_proj).unwrap();
-        assert_eq!(late[2], 3.0, "{late:?}");
+        let importances = importance(&sample, &down_proj).unwrap();
+        assert_eq!(importances[2], 3.0, "{importances:?}");
     }
 }

@@ -66,7 +66,7 @@ impl TrainConfig {
     /// Strength of the distillation where none is given.
     pub const DISTILL: f64 = 1.0;
     /// Mean width that most sequences are trained near where none is given: a little below the widths that are served
-    /// most, since what a narrow expert learns serves wider ones too.
+    /// most, since what a small expert learns serves larger ones too.
     pub const FOCUS: f64 = 0.45;
     /// Steps between checkpoints where none are given.
     pub const SAVE_EVERY: u64 = 200;
@@ -240,18 +240,26 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for wrong in [
-            TrainConfig { lr: f64::NAN, ..TrainConfig::default() },
-            TrainConfig { batch_size: 0, ..TrainConfig::default() },
-            TrainConfig { tuning: Tuning { full_share: 0.6, ..Tuning::default() }, ..TrainConfig::default() },
-            TrainConfig { batch_size: 6, micro_batch: Some(4), ..TrainConfig::default() },
-            TrainConfig { focus: 1.5, ..TrainConfig::default() },
-            TrainConfig { batch_size: usize::MAX, ..TrainConfig::default() },
-            TrainConfig { train: Trained::Routers, method: Method::Static, ..TrainConfig::default() },
+        let good = TrainConfig::default();
+        good.validate().unwrap();
+        for (wrong, named) in [
+            (TrainConfig { lr: f64::NAN, ..good.clone() }, "--lr"),
+            (TrainConfig { batch_size: 0, ..good.clone() }, "--batch-size"),
+            (
+                TrainConfig { tuning: Tuning { full_share: 0.6, ..Tuning::default() }, ..good.clone() },
+                "--set",
+            ),
+            (TrainConfig { batch_size: 6, micro_batch: Some(4), ..good.clone() }, "--micro-batch"),
+            (TrainConfig { focus: 1.5, ..good.clone() }, "--focus"),
+            (TrainConfig { batch_size: usize::MAX, ..good.clone() }, "--batch-size × --sequence-length"),
+            (
+                TrainConfig { train: Trained::Routers, method: Method::Static, ..good.clone() },
+                "--train routers",
+            ),
         ] {
-            assert!(wrong.validate().is_err(), "{wrong:?}");
+            let error = format!("{:#}", wrong.validate().unwrap_err());
+            assert!(error.contains(named), "{named:?} not in: {error}");
         }
-        TrainConfig::default().validate().unwrap();
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Memory {
     pub fn of(config: &ModelConfig, train: &TrainConfig, stored: u64, sample: Option<u64>) -> Self {
         let all = numbers(&expected_tensors(config), |_| true);
         let dense = all - numbers(&added_tensors(config), |_| true);
-        let separate = config.dynamoe.as_ref().is_some_and(|section| section.own_shells > 0);
+        let separate = config.dynamoe.as_ref().is_some_and(|section| section.separate_shells > 0);
         let trained = numbers(&expected_tensors(config), |name| is_trained(name, train, separate));
         let frozen = dense.min(all - trained);
         let frozen_bytes = if train.recompute { stored * frozen } else { 4 * frozen };
@@ -179,7 +179,7 @@ fn activations(config: &ModelConfig, train: &TrainConfig) -> u64 {
     let q = config.num_attention_heads * config.head_dim;
     let k = config.num_key_value_heads * config.head_dim;
     let section = config.dynamoe.as_ref();
-    let (p, r) = section.map_or((0, 0), |section| (section.own_width(), section.router.hidden_size));
+    let (p, r) = section.map_or((0, 0), |section| (section.separate_width(), section.router.hidden_size));
     let raw = if config.qk_norm { q + k } else { 0 };
     let layer = 11 * d + 2 * q + 2 * k + raw + 2 * i + 2 * p + r;
     let kept = if train.recompute { layer + layers * d } else { layers * layer };
@@ -195,10 +195,10 @@ fn converted(config: &ModelConfig) -> u64 {
     layer + (config.vocab_size * config.hidden_size) as u64
 }
 
-/// Numbers that the smaller experts' matrices take where they are put together from their own and the shared neurons.
+/// Numbers that the smaller experts' matrices take, which are put together from separate and shared neurons.
 fn narrow(config: &ModelConfig) -> u64 {
     let width = |section: &DynaMoeConfig| match section.expert_widths[..] {
-        [.., width, _] if section.own_shells > 0 => width,
+        [.., width, _] if section.separate_shells > 0 => width,
         _ => 0,
     };
     let width = config.dynamoe.as_ref().map_or(0, width);

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
 use dynamoe::{TrainableFfn, tensors};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::RouterWeights;
+use dynamoe_model::tensors::below_mlp;
 use dynamoe_model::{ModelConfig, Params, RoutedModel};
 
 use super::config::{TrainConfig, Trained};
@@ -39,7 +40,7 @@ impl TrainModel {
             config.expert_widths().len() > 1 || !train.method.has_router(),
             "a checkpoint of one expert has nothing to route: --method dense trains it"
         );
-        let separate = config.dynamoe.as_ref().is_some_and(|section| section.own_shells > 0);
+        let separate = config.dynamoe.as_ref().is_some_and(|section| section.separate_shells > 0);
         let mut params = Params::new();
         let mut frozen = BTreeMap::new();
         let mut take = |name: &str, shape: &[usize]| -> Result<Tensor> {
@@ -160,10 +161,7 @@ fn layer_weights(
     take: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
 ) -> Result<(TrainableFfn, Option<RouterWeights>)> {
     let (d, section) = (config.hidden_size, config.dynamoe.as_ref());
-    let mut take = |name: &str, shape: &[usize]| {
-        take(&tensors::full_name(layer, name), shape)
-            .map_err(|error| dynamoe::Error::Tensor(format!("{error:#}")))
-    };
+    let mut take = below_mlp(layer, take);
     let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut take)?;
     let separate = section.and_then(|section| tensors::separate(section, d));
     let separate = separate.map(|table| tensors::read_projections(&table, &mut take)).transpose()?;

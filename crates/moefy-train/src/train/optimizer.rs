@@ -20,10 +20,17 @@ const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
 const EPSILON: f32 = 1e-8;
 
-/// The first and second moments of every parameter.
+/// The running means of a parameter's gradient and of its square.
+#[derive(Debug)]
+struct Moments {
+    m: Tensor,
+    v: Tensor,
+}
+
+/// The optimizer: the moments of every parameter.
 #[derive(Debug)]
 pub struct AdamW {
-    moments: BTreeMap<String, (Tensor, Tensor)>,
+    moments: BTreeMap<String, Moments>,
     /// Updates done.
     pub step: u64,
 }
@@ -52,7 +59,8 @@ impl AdamW {
     /// The device's.
     pub fn new(params: &Params) -> Result<Self> {
         let zeros = |name: &str, var: &candle_core::Var| -> Result<_> {
-            Ok((name.to_owned(), (var.zeros_like()?.detach(), var.zeros_like()?.detach())))
+            let moments = Moments { m: var.zeros_like()?.detach(), v: var.zeros_like()?.detach() };
+            Ok((name.to_owned(), moments))
         };
         let moments = params.iter().map(|(name, var)| zeros(name, var)).collect::<Result<_>>()?;
         Ok(Self { moments, step: 0 })
@@ -60,7 +68,7 @@ impl AdamW {
 
     /// All moments by name: `NAME.m` and `NAME.v`.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
-        let both = |(name, (m, v)): (&String, &(Tensor, Tensor))| {
+        let both = |(name, Moments { m, v }): (&String, &Moments)| {
             [(format!("{name}.m"), m.clone()), (format!("{name}.v"), v.clone())]
         };
         self.moments.iter().flat_map(both).collect()
@@ -71,7 +79,7 @@ impl AdamW {
     /// # Errors
     /// A moment that is missing or of another shape.
     pub fn restore(&mut self, step: u64, mut state: BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, (m, v)) in &mut self.moments {
+        for (name, Moments { m, v }) in &mut self.moments {
             for (suffix, moment) in [("m", m), ("v", v)] {
                 let found = state.remove(&format!("{name}.{suffix}"));
                 let found = found.with_context(|| format!("no optimizer state for {name}"))?;
@@ -86,7 +94,7 @@ impl AdamW {
     /// Updates every parameter that has a gradient.
     ///
     /// # Errors
-    /// candle's.
+    /// A parameter that this optimizer was not made for; a gradient of another shape.
     pub fn update(&mut self, params: &Params, grads: &Gradients, update: Update) -> Result<()> {
         self.step += 1;
         let t = self.step as i32;
@@ -109,8 +117,8 @@ impl AdamW {
                 scale: update.scale as f32,
             };
             match grad {
-                Gradient::Host(grad) => edit(&moments.0, |m| {
-                    edit(&moments.1, |v| {
+                Gradient::Host(grad) => edit(&moments.m, |m| {
+                    edit(&moments.v, |v| {
                         edit(var, |w| {
                             rule.apply(w, [m, v], grad);
                             Ok(())
@@ -153,14 +161,14 @@ impl Rule {
     }
 
     /// [`Rule::apply`] out of candle's operations, for any device.
-    fn apply_composed(&self, w: &Var, moments: &mut (Tensor, Tensor), grad: &Tensor) -> Result<()> {
+    fn apply_composed(&self, w: &Var, moments: &mut Moments, grad: &Tensor) -> Result<()> {
         let mix = |old: &Tensor, new: &Tensor, beta: f32| -> candle_core::Result<Tensor> {
             (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
         };
         let grad = (grad * f64::from(self.scale))?;
-        *moments = (mix(&moments.0, &grad, BETA_1)?, mix(&moments.1, &grad.sqr()?, BETA_2)?);
-        let (m, v) = (&moments.0, &moments.1);
-        let step = (m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?;
+        *moments = Moments { m: mix(&moments.m, &grad, BETA_1)?, v: mix(&moments.v, &grad.sqr()?, BETA_2)? };
+        let Moments { m, v } = moments;
+        let step = (&*m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?;
         w.set(&((w.as_detached_tensor() * f64::from(self.keep))? - (step * f64::from(self.lr))?)?)?;
         Ok(())
     }
@@ -191,6 +199,7 @@ fn edit(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{normal, rng};
     use candle_core::Device;
 
     /// The equations of the module's header, in f64.
@@ -201,43 +210,92 @@ mod tests {
         *w -= lr * (m / (v.sqrt() + 1e-8) + decay * *w);
     }
 
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    const UPDATE: Update = Update {
+        ffn_lr: 0.02,
+        separate_lr: 0.03,
+        backbone_lr: 0.01,
+        router_lr: 0.04,
+        weight_decay: 0.1,
+        scale: 0.5,
+    };
+
     #[test]
     fn updates_follow_the_equations() {
-        let mut params = Params::new();
-        let start = Tensor::randn(0f32, 1.0, (3, 7000), &Device::Cpu).unwrap();
+        let (mut rng, mut params) = (rng(), Params::new());
+        let start = normal(&mut rng, 1.0, (3, 7000));
         let vars = ["fused", "composed"].map(|name| params.insert(name, &start).unwrap());
         let mut optimizer = AdamW::new(&params).unwrap();
-        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mut expected: Vec<f64> = values(&start).into_iter().map(f64::from).collect();
         let mut state = vec![(0.0, 0.0); expected.len()];
         for t in 1..=5 {
-            let grad = Tensor::randn(0f32, 1.0, (3, 7000), &Device::Cpu).unwrap();
+            let grad = normal(&mut rng, 1.0, (3, 7000));
             for ((w, s), g) in expected.iter_mut().zip(&mut state).zip(values(&grad)) {
-                reference(w, s, 0.5 * f64::from(g), t, 0.01, 0.1);
+                reference(w, s, UPDATE.scale * f64::from(g), t, UPDATE.backbone_lr, UPDATE.weight_decay);
             }
-            let update = Update {
-                ffn_lr: 1.0,
-                separate_lr: 1.0,
-                backbone_lr: 0.01,
-                router_lr: 1.0,
-                weight_decay: 0.1,
-                scale: 0.5,
-            };
             let mut grads = Gradients::new();
             grads.set(&vars[0], Gradient::Host(values(&grad)));
             grads.set(&vars[1], Gradient::Device(grad));
-            optimizer.update(&params, &grads, update).unwrap();
+            optimizer.update(&params, &grads, UPDATE).unwrap();
         }
         for var in &vars {
             for (found, expected) in values(var).iter().zip(&expected) {
+                // an update is 0.01 at most; its moments are sums of 5 terms in f32, of which single ones may cancel
                 assert!(
                     (f64::from(*found) - expected).abs() < 1e-4 * (1.0 + expected.abs()),
                     "{found} {expected}"
                 );
             }
         }
+    }
+
+    #[test]
+    fn each_group_of_weights_has_its_rate() {
+        let names = [
+            ("model.layers.0.self_attn.q_proj.weight", UPDATE.backbone_lr),
+            ("model.layers.0.mlp.down_proj.weight", UPDATE.ffn_lr),
+            ("model.layers.0.mlp.own.down_proj.weight", UPDATE.separate_lr),
+            ("model.layers.0.mlp.router.fc1.weight", UPDATE.router_lr),
+        ];
+        let mut params = Params::new();
+        let ones = Tensor::ones(4, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let vars = names.map(|(name, _)| params.insert(name, &ones).unwrap());
+        let mut grads = Gradients::new();
+        vars.iter().for_each(|var| grads.set(var, Gradient::Host(vec![1.0; 4])));
+        AdamW::new(&params).unwrap().update(&params, &grads, UPDATE).unwrap();
+        for (var, (name, rate)) in vars.iter().zip(names) {
+            // the first update moves a weight by its rate, whatever the gradient; a bias-like vector does not decay
+            let moved = 1.0 - f64::from(values(var)[0]);
+            assert!((moved - rate).abs() < 1e-6, "{name}: {moved}, expected {rate}");
+        }
+    }
+
+    #[test]
+    fn a_restored_optimizer_goes_on_where_it_was() {
+        let (mut rng, mut params) = (rng(), Params::new());
+        let start = normal(&mut rng, 1.0, (5, 3));
+        let var = params.insert("weight", &start).unwrap();
+        let step = |optimizer: &mut AdamW, var: &candle_core::Var, grad: &Tensor| {
+            let mut grads = Gradients::new();
+            grads.set(var, Gradient::Device(grad.clone()));
+            optimizer.update(&params, &grads, UPDATE).unwrap();
+            values(var)
+        };
+        let [first, second] = [(); 2].map(|()| normal(&mut rng, 1.0, (5, 3)));
+        let mut optimizer = AdamW::new(&params).unwrap();
+        step(&mut optimizer, &var, &first);
+        let (middle, state) = (var.as_tensor().copy().unwrap(), optimizer.state());
+        let state: BTreeMap<_, _> =
+            state.into_iter().map(|(name, tensor)| (name, tensor.copy().unwrap())).collect();
+        let expected = step(&mut optimizer, &var, &second);
         let mut again = AdamW::new(&params).unwrap();
-        again.restore(5, optimizer.state()).unwrap();
-        assert!(again.restore(5, BTreeMap::new()).is_err());
+        again.restore(1, state).unwrap();
+        var.set(&middle).unwrap();
+        assert_eq!(step(&mut again, &var, &second), expected);
+        let error = again.restore(1, BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("no optimizer state for weight"), "{error}");
     }
 }

@@ -193,7 +193,7 @@ impl Trainer<'_> {
     fn update(&self, step: u64, share: f64, grad_norm: f64) -> Update {
         let tuning = &self.config.tuning;
         let section = self.model.config().dynamoe.as_ref();
-        let separate = section.is_some_and(|section| section.own_shells > 0);
+        let separate = section.is_some_and(|section| section.separate_shells > 0);
         let lr = self.config.lr * self.config.lr_share(step);
         let rate = |group| lr * self.config.rate(group, separate);
         Update {

@@ -6,10 +6,11 @@ mod watch;
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, PoisonError, atomic::AtomicU64},
+    sync::{Mutex, atomic::AtomicU64},
 };
 
 use super::adaptive::Latencies;
+use crate::locks::lock;
 use histogram::Histogram;
 pub(super) use show::show;
 pub(super) use watch::Watch;
@@ -56,7 +57,7 @@ impl Default for Metrics {
 impl Metrics {
     /// Counts an answer.
     pub fn answered(&self, method: &str, route: &str, status: u16) {
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut answers = lock(&self.answers);
         *answers.entry((method.to_owned(), route.to_owned(), status)).or_default() += 1;
     }
 }

@@ -1,13 +1,10 @@
 //! `GET /metrics`: Prometheus text.
 
-use std::{
-    fmt::Write,
-    sync::{PoisonError, atomic::Ordering::Relaxed},
-};
+use std::{fmt::Write, sync::atomic::Ordering::Relaxed};
 
 use axum::{extract::State, http::header::CONTENT_TYPE, response::IntoResponse};
 
-use crate::{Dial, LoadedModel, serve::App};
+use crate::{Dial, LoadedModel, locks::lock, serve::App};
 
 /// `GET /metrics`.
 pub(in super::super) async fn show(State(app): State<App>) -> impl IntoResponse {
@@ -26,7 +23,7 @@ pub(in super::super) async fn show(State(app): State<App>) -> impl IntoResponse 
 
 fn requests(text: &mut String, app: &App) {
     let metrics = &app.metrics;
-    let answers = metrics.answers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let answers = lock(&metrics.answers).clone();
     family(text, "http_requests_total", "counter", "Answers, by method, path and status.");
     for ((method, path, status), count) in &answers {
         let labels = format!("method=\"{method}\",path=\"{path}\",status=\"{status}\"");

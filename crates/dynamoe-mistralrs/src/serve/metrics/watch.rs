@@ -2,13 +2,14 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
 use super::Metrics;
+use crate::locks::lock;
 
 /// The status of a request whose client left, in the log.
 const LEFT: u16 = 499;
@@ -55,7 +56,7 @@ impl Watch {
             self.metrics.latencies.record(at, gap);
             return self.metrics.between_tokens.add(gap);
         }
-        let mut told = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = lock(&self.first);
         if told.is_none() {
             let elapsed = at.saturating_duration_since(self.begun);
             *told = Some(elapsed);
@@ -67,13 +68,13 @@ impl Watch {
     pub fn used(&self, prompt_tokens: usize, answer_tokens: usize, width: Option<f64>) {
         self.metrics.prompt_tokens.fetch_add(prompt_tokens as u64, Relaxed);
         self.metrics.answer_tokens.fetch_add(answer_tokens as u64, Relaxed);
-        let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outcome = lock(&self.outcome);
         *outcome = Outcome { status: Some(200), prompt_tokens, width };
     }
 
     /// There is no answer, and the client is told so by this status.
     pub fn refused(&self, status: u16) {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).status = Some(status);
+        lock(&self.outcome).status = Some(status);
     }
 
     /// The answer broke off after its status was sent.
@@ -85,8 +86,8 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let outcome = *self.outcome.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let first = *self.first.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let outcome = *lock(&self.outcome);
+        let first = *lock(&self.first);
         if outcome.status.is_none() {
             self.metrics.left.fetch_add(1, Relaxed);
         }

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::Instant,
@@ -20,6 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::{Job, Pass, TokenLogprob, pick::Counts};
 use crate::{
     Phase, RequestDial,
+    locks::lock,
     serve::{language::SharedLanguage, request::Rules},
 };
 
@@ -120,7 +121,7 @@ impl Chooser {
 
     /// Chooses the token after `context`.
     fn choose(&self, mut scores: Vec<f32>, context: &[u32]) -> u32 {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         let state = &mut *state;
         state.take(&context[self.prompt.min(context.len())..], context.len(), &self.language, &self.rules);
         let free = matches!(self.rules.constraint, Constraint::None);
@@ -205,7 +206,7 @@ impl State {
 impl Drop for Chooser {
     /// The engine is done: the last choice was taken.
     fn drop(&mut self) {
-        self.state.get_mut().unwrap_or_else(PoisonError::into_inner).tell();
+        lock(&self.state).tell();
     }
 }
 

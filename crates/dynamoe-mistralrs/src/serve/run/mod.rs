@@ -25,7 +25,7 @@ use super::{
     language::SharedLanguage,
     request::Rules,
 };
-use crate::RequestDial;
+use crate::{RequestDial, locks::lock};
 
 pub(super) use chooser::Chosen;
 use chooser::{Chooser, Event};
@@ -201,7 +201,7 @@ impl Pass {
     /// The prompt is computed.
     fn prompt_is_done(&self) {
         if !self.whole {
-            self.guard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            lock(&self.guard).take();
         }
     }
 }

@@ -74,7 +74,7 @@ impl PackedExperts {
     /// # Errors
     /// As many shells as experts, or more; as [`PackedExperts::new`].
     pub fn with_separate(self, separate: Vec<Projections<Arc<PackedMatrix>>>) -> crate::Result<Self> {
-        crate::config::check_own_shells(separate.len(), self.shells.len())?;
+        crate::config::check_separate_shells(separate.len(), self.shells.len())?;
         if separate.is_empty() {
             return Ok(Self { smaller: None, ..self });
         }

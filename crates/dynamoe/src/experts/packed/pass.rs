@@ -10,7 +10,8 @@ use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::Activation;
 
 use crate::cpu::{
-    Encoding, Input, Isa, LANES, Output, PackedMatrix, Phase, Sums, TILE, Writer, groups_each, run, unset,
+    Encoding, Input, Isa, LANES, Output, PackedMatrix, Phase, Sums, TILE, Writer, groups_each, lock, run,
+    unset,
 };
 use crate::experts::Projections;
 
@@ -267,7 +268,7 @@ impl Pass<'_> {
         match activate(self.task.activation, gate, up) {
             // SAFETY: as above
             Ok(h) => unsafe { hidden.encode(isa, token, block, &h) },
-            Err(error) => *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+            Err(error) => *lock(&self.error) = Some(error),
         }
     }
 

@@ -1,5 +1,8 @@
-//! Tiny random dense checkpoints, written without the code under test.
-#![allow(dead_code)] // each test file uses its own part
+//! Tiny random dense checkpoints, with the tensors that `expected_tensors` lists.
+#![allow(dead_code)] // each test program uses a part
+
+pub mod disk;
+pub mod random;
 
 use std::collections::BTreeMap;
 use std::path::Path;

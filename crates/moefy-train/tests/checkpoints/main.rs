@@ -1,0 +1,10 @@
+//! Reading, converting and writing checkpoints, and everything that a broken one can bring.
+
+mod convert;
+mod damaged;
+mod output;
+mod read;
+#[path = "../support/mod.rs"]
+mod support;
+mod tools;
+mod write;

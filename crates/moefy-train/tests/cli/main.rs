@@ -1,0 +1,14 @@
+//! The program as a user runs it: its commands on tiny models, interruptions, and input that is wrong.
+
+mod add_on;
+mod compare;
+mod evaluate;
+mod finetune;
+mod lab;
+mod memory;
+mod output;
+mod resume;
+mod run;
+#[path = "../support/mod.rs"]
+mod support;
+mod wrong_input;
