@@ -242,11 +242,12 @@ fn streams_have_openais_shape(server: &Server) {
     let pieces: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
     assert_eq!(pieces, server.json(TEXT, &cut)["choices"][0]["text"]);
     // a stop string is never shown, whether it comes in one piece or in several
-    let whole = server.json(TEXT, &completion("Once upon a time", 40));
+    let endless = with(completion("Once upon a time", 40), "logit_bias", json!({"257": -100}));
+    let whole = server.json(TEXT, &endless);
     let text = whole["choices"][0]["text"].as_str().unwrap();
     let stop: String = text.chars().skip(6).take(3).collect();
     let before = &text[..text.find(&stop).unwrap()];
-    let body = with(completion("Once upon a time", 40), "stop", stop.as_str());
+    let body = with(endless, "stop", stop.as_str());
     let whole = server.json(TEXT, &body);
     assert_eq!(
         (&whole["choices"][0]["text"], &whole["choices"][0]["finish_reason"]),

@@ -78,7 +78,7 @@ fn logits_are_the_trainers_at_every_dial() {
     let tokens: Vec<u32> = "The quick brown fox".bytes().map(u32::from).collect();
     let jobs: Vec<String> = models.iter().map(|model| job(&model.dynamoe(), &tokens).to_string()).collect();
 
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/transformers.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/transformers_logits.py");
     let modules = tempfile::tempdir().unwrap();
     let mut process = Command::new(python)
         .arg(script)

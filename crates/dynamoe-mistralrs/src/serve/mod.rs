@@ -31,7 +31,14 @@ mod request;
 mod run;
 mod signals;
 
-use std::{io::Write, process::ExitCode, sync::Arc};
+use std::{
+    io::Write,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 
 use anyhow::{Context, Result, ensure};
 use axum::{
@@ -118,20 +125,21 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send,
 ) -> Result<()> {
     let engine = served.engine.get_sender(None)?;
+    let ended = AtomicBool::new(false);
     let app = app(served, options)?;
     let follow = follow(app.clone());
     let router = routes(app, options)?;
     let stop = async {
         tokio::select! {
             () = stop => {}
-            () = engine.closed() => tracing::error!("the engine has ended"),
+            () = engine.closed() => ended.store(true, Relaxed),
         }
     };
     tokio::select! {
         served = connections::serve(listener, router, stop, connections::Bounds::of(options)) => served?,
         () = follow => {}
     }
-    ensure!(!engine.is_closed(), "the engine has ended; the log says why");
+    ensure!(!ended.load(Relaxed), "the engine has ended; the log says why");
     Ok(())
 }
 

@@ -66,6 +66,9 @@ impl DialField {
         };
         match self {
             Self::All(number) => Ok(check(name, number)?.into()),
+            Self::Phases(Phases { prompt: None, thinking: None, answer: None }) => {
+                Err(refused(name, "expected a number, or one for prompt, thinking or answer, found none"))
+            }
             Self::Phases(phases) => {
                 let of_phase = |phase: &str, number: Option<f64>| {
                     number.map_or(Ok(default), |number| check(&format!("{name}.{phase}"), number))
