@@ -81,12 +81,13 @@ fn tell(index: usize, call: &Map<String, Value>) -> Value {
 
 /// The objects with a name in a text that begins with one, a list of them, or a mark before either.
 fn read(text: &str) -> Vec<Map<String, Value>> {
+    let between = MARKS.into_iter().chain(["</tool_call>", ";"]);
     let mut rest = text;
     let mut calls = Vec::new();
     loop {
         rest = rest.trim_start();
-        for word in MARKS.iter().chain(&["</tool_call>", ";"]) {
-            rest = rest.strip_prefix(word).unwrap_or(rest).trim_start();
+        while let Some(after) = between.clone().find_map(|word| rest.strip_prefix(word)) {
+            rest = after.trim_start();
         }
         let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
         let Some(Ok(value)) = values.next() else { return calls };

@@ -61,7 +61,7 @@ impl Template {
             .or_else(|| named("default"))
             .or_else(|| self.named.first())
             .context("the model has no chat template")?;
-        let text = python_slices(text);
+        let text = without_generation_tags(text);
         let mut environment = Environment::new();
         environment.set_lstrip_blocks(true);
         environment.set_trim_blocks(true);
@@ -87,9 +87,9 @@ impl Template {
     }
 }
 
-/// Python's ways that the template engine does not know.
-fn python_slices(template: &str) -> String {
-    let mut text = template.replace("[::-1]", "|reverse");
+/// Without the tags by which transformers finds an answer to train on, which the template engine does not know.
+fn without_generation_tags(template: &str) -> String {
+    let mut text = template.to_owned();
     for tag in ["generation", "endgeneration"] {
         for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
             text = text.replace(&format!("{open} {tag} {close}"), "");
