@@ -226,7 +226,11 @@ mod tests {
         let settled = &budgets[20..];
         let mean = settled.iter().sum::<f64>() / settled.len() as f64;
         assert!((mean - 0.667).abs() < 0.08, "{mean}");
-        assert!(settled.windows(2).all(|pair| (pair[1] / pair[0]).ln().abs() < 0.12), "{settled:?}");
+        // latencies scatter by 0.087 (uniform, ± 0.15), and with one period of lag the rule lets the logarithm of the
+        // budget scatter by 0.78 times that, 0.068; three halves of it are room for a sample of 180
+        let spread =
+            settled.iter().map(|budget| (budget / mean).ln().powi(2)).sum::<f64>() / settled.len() as f64;
+        assert!(spread.sqrt() < 0.1, "{} {settled:?}", spread.sqrt());
     }
 
     #[test]
