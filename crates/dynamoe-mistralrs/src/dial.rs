@@ -13,7 +13,7 @@ use candle_core::Tensor;
 use dynamoe::Dial;
 use mistralrs_core::{CustomLogitsProcessor, row_data::RowData};
 
-use crate::LoadedModel;
+use crate::default_dial::DefaultDial;
 
 /// Which part of a request a token belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub struct RequestDial {
 /// A dial that changes with the model's default, also in the middle of an answer.
 #[derive(Debug)]
 struct Follows {
-    model: Arc<LoadedModel>,
+    default: Arc<DefaultDial>,
     /// The default has changed since the request began.
     changed: AtomicBool,
     /// The salt of its keys and values from then on.
@@ -69,7 +69,7 @@ struct Follows {
 impl Follows {
     /// The default of a layer now; `first` is what it was when the request began.
     fn sensitivity(&self, layer: usize, first: &Arc<[f64]>) -> f64 {
-        let now = self.model.sensitivities();
+        let now = self.default.sensitivities();
         if !Arc::ptr_eq(&now, first) {
             self.changed.store(true, Relaxed);
         }
@@ -96,10 +96,10 @@ impl RequestDial {
 
     /// The model's default, whatever it becomes while the request runs.
     #[cfg(feature = "serve")]
-    pub(crate) fn following(model: &Arc<LoadedModel>) -> Arc<Self> {
-        let now = model.sensitivities();
+    pub(crate) fn following(default: &Arc<DefaultDial>) -> Arc<Self> {
+        let now = default.sensitivities();
         let salt = SALTS.fetch_add(1, Relaxed);
-        let follows = Follows { model: Arc::clone(model), changed: AtomicBool::new(false), salt };
+        let follows = Follows { default: Arc::clone(default), changed: AtomicBool::new(false), salt };
         let fixed = Self::with_salt([now.clone(), now.clone(), now], false);
         Arc::new(Self { follows: Some(follows), ..fixed })
     }
@@ -211,7 +211,7 @@ mod tests {
         let model = model();
         model.set_dial(Dial::Sensitivity(0.5)).unwrap();
         let fixed = model.default_request();
-        let following = RequestDial::following(&model);
+        let following = model.following_request();
         assert_eq!(following.sensitivity(1), 0.5);
         assert_eq!(following.cache_key(), fixed.cache_key());
         model.set_dial(Dial::Sensitivity(0.25)).unwrap();
@@ -219,7 +219,7 @@ mod tests {
         // what it has computed is a mixture now, even if the default returns
         model.set_dial(Dial::Sensitivity(0.5)).unwrap();
         assert_ne!(following.cache_key(), fixed.cache_key());
-        assert_ne!(following.cache_key(), RequestDial::following(&model).cache_key());
+        assert_ne!(following.cache_key(), model.following_request().cache_key());
     }
 
     #[test]

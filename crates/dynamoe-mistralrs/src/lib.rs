@@ -19,6 +19,7 @@ mod checked;
 mod counters;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod default_dial;
 mod dense;
 mod dial;
 mod engine_blocks;

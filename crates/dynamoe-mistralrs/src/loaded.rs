@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, RwLock, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -12,8 +12,9 @@ use dynamoe::{Dial, DynaMoeConfig, Routes};
 
 use crate::{
     counters::Counters,
+    default_dial::DefaultDial,
     dial::{PhaseDials, RequestDial},
-    locks::{lock, read, write},
+    locks::lock,
 };
 
 /// A DynaMoE model in memory: its default dial and its counters.
@@ -21,7 +22,7 @@ use crate::{
 pub struct LoadedModel {
     config: DynaMoeConfig,
     layers: usize,
-    default: RwLock<(Dial, Arc<[f64]>)>,
+    default: Arc<DefaultDial>,
     counters: Counters,
     on_cpu_kernels: AtomicUsize,
 }
@@ -59,9 +60,9 @@ impl LoadedModel {
 
     fn new(config: DynaMoeConfig, layers: usize) -> dynamoe::Result<Self> {
         let dial = Dial::Sensitivity(config.sensitivity);
-        let default = RwLock::new((dial, dial.sensitivities(&config, layers)?.into()));
+        let default = DefaultDial::new(dial, dial.sensitivities(&config, layers)?.into());
         let counters = Counters::new(layers, config.expert_count());
-        Ok(Self { config, layers, default, counters, on_cpu_kernels: AtomicUsize::new(0) })
+        Ok(Self { config, layers, default: Arc::new(default), counters, on_cpu_kernels: AtomicUsize::new(0) })
     }
 
     /// The `dynamoe` section of the checkpoint's config.json.
@@ -109,12 +110,12 @@ impl LoadedModel {
 
     /// The dial of requests that bring none.
     pub fn dial(&self) -> Dial {
-        self.read_default().0
+        self.default.dial()
     }
 
     /// The sensitivity of every layer for requests that bring no dial.
     pub fn sensitivities(&self) -> Arc<[f64]> {
-        self.read_default().1
+        self.default.sensitivities()
     }
 
     /// Changes the dial of requests that bring none and have not arrived yet.
@@ -123,7 +124,7 @@ impl LoadedModel {
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn set_dial(&self, dial: Dial) -> dynamoe::Result<()> {
         let sensitivities = dial.sensitivities(&self.config, self.layers)?.into();
-        *write(&self.default) = (dial, sensitivities);
+        self.default.set(dial, sensitivities);
         Ok(())
     }
 
@@ -149,8 +150,10 @@ impl LoadedModel {
         RequestDial::new(self.sensitivities())
     }
 
-    fn read_default(&self) -> (Dial, Arc<[f64]>) {
-        read(&self.default).clone()
+    /// The dial of one request that brings none: the default as it is at each step of the request.
+    #[cfg(feature = "serve")]
+    pub(crate) fn following_request(&self) -> Arc<RequestDial> {
+        RequestDial::following(&self.default)
     }
 }
 

@@ -12,18 +12,13 @@
 //! the budget does: with a gain below 1 the rule approaches the target without overshooting it. The budget is all that
 //! the controller remembers, and it is clamped, so nothing winds up while the target is out of reach.
 
-use std::{
-    collections::VecDeque,
-    str::FromStr,
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
-};
+use std::{str::FromStr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::metrics::Metrics;
-use crate::{Dial, LoadedModel, RequestDial, locks::lock};
+use crate::{Dial, LoadedModel, RequestDial};
 
 /// Time between two decisions.
 const PERIOD: Duration = Duration::from_millis(500);
@@ -33,9 +28,6 @@ const GAIN: f64 = 0.5;
 const STEP: f64 = 1.25;
 /// Within this factor of the target nothing changes: latencies are never twice the same.
 const DEADBAND: f64 = 1.05;
-/// Latencies that are kept: more tokens in one period than any server decodes.
-const KEPT: usize = 1 << 14;
-
 /// The range of budgets that the controller may choose from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Range {
@@ -104,7 +96,7 @@ impl Adaptive {
 
 /// What requests that bring no dial run with.
 pub(super) fn default_request(adaptive: Option<Adaptive>, model: &Arc<LoadedModel>) -> Arc<RequestDial> {
-    if adaptive.is_some() { RequestDial::following(model) } else { model.default_request() }
+    if adaptive.is_some() { model.following_request() } else { model.default_request() }
 }
 
 /// Chooses the default budget.
@@ -133,30 +125,6 @@ impl Controller {
             }
         };
         self.budget
-    }
-}
-
-/// Inter-token latencies of the last period.
-#[derive(Debug, Default)]
-pub(super) struct Latencies(Mutex<VecDeque<(Instant, Duration)>>);
-
-impl Latencies {
-    /// A token came at this time, this long after the one before it.
-    pub fn record(&self, at: Instant, latency: Duration) {
-        let mut kept = lock(&self.0);
-        if kept.len() == KEPT {
-            kept.pop_front();
-        }
-        kept.push_back((at, latency));
-    }
-
-    /// The 95th percentile of those recorded in the `period` before `now`; none if there are none. Forgets older ones.
-    pub fn p95(&self, now: Instant, period: Duration) -> Option<Duration> {
-        let mut kept = lock(&self.0);
-        kept.retain(|(at, _)| now.saturating_duration_since(*at) < period);
-        let mut sorted: Vec<Duration> = kept.iter().map(|(_, latency)| *latency).collect();
-        sorted.sort_unstable();
-        sorted.get(sorted.len().saturating_sub(1) * 95 / 100).copied()
     }
 }
 
@@ -249,17 +217,6 @@ mod tests {
         let mut controller = Controller::new(RANGE, TARGET);
         run(&mut controller, &mut plant(30.0, 100.0, 0.0), 50, 0);
         assert_eq!(controller.decide(None), RANGE.max);
-    }
-
-    #[test]
-    fn latencies_are_those_of_the_period() {
-        let latencies = Latencies::default();
-        assert_eq!(latencies.p95(Instant::now(), PERIOD), None);
-        let now = Instant::now();
-        (1..=100).for_each(|ms| latencies.record(now, Duration::from_millis(ms)));
-        assert_eq!(latencies.p95(now, Duration::from_secs(60)), Some(Duration::from_millis(95)));
-        assert_eq!(latencies.p95(now + Duration::from_secs(60), PERIOD), None);
-        assert_eq!(latencies.p95(now, Duration::from_secs(60)), None, "old ones are forgotten");
     }
 
     #[test]

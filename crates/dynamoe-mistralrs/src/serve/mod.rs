@@ -9,8 +9,8 @@
 //! | `GET /health` | whether the engine answers |
 //! | `GET /metrics` | Prometheus text |
 //!
-//! Nothing else is served. A request goes through [`request`] (what may be asked for), [`language`] (text to tokens),
-//! [`run`] (a sequence in the engine for each answer to each prompt) and [`answer`] (what the client is told).
+//! Nothing else is served. A request goes through `request` (what may be asked for), `language` (text to tokens), `run`
+//! (a sequence in the engine for each answer to each prompt) and `answer` (what the client is told).
 
 mod access;
 mod adaptive;

@@ -74,7 +74,7 @@ pub struct Options {
     /// Name that the server answers to in the Host header, besides localhost and IP addresses; may be repeated, * is any
     #[arg(long = "allowed-host", value_name = "NAME")]
     pub allowed_hosts: Vec<String>,
-    /// Site whose pages may ask this server (CORS), such as https://chat.example; may be repeated, * is any
+    /// Site whose pages may ask this server (CORS), such as `https://chat.example`; may be repeated, * is any
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     pub cors_origins: Vec<String>,
     /// Answers that one request may ask for (n, best_of)

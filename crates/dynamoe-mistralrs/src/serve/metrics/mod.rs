@@ -1,6 +1,7 @@
 //! What the server counts and logs.
 
 mod histogram;
+mod latencies;
 mod show;
 mod watch;
 
@@ -9,9 +10,9 @@ use std::{
     sync::{Mutex, atomic::AtomicU64},
 };
 
-use super::adaptive::Latencies;
 use crate::locks::lock;
 use histogram::Histogram;
+use latencies::Latencies;
 pub(super) use show::show;
 pub(super) use watch::Watch;
 
