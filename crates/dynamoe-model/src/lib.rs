@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | Hugging Face's config.json, and which architectures are read | [`config`] |
 //! | finding a model: a folder or a hub id | [`hub`] |
+//! | a conversation as text | [`chat`] |
 //! | every tensor of a model with its shape | [`tensors`] |
 //! | checkpoint folders: reading, writing, copying | [`checkpoint`] |
 //! | trainable tensors by name | [`params`] |
@@ -16,6 +17,7 @@
 //! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary, `H` attention heads, `K` key/value heads,
 //! `d` head_dim.
 
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod export;

@@ -176,7 +176,7 @@ fn bad_text_is_refused_with_its_place() {
     );
     assert!(refuse("a.jsonl", b"[1]").contains("line 1: expected a JSON object with the field \"text\""));
     assert!(refuse("a.jsonl", b"{\"text\": 1}").contains("not a string"));
-    assert!(refuse("a.parquet", b"x").contains("expected a .txt or a .jsonl file"));
+    assert!(refuse("a.parquet", b"x").contains("truncated, damaged or no Parquet file"));
     assert!(
         message(read(&fixture.dir.path().join("none.txt"), &format)).contains("none.txt: cannot be opened")
     );

@@ -16,7 +16,8 @@ pub struct CalibrateArgs {
     /// Dense model: a folder or a hub id
     #[arg(long)]
     model: String,
-    /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of files; may be
+    /// repeated
     #[arg(long, required = true)]
     data: Vec<DataSource>,
     /// Tokens to read

@@ -24,7 +24,8 @@ const SOLVE_TOKENS: usize = 32_768;
 pub struct EvaluateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to score: .txt or .jsonl; may be repeated
+    /// Text to score: a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of files; may be
+    /// repeated
     #[arg(long)]
     data: Vec<DataSource>,
     /// Score each document by itself, not packed sequences

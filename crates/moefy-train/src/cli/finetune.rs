@@ -21,7 +21,8 @@ pub struct FinetuneArgs {
     /// Dense model to distill from: a folder or a hub id [default: the model itself, at full width, as it is now]
     #[arg(long, help_heading = heading::INPUT)]
     teacher: Option<String>,
-    /// Text: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of files; may be
+    /// repeated
     #[arg(long, required = true, value_name = "PATH[:WEIGHT]", help_heading = heading::INPUT)]
     data: Vec<DataSource>,
     #[command(flatten)]

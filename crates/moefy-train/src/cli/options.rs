@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use dynamoe_model::config::engine;
 use dynamoe_model::{Checkpoint, ModelConfig};
 
-use moefy_train::data::{DOCUMENT_MARKER, DataSource, TEXT_FIELD, TextFormat, TextOptions};
+use moefy_train::data::{DOCUMENT_MARKER, DataSource, TextFormat, TextOptions};
 use moefy_train::methods::Method;
 use moefy_train::pipeline::{Existing, HeldOut, Inputs};
 use moefy_train::prepare::{ExpertConfig, Experts};
@@ -52,9 +52,10 @@ pub struct TextArgs {
     /// What stands between two documents of a .txt file
     #[arg(long, value_name = "TEXT", default_value = DOCUMENT_MARKER)]
     marker: String,
-    /// The field of a .jsonl file's lines that holds the text
-    #[arg(long, value_name = "NAME", default_value = TEXT_FIELD)]
-    field: String,
+    /// The field of a .jsonl file's lines, or the column of a .parquet file, that holds the text [default: text, else
+    /// prompt and completion, else messages]
+    #[arg(long, value_name = "NAME")]
+    field: Option<String>,
     /// Folder of tokenized text [default: $XDG_CACHE_HOME/dynamoe or ~/.cache/dynamoe]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -63,7 +64,7 @@ pub struct TextArgs {
 impl TextArgs {
     /// As the library takes it.
     pub fn options(&self) -> TextOptions {
-        let format = TextFormat { marker: self.marker.clone(), field: self.field.clone() };
+        let format = TextFormat { marker: self.marker.clone(), field: self.field.clone(), chat: None };
         TextOptions { format, cache_dir: self.cache_dir.clone() }
     }
 }
@@ -75,7 +76,8 @@ pub struct InputArgs {
     /// Dense model: a folder or a hub id
     #[arg(long)]
     model: String,
-    /// Text to train on: PATH[:WEIGHT], .txt or .jsonl; may be repeated
+    /// Text to train on: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of
+    /// files; may be repeated
     #[arg(long, required = true, value_name = "PATH[:WEIGHT]")]
     data: Vec<DataSource>,
     /// Text to evaluate on [default: a held-out part of --data]

@@ -1,4 +1,4 @@
-//! Tokens of a text file, made once, kept in a memory-mapped file.
+//! Tokens of text files, made once, kept in a memory-mapped file.
 //!
 //! Little-endian throughout:
 //!
@@ -25,16 +25,17 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 use tokenizers::Tokenizer;
 
-use super::source::{DataSource, Documents, TextFormat, open_text};
+use super::pieces::open_text;
+use super::source::{DataSource, Documents, TextFormat};
 use super::tokenizer::{Framing, largest_id};
 
 const MAGIC: &[u8; 8] = b"DYNATOKS";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 96;
 /// Bytes of text tokenized in one parallel batch.
 const BATCH_BYTES: usize = 4 << 20;
 
-/// The tokens of one text file, read from a memory-mapped cache.
+/// The tokens of one source of text, read from a memory-mapped cache.
 pub struct TokenCache {
     map: Mmap,
     source: PathBuf,
@@ -55,14 +56,14 @@ pub fn default_cache_dir() -> Result<PathBuf> {
 }
 
 impl TokenCache {
-    /// Opens the cache of `source` in `cache_dir`, tokenizing the file first where there is no sound one.
+    /// Opens the cache of `source` in `cache_dir`, tokenizing its files first where there is no sound one.
     ///
-    /// `progress` hears the bytes of text tokenized so far and the bytes of the file; it is not called where the
-    /// cache is used. Special tokens written out in the text become those tokens, as the tokenizer has it.
+    /// `progress` hears the bytes of the files read so far and all of them; it is not called where the cache is used.
+    /// Special tokens written out in the text become those tokens, as the tokenizer has it.
     ///
     /// # Errors
-    /// Those of [`Documents`]; a file without documents or one that changes meanwhile; a cache folder that cannot
-    /// be written.
+    /// Those of [`DataSource::files`] and [`Documents`]; files without documents or that change meanwhile; a cache folder
+    /// that cannot be written.
     pub fn open_or_build(
         source: &DataSource,
         format: &TextFormat,
@@ -71,7 +72,7 @@ impl TokenCache {
         cache_dir: &Path,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self> {
-        let builder = Builder { path: &source.path, format, tokenizer, framing, progress };
+        let builder = Builder { source, files: source.files()?, format, tokenizer, framing, progress };
         let stamp = builder.stamp()?;
         let key = builder.key()?;
         let cache = cache_dir.join(format!("{}.tokens", hex(&key)));
@@ -134,7 +135,7 @@ impl TokenCache {
         self.documents
     }
 
-    /// The text file that the tokens came from.
+    /// The source that the tokens came from.
     pub fn source(&self) -> &Path {
         &self.source
     }
@@ -173,9 +174,10 @@ impl TokenCache {
     }
 }
 
-/// Everything the tokens of a file depend on.
+/// Everything the tokens of a source depend on.
 struct Builder<'a> {
-    path: &'a Path,
+    source: &'a DataSource,
+    files: Vec<PathBuf>,
     format: &'a TextFormat,
     tokenizer: &'a Tokenizer,
     framing: Framing,
@@ -183,55 +185,64 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn stamp(&self) -> Result<(u64, std::time::SystemTime)> {
-        let metadata = open_text(self.path)?.metadata()?;
-        Ok((metadata.len(), metadata.modified()?))
+    fn stamp(&self) -> Result<Vec<(u64, std::time::SystemTime)>> {
+        let stamp = |path: &PathBuf| {
+            let metadata = open_text(path)?.metadata()?;
+            Ok((metadata.len(), metadata.modified()?))
+        };
+        self.files.iter().map(stamp).collect()
     }
 
     fn key(&self) -> Result<[u8; 32]> {
-        let mut text = Sha256::new();
-        let mut file = open_text(self.path)?;
-        std::io::copy(&mut file, &mut text)
-            .with_context(|| format!("{}: cannot be read", self.path.display()))?;
-        let kind = self.path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
         let tokenizer = self.tokenizer.to_string(false).map_err(Error::from_boxed)?;
+        let field = self.format.field.as_deref().unwrap_or_default();
+        let chat = self.format.chat.as_ref().map(|chat| format!("{chat:?}")).unwrap_or_default();
         let mut key = Sha256::new();
         // Each part is hashed by itself first, so that no two lists of parts read alike.
-        let parts = [kind, &self.format.marker, &self.format.field, &tokenizer];
-        for part in parts {
+        for part in [&self.format.marker, field, &chat, &tokenizer] {
             key.update(Sha256::digest(part));
         }
-        key.update(text.finalize());
+        for path in &self.files {
+            // the ending says how a file is read
+            let kind = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+            key.update(Sha256::digest(kind));
+            let mut text = Sha256::new();
+            std::io::copy(&mut open_text(path)?, &mut text)
+                .with_context(|| format!("{}: cannot be read", path.display()))?;
+            key.update(text.finalize());
+        }
         key.update(self.framing.boundary.to_le_bytes());
         key.update(VERSION.to_le_bytes());
         Ok(key.finalize().into())
     }
 
-    /// Tokenizes the file into a cache file, whole but not yet under its name.
+    /// Tokenizes the files into a cache file, whole but not yet under its name.
     fn write(&self, file: &File, key: &[u8; 32]) -> Result<()> {
         let largest = largest_id(self.tokenizer).unwrap_or(0).max(self.framing.boundary);
         let width = if largest <= u32::from(u16::MAX) { 2 } else { 4 };
         let mut stream = Stream { out: BufWriter::new(file), digest: Sha256::new(), width, offsets: vec![0] };
         stream.out.seek(SeekFrom::Start(HEADER as u64))?;
-        let bytes = open_text(self.path)?.metadata()?.len();
-        let mut done = 0;
-        let mut documents = Documents::open(self.path, self.format)?;
-        loop {
-            let batch = next_batch(&mut documents)?;
-            if batch.is_empty() {
-                break;
+        let all = self.stamp()?.iter().map(|(bytes, _)| bytes).sum();
+        let mut before = 0;
+        for path in &self.files {
+            let mut documents = Documents::open(path, self.format)?;
+            loop {
+                let batch = next_batch(&mut documents)?;
+                if batch.is_empty() {
+                    break;
+                }
+                let encodings = self.tokenizer.encode_batch_fast(batch, false).map_err(Error::from_boxed)?;
+                for encoding in encodings {
+                    stream.push(self.framing.boundary, encoding.get_ids())?;
+                }
+                (self.progress)((before + documents.position()).min(all), all);
             }
-            done += batch.iter().map(|document| document.len() as u64).sum::<u64>();
-            let encodings = self.tokenizer.encode_batch_fast(batch, false).map_err(Error::from_boxed)?;
-            for encoding in encodings {
-                stream.push(self.framing.boundary, encoding.get_ids())?;
-            }
-            (self.progress)(done, bytes);
+            before += documents.position();
         }
         if stream.offsets.len() == 1 {
-            bail!("{}: no documents: the file holds only white space and markers", self.path.display());
+            bail!("{}: no documents: there is only white space and markers", self.source.path.display());
         }
-        (self.progress)(bytes, bytes);
+        (self.progress)(all, all);
         stream.finish(key)
     }
 }

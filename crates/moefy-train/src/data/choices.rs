@@ -8,7 +8,8 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::padded::{PaddedBatch, group_by_length};
-use super::source::{JsonLines, string_field};
+use super::pieces::JsonLines;
+use super::records::string_field;
 use crate::report::results::ChoicesPoint;
 
 /// Tokenized questions.

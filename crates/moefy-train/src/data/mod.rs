@@ -1,4 +1,5 @@
-//! Text to batches: [`source`] reads documents, [`tokenizer`] frames them, [`cache`] keeps their tokens on disk,
+//! Text to batches: [`source`] finds files and reads their documents (`kind` by their names, `pieces` of text, `rows`
+//! of Parquet, `records` to text), [`tokenizer`] frames them, [`cache`] keeps their tokens on disk,
 //! [`batches`] packs them for training, [`documents`], [`pairs`] and [`choices`] pad them for evaluation ([`padded`]). [`texts`] does
 //! all of that for one model. [`corpus`] is text that this program generates.
 
@@ -7,8 +8,13 @@ pub mod cache;
 pub mod choices;
 pub mod corpus;
 pub mod documents;
+mod kind;
 pub mod padded;
 pub mod pairs;
+mod panics;
+mod pieces;
+mod records;
+mod rows;
 pub mod source;
 pub mod texts;
 pub mod tokenizer;
@@ -19,6 +25,7 @@ pub use choices::Choices;
 pub use documents::{DocumentBatches, DocumentLimits};
 pub use padded::{BATCH_TOKENS, PaddedBatch, subsample};
 pub use pairs::Pairs;
-pub use source::{DOCUMENT_MARKER, DataSource, TEXT_FIELD, TextFormat};
+pub use records::TEXT_FIELD;
+pub use source::{DOCUMENT_MARKER, DataSource, TextFormat};
 pub use texts::{CALIBRATION_TOKENS, SampleShape, Scope, TextOptions, Texts, calibration_batches};
 pub use tokenizer::{Framing, load_tokenizer};

@@ -8,7 +8,8 @@ use anyhow::{Context, Error, Result, ensure};
 use tokenizers::Tokenizer;
 
 use super::padded::{PaddedBatch, group_by_length};
-use super::source::{JsonLines, string_field};
+use super::pieces::JsonLines;
+use super::records::string_field;
 use super::tokenizer::Framing;
 use crate::report::results::PairsPoint;
 

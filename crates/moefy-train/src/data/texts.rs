@@ -13,6 +13,7 @@ use super::{
     PaddedBatch, Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
 };
 use dynamoe_model::ModelConfig;
+use dynamoe_model::chat::ChatTemplate;
 
 /// Tokens that calibration reads by default.
 pub const CALIBRATION_TOKENS: usize = 32_768;
@@ -62,7 +63,7 @@ impl Texts {
     /// For the model in `dir`.
     ///
     /// # Errors
-    /// A tokenizer that is missing or does not fit; no folder for caches.
+    /// A tokenizer that is missing or does not fit; a chat template that cannot be read; no folder for caches.
     pub fn open(dir: &Path, config: &ModelConfig, options: &TextOptions) -> Result<Self> {
         let tokenizer = load_tokenizer(dir, config.vocab_size)?;
         let (mut bos, mut eos) = (config.bos_token_id, config.eos_token_ids.clone());
@@ -73,7 +74,7 @@ impl Texts {
         Ok(Self {
             framing: Framing::new(bos, &eos, config.vocab_size)?,
             tokenizer,
-            format: options.format.clone(),
+            format: TextFormat { chat: ChatTemplate::read(dir)?, ..options.format.clone() },
             cache_dir: options.cache_dir.clone().map_or_else(default_cache_dir, Ok)?,
             positions: config.max_position_embeddings,
             vocab_size: config.vocab_size,
@@ -99,7 +100,7 @@ impl Texts {
         largest_id(&self.tokenizer).is_some_and(|largest| largest as usize >= self.vocab_size)
     }
 
-    /// The tokens of a file, from the cache or tokenized now.
+    /// The tokens of a source, from the cache or tokenized now.
     ///
     /// # Errors
     /// Those of [`TokenCache::open_or_build`].

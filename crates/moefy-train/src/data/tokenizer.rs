@@ -1,15 +1,13 @@
 //! The model's tokenizer and the token that stands between documents.
 
-use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::Mutex;
 
 use anyhow::{Context, Error, Result, bail, ensure};
 use dynamoe_model::files::read_file;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::locks::lock;
+use super::panics::without_panic;
 
 /// Reads `dir/tokenizer.json` for a model with `vocab_size` rows in its embedding. Tokens that were added to the
 /// vocabulary may lie beyond the embedding, as a token for padding often does; [`super::Texts`] refuses text that uses
@@ -24,12 +22,14 @@ pub fn load_tokenizer(dir: &Path, vocab_size: usize) -> Result<Tokenizer> {
     let bytes = read_file(&path).with_context(|| {
         format!("{}: cannot be read; a model folder needs its tokenizer.json", path.display())
     })?;
-    let mut tokenizer = without_panic(|| {
+    let mut tokenizer = without_panic("the tokenizers library", || {
         let tokenizer = Tokenizer::from_bytes(bytes).map_err(Error::from_boxed)?;
         try_out(&tokenizer)?;
         Ok(tokenizer)
     })
-    .with_context(|| format!("{}: not a tokenizer", path.display()))?;
+    .with_context(|| {
+        format!("{}: not a tokenizer; use the tokenizer.json that came with the model", path.display())
+    })?;
     let largest = tokenizer.get_vocab(false).into_values().max();
     let largest = largest.with_context(|| format!("{}: no tokens", path.display()))?;
     ensure!(
@@ -67,21 +67,6 @@ fn try_out(tokenizer: &Tokenizer) -> Result<()> {
         tokenizer.decode(ids.get_ids(), true).map_err(Error::from_boxed)?;
     }
     Ok(())
-}
-
-/// Runs code of the tokenizers' library, which panics on some broken files: a panic is an error here, and is not shown.
-fn without_panic<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
-    static HOOK: Mutex<()> = Mutex::new(());
-    let _alone = lock(&HOOK);
-    let shown = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let result = std::panic::catch_unwind(AssertUnwindSafe(run));
-    std::panic::set_hook(shown);
-    result.unwrap_or_else(|panic| {
-        let told = panic.downcast_ref::<String>().map(String::as_str);
-        let told = told.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
-        bail!("it breaks the tokenizers library ({told}); use the tokenizer.json that came with the model")
-    })
 }
 
 /// The largest token id, added tokens included.

@@ -1,15 +1,14 @@
 //! What the stages of a recipe share: the model that they start from, the text, the device.
 
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use dynamoe_model::{Checkpoint, RoutedModel, hub};
 use serde_json::{Value, json};
 
 use crate::data::{
-    Batches, CALIBRATION_TOKENS, DataSource, PaddedBatch, SampleShape, Split, TextOptions, Texts,
+    Batches, CALIBRATION_TOKENS, DataSource, PaddedBatch, SampleShape, Split, TEXT_FIELD, TextOptions, Texts,
     calibration_batches, subsample,
 };
 use crate::train::{Stop, TrainConfig};
@@ -130,7 +129,7 @@ impl<'a> Lab<'a> {
             "data": describe_sources(&self.inputs.data)?,
             "valid": describe_sources(self.inputs.held_out.files())?,
             "marker": self.inputs.text.format.marker,
-            "field": self.inputs.text.format.field,
+            "field": self.inputs.text.format.field.as_deref().unwrap_or(TEXT_FIELD),
         }))
     }
 }
@@ -138,8 +137,7 @@ impl<'a> Lab<'a> {
 fn describe_sources(sources: &[DataSource]) -> Result<Value> {
     let describe = |source: &DataSource| -> Result<Value> {
         let path = source.path.display().to_string();
-        let bytes = fs::metadata(&source.path).with_context(|| path.clone())?.len();
-        Ok(json!({ "path": path, "weight": source.weight, "bytes": bytes }))
+        Ok(json!({ "path": path, "weight": source.weight, "bytes": source.bytes()? }))
     };
     sources.iter().map(describe).collect::<Result<Vec<_>>>().map(Value::from)
 }

@@ -119,8 +119,10 @@ impl Pretrain {
 fn read_documents(sources: &[DataSource], format: &TextFormat) -> Result<Vec<String>> {
     let mut all = Vec::new();
     for source in sources {
-        for document in Documents::open(&source.path, format)? {
-            all.push(document?);
+        for file in source.files()? {
+            for document in Documents::open(&file, format)? {
+                all.push(document?);
+            }
         }
     }
     Ok(all)

@@ -11,4 +11,5 @@ mod resume;
 mod run;
 #[path = "../support/mod.rs"]
 mod support;
+mod text;
 mod wrong_input;

@@ -1,0 +1,221 @@
+//! Conversations as text, by the chat template that a model brings, rendered as transformers renders it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use chrono::NaiveDate;
+use minijinja::value::Kwargs;
+use minijinja::{Environment, Error, ErrorKind, Value as Rendered};
+use serde::Serialize;
+use serde_json::ser::{Formatter, PrettyFormatter};
+use serde_json::{Value, json};
+
+use crate::files::{read_file, read_text};
+
+/// The special tokens that templates write.
+const SPECIAL: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+
+/// A model's chat template and the special tokens that it may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChatTemplate {
+    text: String,
+    /// In the order of `SPECIAL`; empty where the model has none.
+    special: [String; 4],
+}
+
+impl ChatTemplate {
+    /// The template of the model in `dir`: that of chat_template.jinja, else of chat_template.json, else of
+    /// tokenizer_config.json. None if there is none.
+    ///
+    /// # Errors
+    /// A chat_template.jinja that cannot be read.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let json = |name: &str| -> Value {
+            let bytes = read_file(&dir.join(name)).unwrap_or_default();
+            serde_json::from_slice(&bytes).unwrap_or_default()
+        };
+        let config = json("tokenizer_config.json");
+        let file = dir.join("chat_template.jinja");
+        let text = if file.exists() {
+            Some(read_text(&file).with_context(|| format!("{}: cannot be read", file.display()))?)
+        } else {
+            named(&json("chat_template.json")["chat_template"]).or_else(|| named(&config["chat_template"]))
+        };
+        let special = SPECIAL.map(|name| {
+            let token = &config[name];
+            token.get("content").unwrap_or(token).as_str().unwrap_or_default().to_owned()
+        });
+        Ok(text.map(|text| Self { text, special }))
+    }
+
+    /// The text of messages, each an object with `role` and `content`, without the BOS that many templates begin with. A
+    /// template that asks for the date gets 26 July 2024, so that the same messages always give the same text.
+    ///
+    /// # Errors
+    /// What the template refuses, or cannot be rendered with.
+    pub fn render(&self, messages: &[Value]) -> Result<String> {
+        let text = without_generation_tags(&self.text);
+        let mut environment = Environment::new();
+        environment.set_lstrip_blocks(true);
+        environment.set_trim_blocks(true);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", |format: String| date(&format));
+        environment.add_filter("tojson", to_json);
+        environment.add_template("chat", &text).map_err(in_words)?;
+        let mut context = json!({
+            "messages": messages,
+            "tools": null,
+            "add_generation_prompt": false,
+            "date_string": date("%d %b %Y"),
+        });
+        for (name, token) in SPECIAL.iter().zip(&self.special) {
+            context[name] = token.as_str().into();
+        }
+        let template = environment.get_template("chat").map_err(in_words)?;
+        let text = template.render(Rendered::from_serialize(&context)).map_err(in_words)?;
+        let bos = self.special[0].as_str();
+        Ok(text.strip_prefix(bos).map(str::to_owned).unwrap_or(text))
+    }
+}
+
+/// A template that stands alone, or that is the default of several.
+fn named(template: &Value) -> Option<String> {
+    let text = match template.as_array() {
+        None => template,
+        Some(list) => list
+            .iter()
+            .find(|entry| entry["name"] == "default")
+            .or_else(|| list.first())
+            .map(|entry| &entry["template"])?,
+    };
+    text.as_str().map(str::to_owned)
+}
+
+/// Without the tags by which transformers finds an answer to train on, which the template engine does not know.
+fn without_generation_tags(template: &str) -> String {
+    let mut text = template.to_owned();
+    for tag in ["generation", "endgeneration"] {
+        for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
+            text = text.replace(&format!("{open} {tag} {close}"), "");
+        }
+    }
+    text
+}
+
+fn date(format: &str) -> String {
+    let day = NaiveDate::from_ymd_opt(2024, 7, 26).and_then(|day| day.and_hms_opt(12, 0, 0));
+    let mut text = String::new();
+    // an unknown letter in the format is an error only when written
+    match day.map(|day| std::fmt::Write::write_fmt(&mut text, format_args!("{}", day.format(format)))) {
+        Some(Ok(())) => text,
+        _ => format.to_owned(),
+    }
+}
+
+fn raise_exception(message: String) -> Result<Rendered, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// What went wrong, without the place in the template.
+fn in_words(error: Error) -> anyhow::Error {
+    anyhow!("{}", error.detail().map_or_else(|| error.kind().to_string(), str::to_owned))
+}
+
+/// Python's `json.dumps`: a space after each comma and colon.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        to: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { to.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        to: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { to.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, to: &mut W) -> std::io::Result<()> {
+        to.write_all(b": ")
+    }
+}
+
+fn to_json(value: Rendered, options: Kwargs) -> Result<Rendered, Error> {
+    let mut bytes = Vec::new();
+    let written = match options.get::<Option<usize>>("indent")? {
+        Some(indent) => {
+            let indent = b" ".repeat(indent.min(16));
+            let pretty = PrettyFormatter::with_indent(&indent);
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, pretty))
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced)),
+    };
+    written.map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    Ok(Rendered::from_safe_string(String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{% generation %}{{ m['content'].strip() }}{% endgeneration %}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}never{% endif %}";
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        dir
+    }
+
+    fn read(files: &[(&str, &str)]) -> Option<ChatTemplate> {
+        ChatTemplate::read(folder(files).path()).unwrap()
+    }
+
+    #[test]
+    fn a_conversation_is_written_without_the_bos_and_the_prompt_for_an_answer() {
+        let config =
+            json!({ "chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": { "content": "</s>" } });
+        let template = read(&[("tokenizer_config.json", &config.to_string())]).unwrap();
+        let messages =
+            [json!({"role": "user", "content": " Hi <b>"}), json!({"role": "assistant", "content": "Ho"})];
+        assert_eq!(template.render(&messages).unwrap(), "<user>Hi <b></s>\n<assistant>Ho</s>\n");
+    }
+
+    #[test]
+    fn the_template_is_found_where_models_keep_it() {
+        let list = json!({ "chat_template": [
+            { "name": "tool_use", "template": "tools" }, { "name": "default", "template": "list" }
+        ] });
+        let config = ("tokenizer_config.json", &*list.to_string());
+        let render = |files: &[(&str, &str)]| read(files).unwrap().render(&[]).unwrap();
+        assert_eq!(render(&[config]), "list");
+        let own = ("chat_template.json", "{\"chat_template\": \"own\"}");
+        assert_eq!(render(&[config, own]), "own");
+        assert_eq!(render(&[config, own, ("chat_template.jinja", "jinja")]), "jinja");
+        assert_eq!(read(&[]), None);
+        assert_eq!(read(&[("tokenizer_config.json", "{}")]), None);
+    }
+
+    #[test]
+    fn a_template_may_refuse_and_dates_stand_still() {
+        let render =
+            |text: &str| read(&[("chat_template.jinja", text)]).unwrap().render(&[json!({"a": [1, "é"]})]);
+        assert_eq!(render("{{ raise_exception('no') }}").unwrap_err().to_string(), "no");
+        assert!(render("{% if %}").is_err());
+        assert_eq!(
+            render("{{ strftime_now('%d %B %Y') }} {{ date_string }}").unwrap(),
+            "26 July 2024 26 Jul 2024"
+        );
+        assert_eq!(render("{{ strftime_now('%Q!') }}").unwrap(), "%Q!");
+        assert_eq!(render("{{ messages[0] | tojson }}").unwrap(), "{\"a\": [1, \"é\"]}");
+        assert_eq!(render("{% if tools is none %}no tools{% endif %}").unwrap(), "no tools");
+    }
+}
