@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use dynamoe::tensors::is_order;
 use safetensors::Dtype;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::checkpoint::copy::{copy_tensor, write_folder};
 use crate::checkpoint::{Checkpoint, float_dtype, plan_shards};
@@ -37,13 +37,7 @@ pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Resul
     }
     let source = &if options.dense { source.dense()? } else { source.clone() };
     let mut config = source.json().clone();
-    if let Some(name) = options.dtype.and_then(torch_name) {
-        for key in ["torch_dtype", "dtype"] {
-            if let Some(value) = config.get_mut(key) {
-                *value = json!(name);
-            }
-        }
-    }
+    set_dtype(&mut config, options.dtype);
     let routers: HashSet<String> =
         router_tensors(source.config()).into_iter().map(|(name, _)| name).collect();
     let mut plan = source.plan();
@@ -62,6 +56,16 @@ pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Resul
         specs.iter().try_for_each(|spec| copy_tensor(source, &spec.name, spec.dtype, writer))
     })
     .with_context(|| format!("exporting {}", source.dir().display()))
+}
+
+/// Names another type of weights in a config.json that names one.
+pub(crate) fn set_dtype(config: &mut Value, dtype: Option<Dtype>) {
+    let Some(name) = dtype.and_then(torch_name) else { return };
+    for key in ["torch_dtype", "dtype"] {
+        if let Some(value) = config.get_mut(key) {
+            *value = json!(name);
+        }
+    }
 }
 
 /// The type's name in config.json's `torch_dtype`.

@@ -10,6 +10,7 @@
 //! | trainable tensors by name | [`params`] |
 //! | the model: forward and backward | [`model`], on the fused operations of [`ops`] |
 //! | rewriting a checkpoint, dense or in another type | [`export`] |
+//! | an ordinary model of any width | [`mod@slice`] |
 //! | telling what a checkpoint is | [`inspect`] |
 //! | Python code that checkpoints carry for transformers | [`transformers`] |
 //!
@@ -27,6 +28,7 @@ pub mod inspect;
 pub mod model;
 pub mod ops;
 pub mod params;
+pub mod slice;
 pub mod tensors;
 pub mod transformers;
 

@@ -39,6 +39,7 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
         }
         add("post_attention_layernorm.weight", &[d]);
         tensors.extend(of_layer(layer, dense(config.intermediate_size, d).into_array()));
+        tensors.extend(of_layer(layer, ffn_biases(config).into_iter().flatten()));
     }
     tensors.push(("model.norm.weight".to_owned(), vec![d]));
     if !config.tie_word_embeddings {
@@ -46,6 +47,16 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     }
     tensors.extend(added_tensors(config));
     tensors
+}
+
+/// Names below `mlp.` of the biases of gate, up and down.
+pub const FFN_BIASES: [&str; 3] = ["gate_proj.bias", "up_proj.bias", "down_proj.bias"];
+
+/// The biases of an FFN, `(I)`, `(I)` and `(D)`, if the model has any.
+pub fn ffn_biases(config: &ModelConfig) -> Option<[NamedShape; 3]> {
+    let (i, d) = (config.intermediate_size, config.hidden_size);
+    let [gate, up, down] = FFN_BIASES;
+    config.mlp_bias.then(|| [(gate, vec![i]), (up, vec![i]), (down, vec![d])])
 }
 
 /// The tensors that a DynaMoE model has beyond its base's, with their shapes: those of [`router_tensors`] and the

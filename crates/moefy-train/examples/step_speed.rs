@@ -72,6 +72,7 @@ impl Case {
             tie_word_embeddings: true,
             qkv_bias: false,
             o_bias: false,
+            mlp_bias: false,
             qk_norm: false,
             sliding_window: vec![None; self.layers],
             bos_token_id: None,

@@ -31,6 +31,7 @@ fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfi
         tie_word_embeddings: !extras,
         qkv_bias: extras,
         o_bias: extras,
+        mlp_bias: false,
         qk_norm: extras,
         sliding_window: if extras { vec![None, Some(5)] } else { vec![None; 2] },
         bos_token_id: None,

@@ -161,6 +161,9 @@ impl Engine {
         if !self.biases.contains(&[config.qkv_bias, config.o_bias]) {
             refuse("attention_bias", config.o_bias.to_string(), "has other biases");
         }
+        if config.mlp_bias {
+            refuse("mlp_bias", "true".to_owned(), "has no biases in its FFNs");
+        }
         if config.qk_norm != self.qk_norm {
             refuse("model_type", config.architecture.model_type().to_owned(), "norms q and k differently");
         }

@@ -67,6 +67,9 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// The attention's output projection carries a bias.
     pub o_bias: bool,
+    /// The FFN's matrices carry biases: dense Llamas only. Only the bias of `down_proj` is computed; the others have to be
+    /// zero, as in a slice of a DynaMoE model.
+    pub mlp_bias: bool,
     /// RMS norms over the head dimension of q and k (Qwen3).
     pub qk_norm: bool,
     /// For each layer: the attention window, none for full attention.
@@ -175,6 +178,19 @@ pub fn read_json(dir: &Path) -> Result<Value> {
 }
 
 impl ModelConfig {
+    /// Refuses biases of the FFN where something does not compute them.
+    ///
+    /// # Errors
+    /// A model that has them.
+    pub fn refuse_biases(&self, what: &str) -> Result<()> {
+        ensure!(
+            !self.mlp_bias,
+            "config.json: \"mlp_bias\" true: {what} does not know biases of the FFN: use a model without, such as the one \
+             that a slice was cut from"
+        );
+        Ok(())
+    }
+
     /// `H_e` of every layer; a dense model has one expert.
     pub fn expert_widths(&self) -> Vec<usize> {
         self.dynamoe.as_ref().map_or_else(|| vec![self.intermediate_size], |d| d.expert_widths.clone())
@@ -223,7 +239,10 @@ impl ModelConfig {
             Some(section) => Architecture::from_name(&section.base_architecture)?,
             None => Architecture::of_dense(&keys)?,
         };
-        refuse_unsupported(&keys, architecture)?;
+        refuse_unsupported(&keys)?;
+        // the other architectures' FFNs have no biases, whatever this key says
+        let mlp_bias = architecture == Architecture::Llama && keys.flag("mlp_bias")?.unwrap_or(false);
+        ensure!(!(mlp_bias && ours), "\"mlp_bias\": DynaMoE FFNs have no biases, found true");
 
         let hidden_size = keys.size("hidden_size")?;
         let num_hidden_layers = keys.size("num_hidden_layers")?;
@@ -258,6 +277,7 @@ impl ModelConfig {
             tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias: attention_bias || architecture == Architecture::Qwen2,
             o_bias: attention_bias,
+            mlp_bias,
             qk_norm: architecture == Architecture::Qwen3,
             sliding_window: sliding_window(&keys, architecture, num_hidden_layers)?,
             bos_token_id: keys.token_ids("bos_token_id")?.first().copied(),
@@ -268,7 +288,7 @@ impl ModelConfig {
 }
 
 /// Options that change the computation in ways that this crate does not know.
-fn refuse_unsupported(keys: &Keys, architecture: Architecture) -> Result<()> {
+fn refuse_unsupported(keys: &Keys) -> Result<()> {
     if let Some(found) = keys.get("quantization_config") {
         let method = found.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
         bail!(
@@ -279,9 +299,6 @@ fn refuse_unsupported(keys: &Keys, architecture: Architecture) -> Result<()> {
     if let Some(found) = keys.get("hidden_act").filter(|found| !silu(found)) {
         bail!("\"hidden_act\": only \"silu\" is supported, found {found}");
     }
-    // the other architectures' FFNs have no biases, whatever this key says
-    let mlp_bias = architecture == Architecture::Llama && keys.flag("mlp_bias")?.unwrap_or(false);
-    ensure!(!mlp_bias, "\"mlp_bias\": FFN biases are not supported, found true");
     let rotary = keys.number("partial_rotary_factor")?.unwrap_or(1.0);
     ensure!(rotary == 1.0, "\"partial_rotary_factor\": only 1 is supported, found {rotary}");
     Ok(())
@@ -544,8 +561,10 @@ mod tests {
     fn keys_of_other_architectures_are_not_read() {
         let swish = parse("LlamaForCausalLM", json!({ "hidden_act": "swish" }));
         assert!(swish.is_ok());
-        assert!(parse("MistralForCausalLM", json!({ "mlp_bias": true })).is_ok());
-        assert!(parse("LlamaForCausalLM", json!({ "mlp_bias": true })).is_err());
+        assert!(!parse("MistralForCausalLM", json!({ "mlp_bias": true })).unwrap().mlp_bias);
+        let biased = parse("LlamaForCausalLM", json!({ "mlp_bias": true })).unwrap();
+        assert!(biased.mlp_bias && biased.refuse_biases("training").is_err());
+        assert!(parse("LlamaForCausalLM", json!({})).unwrap().refuse_biases("training").is_ok());
         let windowless =
             json!({ "use_sliding_window": true, "max_window_layers": 0, "max_position_embeddings": 8 });
         assert_eq!(parse("Qwen2ForCausalLM", windowless).unwrap().sliding_window, [Some(4096); 4]);

@@ -1,13 +1,13 @@
 //! A whole model as it is served: the backbone around dense or DynaMoE FFNs.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use dynamoe::{DynaMoeFfn, PendingRoutes, Router, Routes, tensors};
 
 use super::{Backbone, Experts};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::tensors::below_mlp;
+use crate::tensors::{below_mlp, ffn_biases};
 
 /// A model whose FFNs run only the experts that their routers choose. A dense model is one whose FFNs have a
 /// single expert.
@@ -15,6 +15,8 @@ use crate::tensors::below_mlp;
 pub struct RoutedModel {
     backbone: Backbone,
     ffns: Vec<DynaMoeFfn<Experts>>,
+    /// What each FFN's `down_proj` adds, `(D)`; empty without biases.
+    biases: Vec<Tensor>,
 }
 
 impl RoutedModel {
@@ -31,7 +33,13 @@ impl RoutedModel {
         let backbone = Backbone::from_tensors(config, get)?;
         let ffns =
             (0..config.num_hidden_layers).map(|layer| ffn(config, layer, get)).collect::<Result<_>>()?;
-        Ok(Self { backbone, ffns })
+        let biases = match config.mlp_bias {
+            true => {
+                (0..config.num_hidden_layers).map(|layer| bias(config, layer, get)).collect::<Result<_>>()?
+            }
+            false => Vec::new(),
+        };
+        Ok(Self { backbone, ffns, biases })
     }
 
     /// Loads a checkpoint for inference, in f32.
@@ -79,7 +87,7 @@ impl RoutedModel {
         let hidden = self.backbone.forward(tokens, &mut |layer, x| {
             let (y, chosen) = self.ffns[layer].forward_routed(x, &sensitivity[layer..=layer])?;
             routes.push(chosen);
-            Ok(y)
+            self.add_bias(layer, y)
         })?;
         Ok((hidden, routes.into_iter().map(PendingRoutes::wait).collect::<CandleResult<_>>()?))
     }
@@ -89,7 +97,16 @@ impl RoutedModel {
     /// # Errors
     /// A token outside the vocabulary; routes that do not fit, as for [`DynaMoeFfn::forward_with`].
     pub fn forward_with(&self, tokens: &Tensor, routes: &[Routes]) -> CandleResult<Tensor> {
-        self.backbone.forward(tokens, &mut |layer, x| self.ffns[layer].forward_with(x, &routes[layer]))
+        self.backbone.forward(tokens, &mut |layer, x| {
+            self.add_bias(layer, self.ffns[layer].forward_with(x, &routes[layer])?)
+        })
+    }
+
+    fn add_bias(&self, layer: usize, y: Tensor) -> CandleResult<Tensor> {
+        match self.biases.get(layer) {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
     }
 
     /// `hidden (N, D)` → `(N, V)`.
@@ -99,6 +116,25 @@ impl RoutedModel {
     pub fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
         self.backbone.logits(hidden)
     }
+}
+
+/// The bias of a layer's `down_proj`, `(D)`; those of gate and up have to be zero.
+fn bias(
+    config: &ModelConfig,
+    layer: usize,
+    get: &mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let [gate, up, down] = ffn_biases(config).context("a model without biases")?;
+    for (name, shape) in [gate, up] {
+        let largest = get(&tensors::full_name(layer, name), &shape)?.abs()?.max(0)?.to_scalar::<f32>()?;
+        ensure!(
+            largest == 0.0,
+            "{}: only biases of down_proj are computed: expected zeros, found {largest}",
+            tensors::full_name(layer, name)
+        );
+    }
+    let (name, shape) = down;
+    get(&tensors::full_name(layer, name), &shape)
 }
 
 fn ffn(

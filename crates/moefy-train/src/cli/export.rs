@@ -1,11 +1,13 @@
-//! `export`: rewrites a checkpoint, as a dense model, as an add-on to its base, in another type or in other shards.
+//! `export`: rewrites a checkpoint, as a dense model of full or less width, as an add-on to its base, in another type or in other shards.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use dynamoe_model::Checkpoint;
 use dynamoe_model::checkpoint::write_add_on;
 use dynamoe_model::export::{ExportOptions, export as export_checkpoint};
+use dynamoe_model::slice::{Compensation, Slice, export_slice};
 
 use super::options::{open_model, with_add_on};
 use super::print;
@@ -27,7 +29,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     add_on: Option<Option<PathBuf>>,
     /// The dense model that an add-on is written for: a folder or a hub id
-    #[arg(long, requires = "add_on", conflicts_with_all = ["dense", "dtype", "max_shard_bytes"])]
+    #[arg(long, requires = "add_on", conflicts_with_all = ["dense", "width", "dtype", "max_shard_bytes"])]
     base: Option<String>,
     /// Folder to write
     #[arg(long)]
@@ -35,6 +37,9 @@ pub struct ExportArgs {
     /// Write an ordinary model of the base architecture, without what DynaMoE added
     #[arg(long)]
     dense: bool,
+    /// With --dense: cut the model to this share of its FFNs' width, for all tokens
+    #[arg(long, value_name = "WIDTH", requires = "dense")]
+    width: Option<f64>,
     /// Type of the weights [default: as they are]
     #[arg(long, value_enum)]
     dtype: Option<DtypeArg>,
@@ -61,10 +66,48 @@ pub fn export(args: &ExportArgs) -> Result<()> {
         }
         (add_on, _) => {
             let model = with_add_on(model, add_on.as_ref().and_then(|dir| dir.as_deref()))?;
-            export_checkpoint(&model, &args.options(), &args.out)?;
+            match args.width {
+                Some(share) => return cut(&model, share, args),
+                None => export_checkpoint(&model, &args.options(), &args.out)?,
+            }
         }
     }
     print(&format_args!("{}", args.out.display()))
+}
+
+/// Writes an ordinary model of a share of the width, and says what it is made of.
+fn cut(model: &Checkpoint, share: f64, args: &ExportArgs) -> Result<()> {
+    let slice = Slice::of(model, share)?;
+    let config = model.config();
+    let (full, experts) = (config.intermediate_size, config.expert_widths());
+    if slice.compensation == Compensation::LeftOut {
+        tracing::warn!(
+            "{}'s FFN has no biases, so the slice goes without compensation: `evaluate` it to see what that costs",
+            config.architecture.name()
+        );
+    }
+    if slice.width < experts[0] {
+        tracing::warn!("the smallest expert has {} neurons: nothing narrower was trained", experts[0]);
+    }
+    match slice.width == full {
+        true => export_checkpoint(model, &args.options(), &args.out)?,
+        false => export_slice(model, &slice, &args.options(), &args.out)?,
+    }
+    let compensation = match slice.compensation {
+        Compensation::Bias => ", compensation as a bias of down_proj",
+        Compensation::LeftOut => ", no compensation",
+        Compensation::Nothing => "",
+    };
+    let separate = match slice.separate {
+        0 => String::new(),
+        count => format!(", the first {count} with the smaller experts' separate weights"),
+    };
+    print(&format_args!(
+        "{}: {} of {full} neurons in each FFN (a multiple of {}){separate}{compensation}",
+        args.out.display(),
+        slice.width,
+        slice.multiple
+    ))
 }
 
 impl ExportArgs {

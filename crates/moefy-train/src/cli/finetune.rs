@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::refuse_overlap;
@@ -55,7 +55,9 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
     let batches = lab.batches(&recipe.train)?;
     let teacher = match &args.teacher {
         Some(teacher) if recipe.train.has_teacher() => {
-            Some(RoutedModel::load(&open_model(teacher)?, &device)?)
+            let teacher = open_model(teacher)?;
+            teacher.config().refuse_biases("distillation").context("--teacher")?;
+            Some(RoutedModel::load(&teacher, &device)?)
         }
         None if recipe.train.needs_other_teacher() => Some(lab.teacher()?),
         _ => None,

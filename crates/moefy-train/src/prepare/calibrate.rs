@@ -149,6 +149,7 @@ pub fn calibrate(source: &Checkpoint, batches: &[PaddedBatch]) -> Result<Calibra
         "{}: a DynaMoE checkpoint; calibration is of the dense model that it is made from",
         source.dir().display()
     );
+    config.refuse_biases("calibration").with_context(|| source.dir().display().to_string())?;
     let mut get = |name: &str, shape: &[usize]| source.tensor(name, shape, DType::F32, &Device::Cpu);
     let backbone = Backbone::from_tensors(config, &mut get)?;
     let (d, i) = (config.hidden_size, config.intermediate_size);

@@ -40,6 +40,7 @@ impl TrainModel {
             config.expert_widths().len() > 1 || !train.method.has_router(),
             "a checkpoint of one expert has nothing to route: --method dense trains it"
         );
+        config.refuse_biases("training")?;
         let separate = config.dynamoe.as_ref().is_some_and(|section| section.separate_shells > 0);
         let mut params = Params::new();
         let mut frozen = BTreeMap::new();

@@ -94,7 +94,7 @@ fn broken_configs_are_refused() {
     );
     says(&|c| c["architectures"] = json!(["DynaMoeForCausalLM"]), &["dynamoe", "not found"]);
     says(&|c| c["hidden_act"] = json!("gelu"), &["hidden_act", "silu", "gelu"]);
-    says(&|c| c["mlp_bias"] = json!(true), &["mlp_bias"]);
+    says(&|c| c["mlp_bias"] = json!(true), &["gate_proj.bias", "missing"]);
     says(&|c| c["quantization_config"] = json!({ "quant_method": "gptq" }), &["gptq", "unquantized"]);
     says(&|c| c["rope_scaling"] = json!({ "rope_type": "longrope", "factor": 4 }), &["longrope", "llama3"]);
     says(&|c| c["rope_scaling"] = json!({ "type": "linear" }), &["rope_scaling", "factor", "missing"]);

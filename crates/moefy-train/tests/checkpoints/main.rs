@@ -4,6 +4,7 @@ mod convert;
 mod damaged;
 mod output;
 mod read;
+mod slice;
 #[path = "../support/mod.rs"]
 mod support;
 mod tools;

@@ -24,6 +24,10 @@ fn an_add_on_and_its_base_are_the_model() {
     assert_eq!(lab.json("joined/config.json"), lab.json("out/config.json"));
     lab.ok(&[&["export", "--dense"], &together[..], &["back"]].concat());
     assert_eq!(lab.tensors("back"), lab.tensors("dense"));
+    let width = ["export", "--dense", "--width", "0.5"];
+    lab.ok(&[&width[..], &together, &["cut"]].concat());
+    lab.ok(&[&width[..], &["--model", "out", "--out", "cut from whole"]].concat());
+    assert_eq!(lab.tensors("cut"), lab.tensors("cut from whole"));
     let told = lab.ok(&["inspect", "dense", "--add-on", "extra"]);
     assert!(told.contains("extra") && told.contains("DynaMoE") && !told.contains("unused"), "{told}");
     // new budgets go into the add-on, the base stays as it is

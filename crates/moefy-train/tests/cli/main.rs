@@ -9,6 +9,7 @@ mod memory;
 mod output;
 mod resume;
 mod run;
+mod slice;
 #[path = "../support/mod.rs"]
 mod support;
 mod text;
