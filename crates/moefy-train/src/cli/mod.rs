@@ -3,6 +3,7 @@
 //! Only this module knows clap. It belongs to the program, not to the library, so nothing can import it.
 
 mod calibrate;
+mod card;
 mod chart;
 mod compare;
 mod convert;
@@ -57,6 +58,8 @@ enum Command {
     Report(report::ReportArgs),
     /// Draw loss against width as one SVG file
     Chart(chart::ChartArgs),
+    /// Write a model card, README.md with the Hub's metadata, into a checkpoint's folder
+    Card(card::CardArgs),
     /// Say what a checkpoint is
     Inspect(inspect::InspectArgs),
     /// Train a small dense model from scratch: how the demo's base was made
@@ -77,6 +80,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Convert(args) => convert::convert(&args),
         Command::Finetune(args) => finetune::finetune(&args, &*stop_on_signal()?),
         Command::Evaluate(args) => evaluate::evaluate(&args),
+        Command::Card(args) => card::card(&args),
         Command::Export(args) => export::export(&args),
         Command::Report(args) => report::report(&args),
         Command::Chart(args) => chart::chart(&args),

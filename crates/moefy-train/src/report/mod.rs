@@ -4,6 +4,7 @@
 //! (light and dark) and the page reads without scripts. The script adds read-outs and the dial. Everything
 //! that comes from outside (titles, names, token texts) goes through the template's HTML escaping.
 
+mod card;
 mod chart;
 mod charts;
 mod format;
@@ -26,6 +27,7 @@ use dynamoe_model::checkpoint::write_atomic;
 
 use self::results::Report;
 
+pub use card::{CardOptions, write_card};
 pub use svg::{curve_svg, read_curves};
 
 const TEMPLATE: &str = include_str!("report.html");

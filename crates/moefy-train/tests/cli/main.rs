@@ -1,6 +1,7 @@
 //! The program as a user runs it: its commands on tiny models, interruptions, and input that is wrong.
 
 mod add_on;
+mod card;
 mod compare;
 mod evaluate;
 mod finetune;
