@@ -248,20 +248,22 @@ fn a_second_signal_ends_at_once() {
 }
 
 #[test]
-fn a_signal_while_loading_ends_at_once() {
+fn while_it_loads_a_server_refuses_connections_and_a_signal_ends_it() {
     let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 78);
     // who reads this waits for ever
     let tokenizer = checkpoints.folder().join("dynamoe/tokenizer.json");
     std::fs::remove_file(&tokenizer).unwrap();
     assert!(Command::new("mkfifo").arg(&tokenizer).status().unwrap().success());
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let mut process = Command::new(env!("CARGO_BIN_EXE_serve"))
-        .args(["--model", &checkpoints.dynamoe(), "--cpu", "--port", "0"])
+        .args(["--model", &checkpoints.dynamoe(), "--cpu", "--port", &port])
         .env("RUST_LOG", "warn")
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     thread::sleep(Duration::from_secs(1));
     assert!(process.try_wait().unwrap().is_none(), "it does not wait for its tokenizer");
+    assert!(TcpStream::connect(format!("127.0.0.1:{port}")).is_err(), "it takes connections");
     Command::new("kill").args(["-TERM", &process.id().to_string()]).status().unwrap();
     thread::sleep(Duration::from_secs(2));
     let ended = process.try_wait().unwrap();

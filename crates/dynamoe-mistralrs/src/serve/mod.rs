@@ -33,6 +33,7 @@ mod signals;
 
 use std::{
     io::Write,
+    net::SocketAddr,
     process::ExitCode,
     sync::{
         Arc,
@@ -49,7 +50,10 @@ use axum::{
     routing::{get, post},
 };
 use clap::Parser;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::Semaphore,
+};
 use tracing_subscriber::EnvFilter;
 
 pub use adaptive::Range;
@@ -58,6 +62,9 @@ pub use load::{Served, load};
 pub use options::Options;
 
 use crate::LoadedModel;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -101,17 +108,28 @@ pub async fn run_with(options: Options) -> Result<()> {
 
     options.token()?;
     // bound first: a port that is taken is known before a large model is read
-    let listener = TcpListener::bind((options.host, options.port))
-        .await
-        .with_context(|| format!("cannot listen at {}, port {}", options.host, options.port))?;
+    let cannot = || format!("cannot listen at {}, port {}", options.host, options.port);
+    let socket = bind((options.host, options.port).into()).with_context(cannot)?;
     let mut signals = signals::Signals::new()?;
     let served = tokio::select! {
         served = load(&options) => served?,
         // the loader's thread takes no word: the process ends without it
         () = signals.next() => std::process::exit(0),
     };
+    // only now: until here connections are refused, so that a load balancer takes another server
+    let listener = socket.listen(BACKLOG).with_context(cannot)?;
     let _ = writeln!(std::io::stdout(), "dynamoe-serve listens at http://{}", listener.local_addr()?);
     serve(listener, served, &options, signals.first_then_exit()).await
+}
+
+/// A socket at an address, which does not listen yet.
+fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // connections of a server that has just ended do not keep the port
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 /// Serves until `stop` is done, then lets requests in flight finish, for the options' drain time at most.
