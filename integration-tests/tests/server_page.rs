@@ -63,6 +63,40 @@ fn the_page_is_one_document_that_asks_this_server_only() {
     assert!(policy.contains("default-src 'none'") && policy.contains("connect-src 'self'"), "{policy}");
 }
 
+#[test]
+fn an_api_key_is_asked_of_everybody() {
+    let checkpoints = checkpoints("LlamaForCausalLM", SMALL, 98);
+    let server = Server::start(&checkpoints.dynamoe(), &["--api-key", "secret"]);
+    let ask = |key: Option<&str>| {
+        let request = server.client.post(format!("{}{TEXT}", server.url)).json(&completion("Hello", 2));
+        let request = key.map_or(request.try_clone().unwrap(), |key| request.bearer_auth(key));
+        request.send().unwrap()
+    };
+    for wrong in [None, Some("Secret"), Some("")] {
+        let refused = ask(wrong);
+        assert_eq!(
+            (refused.status().as_u16(), &refused.headers()["www-authenticate"]),
+            (401, &"Bearer".parse().unwrap())
+        );
+        assert!(refused.text().unwrap().contains("Authorization: Bearer KEY"));
+    }
+    assert_eq!(ask(Some("secret")).status(), 200);
+    for (route, status) in [("/", 200), ("/health", 200), ("/v1/models", 401), ("/metrics", 401), ("/x", 401)]
+    {
+        assert_eq!(server.get(route).status(), status, "{route}");
+    }
+    let Some(browser) = Browser::start() else { return };
+    browser.open(&server.url, 1280, 900, false);
+    browser.wait("!document.getElementById('locked').hidden");
+    browser.script(
+        "document.getElementById('api-key').value = 'secret';
+         document.getElementById('api-key').dispatchEvent(new Event('change'));",
+    );
+    browser.wait("document.getElementById('model').textContent === 'dynamoe' && document.getElementById('locked').hidden");
+    browser.script("document.getElementById('send').click();");
+    browser.wait("document.querySelector('.figures').textContent.includes('mean width')");
+}
+
 /// Skipped, with a line that says so, where there is no Chromium with its driver.
 #[test]
 fn a_browser_shows_two_answers_coloured_by_width() {

@@ -1,8 +1,9 @@
 //! Who may ask for what: hosts, content types, and paths that do not exist.
 //!
 //! A web page on another site can make its visitor's browser send requests to this server. Three rules keep it out: no
-//! answer carries CORS headers for a site that was not allowed, a body must be declared as JSON (which a page may not do without asking first), and the
-//! `Host` header must not be a foreign name (a page can let its own name resolve to this machine).
+//! answer carries CORS headers for a site that was not allowed, a body must be declared as JSON (which a page may not do
+//! without asking first), and the `Host` header must not be a foreign name (a page can let its own name resolve to this
+//! machine).
 
 use std::sync::Arc;
 

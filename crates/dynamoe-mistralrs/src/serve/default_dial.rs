@@ -6,7 +6,7 @@ use axum::{
     Json,
     body::Bytes,
     extract::{ConnectInfo, State},
-    http::{HeaderMap, StatusCode, header::AUTHORIZATION},
+    http::{HeaderMap, StatusCode},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -15,6 +15,7 @@ use super::{
     App,
     adaptive::Adaptive,
     error::{ApiError, ApiResult},
+    keys::{bearer, same},
     request,
 };
 use crate::{Dial, LoadedModel};
@@ -32,9 +33,8 @@ pub(super) async fn set(
     headers: HeaderMap,
     body: Bytes,
 ) -> ApiResult<Json<Value>> {
-    let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let proxied = PROXIED.iter().any(|name| headers.contains_key(*name));
-    may_set(app.token.as_deref(), authorization, Peer { address: peer, proxied })?;
+    may_set(app.token.as_deref(), bearer(&headers), Peer { address: peer, proxied })?;
     let dial = match request::parse::<Setting>(&body)? {
         Setting { sensitivity: Some(sensitivity), budget: None } => Dial::Sensitivity(sensitivity),
         Setting { sensitivity: None, budget: Some(budget) } => Dial::Budget(budget),
@@ -82,12 +82,9 @@ struct Peer {
 }
 
 /// With a token, whoever presents it may set the dial; without, whoever is on this machine.
-fn may_set(token: Option<&str>, authorization: Option<&str>, peer: Peer) -> ApiResult<()> {
-    let presented = authorization.and_then(|value| value.strip_prefix("Bearer "));
+fn may_set(token: Option<&str>, presented: Option<&str>, peer: Peer) -> ApiResult<()> {
     match token {
-        Some(token) if presented.is_some_and(|presented| same(presented.as_bytes(), token.as_bytes())) => {
-            Ok(())
-        }
+        Some(token) if presented.is_some_and(|presented| same(presented, token)) => Ok(()),
         Some(_) => {
             Err(ApiError::new(StatusCode::UNAUTHORIZED, "setting the default dial needs the bearer token"))
         }
@@ -97,11 +94,6 @@ fn may_set(token: Option<&str>, authorization: Option<&str>, peer: Peer) -> ApiR
             "setting the default dial over the network needs a server that was started with --token",
         )),
     }
-}
-
-/// Compares without telling by the time it takes how much is right.
-fn same(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
 fn describe(model: &LoadedModel, adaptive: Option<Adaptive>) -> Value {
@@ -128,17 +120,17 @@ mod tests {
 
     #[test]
     fn the_network_needs_a_token_and_this_machine_only_if_there_is_one() {
-        let status = |token, authorization, peer: &str| {
+        let status = |token, presented, peer: &str| {
             let peer = Peer { address: peer.parse().unwrap(), proxied: false };
-            may_set(token, authorization, peer).map_err(|error| error.status.as_u16())
+            may_set(token, presented, peer).map_err(|error| error.status.as_u16())
         };
         assert_eq!(status(None, None, "127.0.0.1:9"), Ok(()));
         assert_eq!(status(None, None, "[::ffff:127.0.0.1]:9"), Ok(()));
-        assert_eq!(status(None, Some("Bearer x"), "10.0.0.7:9"), Err(403));
+        assert_eq!(status(None, Some("x"), "10.0.0.7:9"), Err(403));
         let proxy = Peer { address: "127.0.0.1:9".parse().unwrap(), proxied: true };
         assert_eq!(may_set(None, None, proxy).unwrap_err().status, StatusCode::FORBIDDEN);
-        assert_eq!(status(Some("secret"), Some("Bearer secret"), "10.0.0.7:9"), Ok(()));
-        for wrong in [None, Some("Bearer secreT"), Some("Bearer secret "), Some("secret"), Some("Bearer ")] {
+        assert_eq!(status(Some("secret"), Some("secret"), "10.0.0.7:9"), Ok(()));
+        for wrong in [None, Some("secreT"), Some("secret "), Some("")] {
             assert_eq!(status(Some("secret"), wrong, "127.0.0.1:9"), Err(401), "{wrong:?}");
         }
     }

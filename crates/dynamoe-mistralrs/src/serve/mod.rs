@@ -21,6 +21,7 @@ mod completions;
 mod connections;
 mod default_dial;
 mod error;
+mod keys;
 mod language;
 mod load;
 mod metrics;
@@ -107,6 +108,7 @@ pub async fn run_with(options: Options) -> Result<()> {
         .init();
 
     options.token()?;
+    options.api_key()?;
     // bound first: a port that is taken is known before a large model is read
     let cannot = || format!("cannot listen at {}, port {}", options.host, options.port);
     let socket = bind((options.host, options.port).into()).with_context(cannot)?;
@@ -182,6 +184,7 @@ fn routes(app: App, options: &Options) -> Result<Router> {
         .method_not_allowed_fallback(access::wrong_method)
         .layer(DefaultBodyLimit::disable())
         .layer(from_fn_with_state(connections::Bodies::of(options), connections::read_body))
+        .layer(from_fn_with_state(keys::Keys::new(options.api_key()?, options.token()?), keys::guard))
         .layer(from_fn_with_state(access::Hosts::new(&options.allowed_hosts), access::guard))
         .layer(from_fn_with_state(Arc::clone(&app.metrics), count))
         .with_state(app);

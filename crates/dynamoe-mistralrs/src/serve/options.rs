@@ -71,6 +71,11 @@ pub struct Options {
     #[arg(long)]
     pub token: Option<String>,
 
+    /// Key that every request has to present as a bearer token, but for the page and /health
+    /// [default: the environment's DYNAMOE_API_KEY, else none is asked for]
+    #[arg(long)]
+    pub api_key: Option<String>,
+
     /// Name that the server answers to in the Host header, besides localhost and IP addresses; may be repeated, * is any
     #[arg(long = "allowed-host", value_name = "NAME")]
     pub allowed_hosts: Vec<String>,
@@ -133,6 +138,13 @@ pub struct Options {
     pub drain_seconds: u64,
 }
 
+/// A secret that was given as `option` or in the environment as `variable`.
+fn secret(given: Option<&str>, option: &str, variable: &str) -> Result<Option<String>> {
+    let secret = given.map(str::to_owned).or_else(|| std::env::var(variable).ok());
+    ensure!(secret.as_deref() != Some(""), "{option} is empty: give it or {variable} a value, or neither");
+    Ok(secret)
+}
+
 fn dial_value(text: &str) -> Result<f64> {
     let value = text.parse().map_err(|_| anyhow!("expected a number from 0 to 1"))?;
     check_dial("the dial", value)?;
@@ -160,12 +172,15 @@ impl Options {
     /// # Errors
     /// An empty one: it would be none, and who set it meant to set one.
     pub(super) fn token(&self) -> Result<Option<String>> {
-        let token = self.token.clone().or_else(|| std::env::var("DYNAMOE_TOKEN").ok());
-        ensure!(
-            token.as_deref() != Some(""),
-            "the token is empty: give --token or DYNAMOE_TOKEN a value, or neither"
-        );
-        Ok(token)
+        secret(self.token.as_deref(), "--token", "DYNAMOE_TOKEN")
+    }
+
+    /// The API key, from the command line or the environment.
+    ///
+    /// # Errors
+    /// An empty one.
+    pub(super) fn api_key(&self) -> Result<Option<String>> {
+        secret(self.api_key.as_deref(), "--api-key", "DYNAMOE_API_KEY")
     }
 
     fn on_cpu(&self) -> bool {

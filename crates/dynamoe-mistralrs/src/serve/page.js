@@ -3,6 +3,15 @@ const element = (id) => document.getElementById(id);
 const panes = [];
 let running = null;
 
+/** Asks the server; a page that was refused for want of a key shows where to put one. */
+async function ask(path, options = {}) {
+  const key = element("api-key").value;
+  const headers = { ...options.headers, ...(key && { Authorization: "Bearer " + key }) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.status === 401) element("locked").hidden = false;
+  return response;
+}
+
 /** The shade of a width from 0 to 1: the class w0 (narrow) to w8 (full). */
 const shade = (width) => "w" + Math.max(0, Math.min(8, Math.round(width * 8)));
 
@@ -78,7 +87,7 @@ async function fill(pane, signal) {
     pane.figures.textContent = [tokens + " tokens", rate, width].filter(Boolean).join(" · ");
   };
   try {
-    const response = await fetch(path, {
+    const response = await ask(path, {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
     });
     if (!response.ok) throw new Error((await response.json()).error.message);
@@ -117,17 +126,14 @@ async function send(event) {
   element("stop").disabled = true;
 }
 
-async function start() {
-  addPane(1);
-  addPane(0.5);
-  const compare = () => { panes[1].root.hidden = !element("compare").checked; };
-  element("compare").addEventListener("change", compare);
-  compare();
-  element("ask").addEventListener("submit", send);
-  element("stop").addEventListener("click", () => running && running.abort());
-  const models = (await (await fetch("/v1/models")).json()).data.map((model) => model.id);
+/** Learns what the model is called and whether it has a dial. */
+async function learn() {
+  const answer = await ask("/v1/models");
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  element("locked").hidden = true;
+  const models = (await answer.json()).data.map((model) => model.id);
   const name = models.find((id) => id !== "default" && !id.includes("@")) ?? models[0];
-  const dial = await fetch("/v1/dynamoe");
+  const dial = await ask("/v1/dynamoe");
   if (!dial.ok) {
     element("model").textContent = name + ": a dense model, which has no dial";
     element("key").hidden = true;
@@ -142,4 +148,17 @@ async function start() {
   document.querySelectorAll(".adaptive").forEach((part) => { part.textContent = now; });
 }
 
-start().catch((error) => { element("model").textContent = "the server does not answer: " + error.message; });
+function start() {
+  const tell = () => learn().catch((error) => { element("model").textContent = error.message; });
+  addPane(1);
+  addPane(0.5);
+  const compare = () => { panes[1].root.hidden = !element("compare").checked; };
+  element("compare").addEventListener("change", compare);
+  compare();
+  element("ask").addEventListener("submit", send);
+  element("stop").addEventListener("click", () => running && running.abort());
+  element("api-key").addEventListener("change", tell);
+  tell();
+}
+
+start();
