@@ -221,11 +221,15 @@ mod tests {
                 all.extend([&gate, &up, &reach].map(|v| grads.get(v).unwrap().clone()));
                 all
             };
-            for (fast, slow) in run(masked_swiglu).iter().zip(run(masked_swiglu_reference)) {
+            // the gradients of the mask are sums of at most I terms below 4 · 4 · 2, added in another order
+            let sum = i as f32 * 32.0 * f32::EPSILON / 2.0;
+            let rounding = [0.0, 0.0, 0.0, sum];
+            let (fast, slow) = (run(masked_swiglu), run(masked_swiglu_reference));
+            for ((fast, slow), rounding) in fast.iter().zip(slow).zip(rounding) {
                 assert_eq!((fast.dims(), fast.dtype()), (slow.dims(), DType::F32));
                 let (fast, slow) = (fast.flatten_all().unwrap(), slow.flatten_all().unwrap());
                 for (a, b) in fast.to_vec1::<f32>().unwrap().iter().zip(slow.to_vec1::<f32>().unwrap()) {
-                    assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()), "{a} {b}");
+                    assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()) + rounding, "{a} {b}");
                 }
             }
         }
