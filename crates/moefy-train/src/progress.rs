@@ -80,10 +80,18 @@ impl Progress {
 
     /// Removes the bar, or writes a last line.
     pub fn finish(self) {
+        let last = self.last_line();
         self.bar.finish_and_clear();
-        if self.plain.is_some() {
-            self.write(&format!("in {}", time(self.started.elapsed().as_secs_f64())));
+        if let Some(last) = last {
+            self.write(&last);
         }
+    }
+
+    /// Where the work stands, for a reader that is no terminal. Finishing the bar moves it to its end, also where the work
+    /// was stopped before.
+    fn last_line(&self) -> Option<String> {
+        let took = time(self.started.elapsed().as_secs_f64());
+        self.plain.is_some().then(|| format!("{}, in {took}", self.status()))
     }
 
     /// Seconds that this many units take at the rate so far.
@@ -99,13 +107,13 @@ impl Progress {
         let mut last = lock(plain);
         if last.elapsed() >= PLAIN_EVERY {
             *last = Instant::now();
-            self.write(&format!("{} left", self.left()));
+            self.write(&format!("{}, {} left", self.status(), self.left()));
         }
     }
 
     /// A plain line. A reader that has left must not end the work.
-    fn write(&self, end: &str) {
-        let _ = writeln!(std::io::stderr(), "{} {}, {end}", self.label, self.status());
+    fn write(&self, line: &str) {
+        let _ = writeln!(std::io::stderr(), "{} {line}", self.label);
     }
 
     /// Units in a second since it began; 0 before anything is done.
@@ -148,6 +156,15 @@ mod tests {
     fn times_are_short() {
         let all = [0.4, 119.0, 120.0, 7199.0, 7261.0, 1e6].map(time);
         assert_eq!(all, ["0 s", "119 s", "2 min", "119 min", "2 h 1 min", "277 h 46 min"]);
+    }
+
+    #[test]
+    fn what_was_stopped_is_told_as_far_as_it_came() {
+        let progress = Progress::shown("", "tokens", 0..1000, ProgressDrawTarget::hidden(), true);
+        progress.add(300);
+        assert!(progress.last_line().unwrap().starts_with("300/1000 tokens"));
+        let seen = Progress::shown("", "tokens", 0..1000, ProgressDrawTarget::hidden(), false);
+        assert_eq!(seen.last_line(), None);
     }
 
     #[test]

@@ -117,7 +117,9 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
             evaluation.choices.push(choices_point(&model, choices, setting)?);
         }
     }
-    progress.finish();
+    if tokens > 0 {
+        progress.finish();
+    }
     if args.json {
         print(&format_args!("{}", serde_json::to_string_pretty(&evaluation)?))?;
     } else {
