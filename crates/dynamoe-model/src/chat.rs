@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
-use chrono::NaiveDate;
+use chrono::{NaiveDate, NaiveDateTime};
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value as Rendered};
 use serde::Serialize;
@@ -54,29 +54,36 @@ impl ChatTemplate {
     /// # Errors
     /// What the template refuses, or cannot be rendered with.
     pub fn render(&self, messages: &[Value]) -> Result<String> {
-        let text = without_generation_tags(&self.text);
-        let mut environment = Environment::new();
-        environment.set_lstrip_blocks(true);
-        environment.set_trim_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", |format: String| date(&format));
-        environment.add_filter("tojson", to_json);
-        environment.add_template("chat", &text).map_err(in_words)?;
-        let mut context = json!({
-            "messages": messages,
-            "tools": null,
-            "add_generation_prompt": false,
-            "date_string": date("%d %b %Y"),
-        });
+        let mut context = json!({ "messages": messages, "tools": null, "add_generation_prompt": false });
         for (name, token) in SPECIAL.iter().zip(&self.special) {
             context[name] = token.as_str().into();
         }
-        let template = environment.get_template("chat").map_err(in_words)?;
-        let text = template.render(Rendered::from_serialize(&context)).map_err(in_words)?;
+        let text = render(&self.text, context, still())?;
         let bos = self.special[0].as_str();
         Ok(text.strip_prefix(bos).map(str::to_owned).unwrap_or(text))
     }
+}
+
+/// Renders a chat template as transformers does. `context` is an object with the template's variables (`messages`, `tools`,
+/// the special tokens, …), and `now` the time that the template finds if it asks.
+///
+/// # Errors
+/// What the template refuses, or cannot be rendered with.
+pub fn render(template: &str, mut context: Value, now: NaiveDateTime) -> Result<String> {
+    let text = without_generation_tags(template);
+    let mut environment = Environment::new();
+    environment.set_lstrip_blocks(true);
+    environment.set_trim_blocks(true);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", move |format: String| written(now, &format));
+    environment.add_filter("tojson", to_json);
+    environment.add_template("chat", &text).map_err(in_words)?;
+    if context.get("date_string").is_none() {
+        context["date_string"] = written(now, "%d %b %Y").into();
+    }
+    let template = environment.get_template("chat").map_err(in_words)?;
+    template.render(Rendered::from_serialize(&context)).map_err(in_words)
 }
 
 /// A template that stands alone, or that is the default of several.
@@ -103,13 +110,17 @@ fn without_generation_tags(template: &str) -> String {
     text
 }
 
-fn date(format: &str) -> String {
-    let day = NaiveDate::from_ymd_opt(2024, 7, 26).and_then(|day| day.and_hms_opt(12, 0, 0));
+/// The time that a training text is written at, so that it is always the same text.
+fn still() -> NaiveDateTime {
+    NaiveDate::from_ymd_opt(2024, 7, 26).and_then(|day| day.and_hms_opt(12, 0, 0)).unwrap_or_default()
+}
+
+fn written(now: NaiveDateTime, format: &str) -> String {
     let mut text = String::new();
     // an unknown letter in the format is an error only when written
-    match day.map(|day| std::fmt::Write::write_fmt(&mut text, format_args!("{}", day.format(format)))) {
-        Some(Ok(())) => text,
-        _ => format.to_owned(),
+    match std::fmt::Write::write_fmt(&mut text, format_args!("{}", now.format(format))) {
+        Ok(()) => text,
+        Err(_) => format.to_owned(),
     }
 }
 

@@ -1,11 +1,10 @@
 //! Chat templates, as transformers renders them.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
+use dynamoe_model::chat;
 use either::Either;
-use minijinja::{Environment, Error, ErrorKind, Value, value::Kwargs};
 use mistralrs_core::ChatTemplate;
-use serde::Serialize;
-use serde_json::ser::Formatter;
+use serde_json::{Map, Value, json};
 
 /// A model's chat template and the special tokens that it may write.
 #[derive(Debug, Default)]
@@ -21,11 +20,11 @@ pub(in super::super) struct Template {
 #[derive(Debug, Default)]
 pub(in super::super) struct Conversation {
     /// OpenAI's messages; their content is text.
-    pub messages: Vec<serde_json::Value>,
+    pub messages: Vec<Value>,
     /// OpenAI's descriptions of tools.
-    pub tools: Vec<serde_json::Value>,
+    pub tools: Vec<Value>,
     /// Further variables.
-    pub variables: serde_json::Map<String, serde_json::Value>,
+    pub variables: Map<String, Value>,
 }
 
 impl Template {
@@ -61,104 +60,28 @@ impl Template {
             .or_else(|| named("default"))
             .or_else(|| self.named.first())
             .context("the model has no chat template")?;
-        let text = without_generation_tags(text);
-        let mut environment = Environment::new();
-        environment.set_lstrip_blocks(true);
-        environment.set_trim_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", |format: String| now(&format));
-        environment.add_filter("tojson", to_json);
-        environment.add_template("chat", &text).map_err(in_words)?;
         let Conversation { messages, tools, variables } = conversation;
-        let mut context = serde_json::Map::new();
-        context.insert("messages".into(), messages.into());
         // templates ask whether tools are given by asking whether they are none
-        let tools = if tools.is_empty() { serde_json::Value::Null } else { tools.into() };
-        context.insert("tools".into(), tools);
-        context.insert("add_generation_prompt".into(), true.into());
-        for (name, token) in [("bos_token", &self.bos), ("eos_token", &self.eos), ("unk_token", &self.unk)] {
-            context.insert(name.into(), token.clone().unwrap_or_default().into());
+        let tools = if tools.is_empty() { Value::Null } else { tools.into() };
+        let token = |token: &Option<String>| token.clone().unwrap_or_default();
+        let mut context = json!({
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": true,
+            "bos_token": token(&self.bos),
+            "eos_token": token(&self.eos),
+            "unk_token": token(&self.unk),
+        });
+        for (name, value) in variables {
+            context[name] = value;
         }
-        context.insert("date_string".into(), now("%d %b %Y").into());
-        context.extend(variables);
-        let template = environment.get_template("chat").map_err(in_words)?;
-        template.render(Value::from_serialize(&context)).map_err(in_words)
+        chat::render(text, context, chrono::Local::now().naive_local())
     }
-}
-
-/// Without the tags by which transformers finds an answer to train on, which the template engine does not know.
-fn without_generation_tags(template: &str) -> String {
-    let mut text = template.to_owned();
-    for tag in ["generation", "endgeneration"] {
-        for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
-            text = text.replace(&format!("{open} {tag} {close}"), "");
-        }
-    }
-    text
-}
-
-fn now(format: &str) -> String {
-    let mut text = String::new();
-    // an unknown letter in the format is an error only when written
-    match std::fmt::Write::write_fmt(&mut text, format_args!("{}", chrono::Local::now().format(format))) {
-        Ok(()) => text,
-        Err(_) => format.to_owned(),
-    }
-}
-
-fn raise_exception(message: String) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message))
-}
-
-/// What went wrong, without the place in the template: that is the model's matter.
-fn in_words(error: Error) -> anyhow::Error {
-    anyhow!("{}", error.detail().map_or_else(|| error.kind().to_string(), str::to_owned))
-}
-
-/// Python's `json.dumps`, which prompts were trained on: a space after each comma and colon.
-struct Spaced;
-
-impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        w: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { w.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        w: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { w.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, w: &mut W) -> std::io::Result<()> {
-        w.write_all(b": ")
-    }
-}
-
-fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let mut bytes = Vec::new();
-    let written = match options.get::<Option<usize>>("indent")? {
-        Some(indent) => {
-            let indent = b" ".repeat(indent.min(16));
-            let pretty = serde_json::ser::PrettyFormatter::with_indent(&indent);
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, pretty))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced)),
-    };
-    written.map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    Ok(Value::from_safe_string(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn render(text: &str, conversation: Conversation) -> Result<String> {
         let named = vec![("default".into(), text.into())];
@@ -200,11 +123,5 @@ mod tests {
             written,
             r#"{"type": "function", "function": {"name": "f", "parameters": {"a": [1, 2], "b": "<é>"}}}"#
         );
-    }
-
-    #[test]
-    fn dates_never_fail() {
-        assert_eq!(now("%Y").len(), 4);
-        assert_eq!(now("%Q!"), "%Q!");
     }
 }

@@ -210,9 +210,9 @@ impl Pass {
 mod tests {
     use super::*;
 
-    /// A greedy job.
-    pub(super) fn job(prompt: &[u32]) -> Job {
-        let rules = Rules {
+    /// The likeliest token, and how likely it is.
+    pub(super) fn greedy() -> Rules {
+        Rules {
             temperature: 0.0,
             top_p: 1.0,
             top_k: None,
@@ -225,7 +225,12 @@ mod tests {
             logprobs: Some(1),
             stop: Vec::new(),
             constraint: Constraint::None,
-        };
+        }
+    }
+
+    /// A greedy job.
+    pub(super) fn job(prompt: &[u32]) -> Job {
+        let rules = greedy();
         Job { prompt: prompt.into(), rules: Arc::new(rules), dial: None, max_tokens: 1, number: 0 }
     }
 }

@@ -93,25 +93,12 @@ impl Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mistralrs_core::Constraint;
+    use crate::serve::run::tests::greedy;
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
 
     fn rules() -> Rules {
-        Rules {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: None,
-            min_p: 0.0,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            repetition_penalty: 1.0,
-            bias: Vec::new(),
-            seed: None,
-            logprobs: None,
-            stop: Vec::new(),
-            constraint: Constraint::None,
-        }
+        Rules { temperature: 1.0, logprobs: None, ..greedy() }
     }
 
     /// Probabilities 0.1, 0.6, 0.3, 0.
