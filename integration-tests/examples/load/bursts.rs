@@ -30,7 +30,8 @@ pub struct Options {
 #[derive(Default)]
 struct Seen {
     gaps: Vec<Duration>,
-    /// Mean width of each answer.
+    answers: usize,
+    /// Mean width of each answer; none of a dense model.
     widths: Vec<f64>,
 }
 
@@ -49,6 +50,7 @@ pub fn bursts(options: &Options) -> Result<()> {
             let one = one?;
             all.gaps.extend(one.gaps);
             all.widths.extend(one.widths);
+            all.answers += one.answers;
         }
         all.gaps.sort_unstable();
         let percentile = |percent: usize| {
@@ -56,12 +58,12 @@ pub fn bursts(options: &Options) -> Result<()> {
                 .get(all.gaps.len().saturating_sub(1) * percent / 100)
                 .map_or(f64::NAN, |gap| gap.as_secs_f64() * 1e3)
         };
-        let answers = all.widths.len();
+        let answers = all.answers;
         println!(
             "{clients}  {answers}  {:.1}  {:.1}  {:.3}  {:.0}",
             percentile(50),
             percentile(95),
-            all.widths.iter().sum::<f64>() / answers as f64,
+            all.widths.iter().sum::<f64>() / all.widths.len() as f64,
             (all.gaps.len() + answers) as f64 / seconds,
         );
     }
@@ -76,6 +78,7 @@ fn one_client(options: &Options, end: Instant) -> Result<Seen> {
     while Instant::now() < end {
         let streamed = client.stream(&body, usize::MAX)?;
         seen.gaps.extend(streamed.gaps);
+        seen.answers += 1;
         seen.widths.extend(streamed.usage["mean_ffn_width"].as_f64());
     }
     Ok(seen)
