@@ -108,8 +108,9 @@ async fn gemma2() {
 }
 
 /// Shell widths that fit the blocks of a quantization give the very blocks of the dense matrices. What is left between
-/// dense and full width is the rounding of activations to 8 bits: candle and dynamoe take sums in another order, which
-/// moves some activations of later layers to the next step. So both are as far from the blocks' exact logits.
+/// dense and full width is the rounding of activations to 8 bits: shells are summed in another order than a whole FFN,
+/// which moves some activations of later layers to the next step. So both are as far from the blocks' exact logits, which
+/// candle computes without either.
 async fn quantized_equals_dense_quantized(isq: IsqType, blocks: GgmlDType) {
     let checkpoints = checkpoints("LlamaForCausalLM", FOR_K_QUANTS, 2);
     let rounded = checkpoints.write_dense("rounded", |name, weight| {
