@@ -115,7 +115,6 @@ fn plan(
     options: &ExportOptions,
     config: &ModelConfig,
 ) -> Vec<Vec<TensorSpec>> {
-    let full = source.config().intermediate_size;
     let mut plan = source.plan();
     for shard in &mut plan {
         shard.retain(|spec| !is_addition(&spec.name));
@@ -130,7 +129,9 @@ fn plan(
                     shape,
                 }));
             }
-            spec.shape.iter_mut().filter(|size| **size == full).for_each(|size| *size = slice.width);
+            if MATRICES.iter().any(|(matrix, _)| *matrix == name) {
+                spec.shape[neuron_axis(name)] = slice.width;
+            }
         }
         shard.extend(biases);
     }
@@ -139,6 +140,11 @@ fn plan(
         Some(max) => plan_shards(plan.into_iter().flatten().collect(), max),
         None => plan,
     }
+}
+
+/// The dimension of an FFN's matrix that counts neurons: columns of `down_proj`, rows of the others.
+fn neuron_axis(name: &str) -> usize {
+    usize::from(name.ends_with(tensors::DOWN_PROJ))
 }
 
 /// Writes a tensor of an FFN; `layer` is what its name begins with.
@@ -164,7 +170,7 @@ fn matrix(source: &Checkpoint, slice: &Slice, name: &str, separate: &str) -> Res
         let info = source.info(name).with_context(|| format!("tensor {name} not found"))?;
         source.tensor(name, &info.shape, DType::F32, &Device::Cpu)
     };
-    let axis = usize::from(name.ends_with(tensors::DOWN_PROJ));
+    let axis = neuron_axis(name);
     let shared = read(name)?.narrow(axis, slice.separate, slice.width - slice.separate)?;
     if slice.separate == 0 {
         return Ok(shared);
