@@ -98,8 +98,7 @@ impl MlpLayer for DenseFfn {
     }
 
     fn dtype_device(&self) -> (DType, Device) {
-        let first = self.experts.shells.shells().first();
-        first.map_or((DType::F32, Device::Cpu), |shell| shell.gate_proj.0.dtype_and_device())
+        self.experts.dtype_device()
     }
 }
 

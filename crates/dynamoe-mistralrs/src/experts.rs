@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, RwLock};
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Activation;
 use dynamoe::{
     NestedExperts, PackedExperts, PrefixExperts, Projections, ShellExperts, cpu::PackedMatrix, experts::rows,
@@ -31,6 +31,12 @@ impl EngineExperts {
         let (shells, separate) = self.shells.all_mut();
         let all = shells.iter_mut().chain(separate);
         all.flat_map(|s| [&mut s.gate_proj.0, &mut s.up_proj.0, &mut s.down_proj.0]).collect()
+    }
+
+    /// Type and device of the weights.
+    pub fn dtype_device(&self) -> (DType, Device) {
+        let first = self.shells.shells().first();
+        first.map_or((DType::F32, Device::Cpu), |shell| shell.gate_proj.0.dtype_and_device())
     }
 }
 

@@ -227,8 +227,7 @@ impl MlpLayer for EngineFfn {
     }
 
     fn dtype_device(&self) -> (DType, Device) {
-        let first = self.ffn.experts().shells.shells().first();
-        first.map_or((DType::F32, Device::Cpu), |shell| shell.gate_proj.0.dtype_and_device())
+        self.ffn.experts().dtype_device()
     }
 }
 

@@ -34,6 +34,9 @@ fn normalizer(scores: &[f32]) -> f64 {
 
 /// The `count` largest scores, largest first; of equal ones the first.
 pub(super) fn likeliest(scores: &[f32], count: usize) -> Vec<(u32, f32)> {
+    if count == 0 {
+        return Vec::new();
+    }
     let mut all: Vec<(u32, f32)> = (0..).zip(scores.iter().copied()).collect();
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if count < all.len() {
