@@ -208,6 +208,22 @@ fn a_patch_of_a_missing_file_is_named_with_its_file() {
 }
 
 #[test]
+fn a_patch_of_a_file_elsewhere_is_refused() {
+    let outside = TempDir::new().unwrap();
+    let place = outside.path().join("new.txt");
+    let absolute = place.display().to_string();
+    for target in ["../new.txt", "a/../../new.txt", &absolute] {
+        let diff = format!(
+            "diff --git a/{target} b/{target}\nnew file mode 100644\n--- /dev/null\n+++ b/{target}\n@@ -0,0 +1 @@\n+new\n"
+        );
+        let (tree, patch) = tree_and_patch(&diff);
+        let error = source::apply(tree.path(), &patch).unwrap_err();
+        assert!(error.contains("0001-poem.patch") && error.contains("leads out"), "{error}");
+        assert!(!place.exists() && !tree.path().parent().unwrap().join("new.txt").exists());
+    }
+}
+
+#[test]
 fn a_patch_without_a_diff_is_refused() {
     let (tree, patch) = tree_and_patch("");
     let error = source::apply(tree.path(), &patch).unwrap_err();

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use diffy::patch_set::{FileOperation, ParseOptions, PatchSet};
@@ -45,7 +45,7 @@ pub fn patches(folder: &Path) -> Result<Vec<PathBuf>> {
 /// Applies one patch file (a header, then diffs as `git diff` writes them) to the source in `root`.
 ///
 /// # Errors
-/// Says which patch does not apply to which file, and where.
+/// Says which patch does not apply to which file, and where; a file that is not in `root`.
 pub fn apply(root: &Path, patch_file: &Path) -> Result<()> {
     let name = patch_file.file_name().unwrap_or_default().to_string_lossy();
     let text =
@@ -65,6 +65,9 @@ pub fn apply(root: &Path, patch_file: &Path) -> Result<()> {
         };
         let diff =
             file_patch.patch().as_text().ok_or_else(|| format!("{name}: {target} has no text diff"))?;
+        if !Path::new(&target).components().all(|part| matches!(part, Component::Normal(_))) {
+            return Err(format!("{name}: {target} leads out of the source of {NAME}"));
+        }
         let path = root.join(&target);
         let fails = |why: String| {
             format!(
