@@ -9,11 +9,15 @@ use mistralrs_core::{
 };
 use serde_json::Value;
 
+use crate::moe::{self, MoeExperts};
+
 /// The dense model of a checkpoint, as mistral.rs understands its config.json.
 pub(crate) struct BaseConfig {
     json: Value,
     /// The `dynamoe` section; none in a dense checkpoint.
     pub dynamoe: Option<DynaMoeConfig>,
+    /// The experts of an MoE model, whose config.json the engine gets as it is.
+    pub moe: Option<MoeExperts>,
     /// `hidden_size`.
     pub hidden_size: usize,
 }
@@ -22,14 +26,16 @@ impl BaseConfig {
     /// Parses the text of a config.json.
     pub fn parse(text: &str) -> Result<Self> {
         let json = config::parse(text).context("config.json is not JSON")?;
+        let moe = MoeExperts::read(&json)?;
         let (json, dynamoe) = match json.pointer("/architectures/0").and_then(Value::as_str) {
             Some(ARCHITECTURE) => (dense_part(&json)?, Some(DynaMoeConfig::from_config_json(&json)?)),
+            Some(name) if moe::loader(name).is_some() => (moe::for_engine(json), None),
             _ => (engine::dense_for_engine(&json)?, None),
         };
         let hidden_size =
             json.get("hidden_size").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
         let hidden_size = hidden_size.context("config.json needs \"hidden_size\", a whole number")?;
-        Ok(Self { json, dynamoe, hidden_size })
+        Ok(Self { json, dynamoe, moe, hidden_size })
     }
 
     /// The text of the dense model's config.json.
@@ -54,6 +60,11 @@ impl BaseConfig {
         is_quantized(&self.json)
     }
 
+    /// Whether the engine's model hands out its MLPs.
+    pub fn has_mlps(&self) -> bool {
+        self.json["architectures"][0].as_str().is_some_and(|name| moe::loader(name).is_none())
+    }
+
     /// mistral.rs's own loader of the dense model.
     pub fn loader(&self) -> Box<dyn NormalModelLoader> {
         match self.json["architectures"][0].as_str() {
@@ -61,7 +72,7 @@ impl BaseConfig {
             Some("MistralForCausalLM") => Box::new(MistralLoader),
             Some("Qwen2ForCausalLM") => Box::new(Qwen2Loader),
             Some("Qwen3ForCausalLM") => Box::new(Qwen3Loader),
-            _ => Box::new(AutoNormalLoader),
+            name => name.and_then(moe::loader).unwrap_or_else(|| Box::new(AutoNormalLoader)),
         }
     }
 

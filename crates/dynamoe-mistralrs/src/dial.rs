@@ -7,13 +7,17 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use candle_core::Tensor;
 use dynamoe::Dial;
-use mistralrs_core::{CustomLogitsProcessor, row_data::RowData};
+use mistralrs_core::{
+    CustomLogitsProcessor,
+    row_data::{ExpertChoice, RowData},
+};
 
-use crate::default_dial::DefaultDial;
+use crate::{counters::Counters, default_dial::DefaultDial, moe};
 
 /// Which part of a request a token belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,8 +56,10 @@ pub struct RequestDial {
     /// Makes its keys and values its own; see [`RowData::cache_key`].
     salt: Option<u64>,
     follows: Option<Follows>,
+    /// Of the model, if that is an MoE model.
+    moe: Option<Arc<Counters>>,
     tokens: AtomicU64,
-    neurons: AtomicU64,
+    used: AtomicU64,
 }
 
 /// A dial that changes with the model's default, also in the middle of an answer.
@@ -81,44 +87,45 @@ impl Follows {
 static SALTS: AtomicU64 = AtomicU64::new(0);
 
 impl RequestDial {
-    pub(crate) fn new(sensitivities: Arc<[f64]>) -> Arc<Self> {
-        Self::phased([sensitivities.clone(), sensitivities.clone(), sensitivities])
+    pub(crate) fn new(sensitivities: Arc<[f64]>, moe: Option<Arc<Counters>>) -> Arc<Self> {
+        Self::phased([sensitivities.clone(), sensitivities.clone(), sensitivities], moe)
     }
 
     /// Sensitivities of the prompt, of thinking and of the answer.
     ///
     /// Where they differ, the keys and values of an answer are not those of a prompt with the same tokens, and the
     /// engine keeps both under one key: such a request shares with no other.
-    pub(crate) fn phased(sensitivities: [Arc<[f64]>; 3]) -> Arc<Self> {
+    pub(crate) fn phased(sensitivities: [Arc<[f64]>; 3], moe: Option<Arc<Counters>>) -> Arc<Self> {
         let mixed = sensitivities[1..].iter().any(|other| *other != sensitivities[0]);
-        Arc::new(Self::with_salt(sensitivities, mixed))
+        Arc::new(Self::with_salt(sensitivities, moe, mixed))
     }
 
     /// The model's default, whatever it becomes while the request runs.
     #[cfg(feature = "serve")]
-    pub(crate) fn following(default: &Arc<DefaultDial>) -> Arc<Self> {
+    pub(crate) fn following(default: &Arc<DefaultDial>, moe: Option<Arc<Counters>>) -> Arc<Self> {
         let now = default.sensitivities();
         let salt = SALTS.fetch_add(1, Relaxed);
         let follows = Follows { default: Arc::clone(default), changed: AtomicBool::new(false), salt };
-        let fixed = Self::with_salt([now.clone(), now.clone(), now], false);
+        let fixed = Self::with_salt([now.clone(), now.clone(), now], moe, false);
         Arc::new(Self { follows: Some(follows), ..fixed })
     }
 
     /// The same dial for a request that must compute each of its tokens: it begins from no cached prefix.
     #[cfg(feature = "serve")]
     pub(crate) fn alone(self: &Arc<Self>) -> Arc<Self> {
-        Arc::new(Self::with_salt(self.sensitivities.clone(), true))
+        Arc::new(Self::with_salt(self.sensitivities.clone(), self.moe.clone(), true))
     }
 
-    fn with_salt(sensitivities: [Arc<[f64]>; 3], salted: bool) -> Self {
+    fn with_salt(sensitivities: [Arc<[f64]>; 3], moe: Option<Arc<Counters>>, salted: bool) -> Self {
         let salt = salted.then(|| SALTS.fetch_add(1, Relaxed));
         Self {
             sensitivities,
             phase: AtomicUsize::new(Phase::Prompt as usize),
             salt,
             follows: None,
+            moe,
             tokens: AtomicU64::new(0),
-            neurons: AtomicU64::new(0),
+            used: AtomicU64::new(0),
         }
     }
 
@@ -133,17 +140,18 @@ impl RequestDial {
         Arc::new(Carrier(Arc::clone(self)))
     }
 
-    /// Mean width over the tokens that were computed for this request (not those of a cached prefix) and all
-    /// layers, as a share of `intermediate_size`, the dense FFN's; nothing before the first token.
-    pub fn mean_width(&self, intermediate_size: usize) -> Option<f64> {
+    /// What the tokens that were computed for this request (not those of a cached prefix) used on average, over all
+    /// layers, as a share of `full_size` ([`LoadedModel::full_size`](crate::LoadedModel::full_size)); nothing before the
+    /// first token.
+    pub fn mean_width(&self, full_size: usize) -> Option<f64> {
         let tokens = self.tokens.load(Relaxed);
-        (tokens > 0).then(|| self.neurons.load(Relaxed) as f64 / tokens as f64 / intermediate_size as f64)
+        (tokens > 0).then(|| self.used.load(Relaxed) as f64 / tokens as f64 / full_size as f64)
     }
 
-    /// Tokens that were computed for this request, all layers counted, and the neurons that they used.
+    /// Tokens that were computed for this request, all layers counted, and the neurons or experts that they used.
     #[cfg(feature = "serve")]
     pub(crate) fn used(&self) -> (u64, u64) {
-        (self.tokens.load(Relaxed), self.neurons.load(Relaxed))
+        (self.tokens.load(Relaxed), self.used.load(Relaxed))
     }
 
     pub(crate) fn sensitivity(&self, layer: usize) -> f64 {
@@ -151,9 +159,9 @@ impl RequestDial {
         self.follows.as_ref().map_or_else(|| own[layer], |default| default.sensitivity(layer, own))
     }
 
-    pub(crate) fn count(&self, tokens: usize, neurons: usize) {
+    pub(crate) fn count(&self, tokens: usize, used: usize) {
         self.tokens.fetch_add(tokens as u64, Relaxed);
-        self.neurons.fetch_add(neurons as u64, Relaxed);
+        self.used.fetch_add(used as u64, Relaxed);
     }
 
     /// The dial in a row of the engine's batch, if the request brought one of `layers` layers.
@@ -174,6 +182,21 @@ impl RowData for RequestDial {
         let changed = self.follows.as_ref().filter(|default| default.changed.load(Relaxed));
         self.salt.or(changed.map(|default| default.salt)).hash(&mut hasher);
         Some(hasher.finish())
+    }
+
+    fn expert_choice(&self) -> Option<&dyn ExpertChoice> {
+        self.moe.is_some().then_some(self)
+    }
+}
+
+impl ExpertChoice for RequestDial {
+    fn experts_to_run(&self, weights: &[f32]) -> usize {
+        let run = moe::experts_to_run(weights, self.sensitivity(0));
+        if let Some(counters) = &self.moe {
+            counters.count(0, &[run - 1], Duration::ZERO);
+            self.count(1, run);
+        }
+        run
     }
 }
 

@@ -66,7 +66,7 @@ impl SwappedFfns {
         let mut built = 0;
         for (cuda, mlp) in self.cuda.iter().zip(mlps) {
             let is_silu = matches!(mlp.hidden_act(), Activation::Silu | Activation::Swish);
-            let experts = self.model.config().expert_count();
+            let experts = self.model.sizes().len();
             built += usize::from(is_silu && cuda.try_build(mlp.get_isq_layers(), experts)?);
         }
         Ok(built)

@@ -3,7 +3,8 @@
 //! Linking this crate is enough: mistral.rs then loads a checkpoint whose config.json says
 //! `"architectures": ["DynaMoeForCausalLM"]`, and knows `--arch dynamoe` and, in a TOML file, `arch = "dynamoe"`. Dense
 //! Llama, Mistral, Qwen2 and Qwen3 models are then loaded through this crate too: it rewrites their config.json to what
-//! the engine understands, and refuses what the engine would ignore.
+//! the engine understands, and refuses what the engine would ignore. MoE models are loaded through it as well, and get
+//! the same dial for the number of experts that a token runs ([`moe`]).
 //!
 //! ```
 //! use dynamoe_mistralrs as _; // linked only if something refers to it
@@ -25,10 +26,12 @@ mod dial;
 mod engine_blocks;
 mod experts;
 mod ffn;
+mod kind;
 mod loaded;
 mod loader;
 mod locks;
 mod model;
+pub mod moe;
 #[cfg(any(test, feature = "cuda"))]
 mod pending;
 mod projection;
@@ -40,6 +43,7 @@ pub use counters::{Counters, LayerCounts};
 pub use dial::{Phase, PhaseDials, RequestDial};
 pub use dynamoe::Dial;
 pub use ffn::{NamedTensors, SwappedFfns, swap_ffns};
+pub use kind::ModelKind;
 pub use loaded::{LoadedModel, loaded};
 pub use loader::DynaMoeLoader;
 pub use weights::LayerWeights;
@@ -61,4 +65,11 @@ register! {
     "mistral" => "MistralForCausalLM",
     "qwen2" => "Qwen2ForCausalLM",
     "qwen3" => "Qwen3ForCausalLM",
+    "qwen3moe" => "Qwen3MoeForCausalLM",
+    "qwen3next" => "Qwen3NextForCausalLM",
+    "deepseekv2" => "DeepseekV2ForCausalLM",
+    "deepseekv3" => "DeepseekV3ForCausalLM",
+    "glm4moe" => "Glm4MoeForCausalLM",
+    "glm4moelite" => "Glm4MoeLiteForCausalLM",
+    "mixtral" => "MixtralForCausalLM",
 }

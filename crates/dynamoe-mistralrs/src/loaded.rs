@@ -1,4 +1,4 @@
-//! DynaMoE models in memory.
+//! Models with a dial in memory.
 
 use std::{
     sync::{
@@ -14,22 +14,25 @@ use crate::{
     counters::Counters,
     default_dial::DefaultDial,
     dial::{PhaseDials, RequestDial},
+    kind::{ModelKind, Moe},
     locks::lock,
+    moe::MoeExperts,
 };
 
-/// A DynaMoE model in memory: its default dial and its counters.
+/// A model with a dial in memory: its default dial and its counters.
 #[derive(Debug)]
 pub struct LoadedModel {
-    config: DynaMoeConfig,
+    kind: ModelKind,
+    sizes: Vec<usize>,
     layers: usize,
     default: Arc<DefaultDial>,
-    counters: Counters,
+    counters: Arc<Counters>,
     on_cpu_kernels: AtomicUsize,
 }
 
 static LOADED: Registry = Registry(Mutex::new(Vec::new()));
 
-/// The DynaMoE models that are in memory, in the order in which they were loaded.
+/// The models with a dial that are in memory, in the order in which they were loaded.
 pub fn loaded() -> Vec<Arc<LoadedModel>> {
     LOADED.list()
 }
@@ -53,24 +56,61 @@ impl Registry {
 impl LoadedModel {
     /// A model of `layers` layers, at the checkpoint's default, which [`loaded`] lists from now on.
     pub(crate) fn register(config: DynaMoeConfig, layers: usize) -> dynamoe::Result<Arc<Self>> {
-        let model = Arc::new(Self::new(config, layers)?);
+        let default = config.sensitivity;
+        Self::add(Self::new(ModelKind::DynaMoe(config), default, layers)?)
+    }
+
+    /// An MoE model at sensitivity 1, which [`loaded`] lists from now on. All its layers have one dial.
+    pub(crate) fn register_moe(experts: MoeExperts) -> dynamoe::Result<Arc<Self>> {
+        Self::add(Self::new(ModelKind::Moe(Moe::new(experts)), 1.0, 1)?)
+    }
+
+    fn add(model: Self) -> dynamoe::Result<Arc<Self>> {
+        let model = Arc::new(model);
         LOADED.add(&model);
         Ok(model)
     }
 
-    fn new(config: DynaMoeConfig, layers: usize) -> dynamoe::Result<Self> {
-        let dial = Dial::Sensitivity(config.sensitivity);
-        let default = DefaultDial::new(dial, dial.sensitivities(&config, layers)?.into());
-        let counters = Counters::new(layers, config.expert_count());
-        Ok(Self { config, layers, default: Arc::new(default), counters, on_cpu_kernels: AtomicUsize::new(0) })
+    fn new(kind: ModelKind, sensitivity: f64, layers: usize) -> dynamoe::Result<Self> {
+        let dial = Dial::Sensitivity(sensitivity);
+        let default = DefaultDial::new(dial, kind.sensitivities(dial, layers)?.into());
+        let sizes = kind.sizes();
+        let counters = Arc::new(Counters::new(layers, sizes.len()));
+        Ok(Self {
+            kind,
+            sizes,
+            layers,
+            default: Arc::new(default),
+            counters,
+            on_cpu_kernels: AtomicUsize::new(0),
+        })
     }
 
-    /// The `dynamoe` section of the checkpoint's config.json.
-    pub fn config(&self) -> &DynaMoeConfig {
-        &self.config
+    /// What its dial turns.
+    pub fn kind(&self) -> &ModelKind {
+        &self.kind
     }
 
-    /// Number of decoder layers.
+    /// What each step of the dial uses of an FFN, smallest step first: neurons of an expert, or a number of experts.
+    pub fn sizes(&self) -> &[usize] {
+        &self.sizes
+    }
+
+    /// What a token uses of an FFN at sensitivity 1.
+    pub fn full_size(&self) -> usize {
+        self.sizes.last().copied().unwrap_or(1)
+    }
+
+    /// How clients are told what tokens used, from what each used on average: the field's name, and its value.
+    #[cfg(feature = "serve")]
+    pub(crate) fn tell(&self, used: f64) -> (&'static str, f64) {
+        match self.kind {
+            ModelKind::DynaMoe(_) => ("ffn_width", used / self.full_size() as f64),
+            ModelKind::Moe(_) => ("experts", used),
+        }
+    }
+
+    /// Layers that have a sensitivity of their own: decoder layers, or one for all MoE layers.
     pub fn layers(&self) -> usize {
         self.layers
     }
@@ -90,7 +130,7 @@ impl LoadedModel {
         router: Duration,
     ) {
         self.counters.count(layer, &routes.0, router);
-        let widths = &self.config.expert_widths;
+        let widths = &self.sizes;
         let share = routes.0.len() / dials.len().max(1);
         for (dial, experts) in dials.iter().zip(routes.0.chunks_exact(share.max(1))) {
             if let Some(dial) = dial {
@@ -123,7 +163,7 @@ impl LoadedModel {
     /// # Errors
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn set_dial(&self, dial: Dial) -> dynamoe::Result<()> {
-        let sensitivities = dial.sensitivities(&self.config, self.layers)?.into();
+        let sensitivities = self.kind.sensitivities(dial, self.layers)?.into();
         self.default.set(dial, sensitivities);
         Ok(())
     }
@@ -133,7 +173,7 @@ impl LoadedModel {
     /// # Errors
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn request(&self, dial: Dial) -> dynamoe::Result<Arc<RequestDial>> {
-        Ok(RequestDial::new(dial.sensitivities(&self.config, self.layers)?.into()))
+        Ok(RequestDial::new(self.kind.sensitivities(dial, self.layers)?.into(), self.moe_counters()))
     }
 
     /// The dial of one request whose prompt, thinking and answer have dials of their own.
@@ -141,19 +181,25 @@ impl LoadedModel {
     /// # Errors
     /// A value outside 0 to 1, a budget without a table of budgets.
     pub fn request_by_phase(&self, dials: PhaseDials) -> dynamoe::Result<Arc<RequestDial>> {
-        let of = |dial: Dial| dial.sensitivities(&self.config, self.layers).map(Arc::from);
-        Ok(RequestDial::phased([of(dials.prompt)?, of(dials.thinking)?, of(dials.answer)?]))
+        let of = |dial: Dial| self.kind.sensitivities(dial, self.layers).map(Arc::from);
+        let sensitivities = [of(dials.prompt)?, of(dials.thinking)?, of(dials.answer)?];
+        Ok(RequestDial::phased(sensitivities, self.moe_counters()))
     }
 
     /// The dial of one request that brings none: the default as it is now.
     pub fn default_request(&self) -> Arc<RequestDial> {
-        RequestDial::new(self.sensitivities())
+        RequestDial::new(self.sensitivities(), self.moe_counters())
+    }
+
+    /// Where a request of an MoE model counts what its tokens run.
+    fn moe_counters(&self) -> Option<Arc<Counters>> {
+        matches!(self.kind, ModelKind::Moe(_)).then(|| Arc::clone(&self.counters))
     }
 
     /// The dial of one request that brings none: the default as it is at each step of the request.
     #[cfg(feature = "serve")]
     pub(crate) fn following_request(&self) -> Arc<RequestDial> {
-        RequestDial::following(&self.default)
+        RequestDial::following(&self.default, self.moe_counters())
     }
 }
 
@@ -198,7 +244,8 @@ pub(crate) mod tests {
     #[test]
     fn only_models_in_memory_are_listed() {
         let registry = Registry(Mutex::default());
-        let models = [(); 3].map(|()| Arc::new(LoadedModel::new(config(), 2).unwrap()));
+        let models =
+            [(); 3].map(|()| Arc::new(LoadedModel::new(ModelKind::DynaMoe(config()), 0.9, 2).unwrap()));
         models.iter().for_each(|model| registry.add(model));
         let lists = |models: &[&Arc<LoadedModel>]| {
             let listed = registry.list();

@@ -1,5 +1,6 @@
 //! Loads a DynaMoE checkpoint: the dense model from the engine's own loader, its FFNs from here. Loads the dense
-//! checkpoints of the same architectures too, because the engine's own loaders ignore keys of config.json.
+//! checkpoints of the same architectures too, because the engine's own loaders ignore keys of config.json; and MoE models,
+//! whose experts have a dial.
 
 use std::{collections::HashMap, fmt::Debug};
 
@@ -21,6 +22,7 @@ use crate::{
     base_config::BaseConfig,
     checked::{self, check_tied_head},
     ffn::swap_ffns,
+    loaded::LoadedModel,
     model::{NO_ADAPTERS, SwappedModel},
     weights::LayerWeights,
 };
@@ -28,7 +30,7 @@ use crate::{
 /// The shells' projections, as [`LayerWeights`] names them for quantization while loading.
 const SHELLS: &str = r"layers\.(\d+)\.mlp\.(own\.)?shells\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$";
 
-/// mistral.rs's loader of DynaMoE models, and of dense models of the architectures that these are made of.
+/// mistral.rs's loader of DynaMoE models, of dense models of the architectures that these are made of, and of MoE models.
 ///
 /// Everything but the FFNs is the dense model's: each method rewrites config.json to the dense model's, as the engine
 /// understands it, and asks mistral.rs's own loader. Keys that the engine would ignore are errors.
@@ -97,10 +99,11 @@ impl NormalModelLoader for DynaMoeLoader {
         let on_cpu = metadata.real_device.is_cpu() && !base.is_quantized();
         let loading_isq = metadata.loading_isq;
         let dense = base.loader().load(&base.text(), vb, metadata, attention)?;
-        if !on_cpu {
-            return Ok(dense);
-        }
-        let mut model = SwappedModel::dense(dense)?;
+        let mut model = match base.moe.clone() {
+            Some(experts) => SwappedModel::moe(dense, LoadedModel::register_moe(experts)?),
+            None if on_cpu && base.has_mlps() => SwappedModel::dense(dense)?,
+            None => return Ok(dense),
+        };
         if !loading_isq {
             model.use_cpu_kernels()?;
         }

@@ -18,6 +18,7 @@ use crate::{
     dense::swap_dense,
     experts::CpuKernels,
     ffn::SwappedFfns,
+    loaded::LoadedModel,
     projection::{Slot, speed_up},
 };
 
@@ -40,6 +41,8 @@ struct Inner {
 enum Ffns {
     DynaMoe(SwappedFfns),
     Dense(CpuKernels),
+    /// The experts of an MoE model are still the engine's, and only their dial is ours.
+    Moe(Arc<LoadedModel>),
 }
 
 impl SwappedModel {
@@ -57,14 +60,18 @@ impl SwappedModel {
         Ok(Self { inner: Inner { base, ffns: Ffns::Dense(kernels) } })
     }
 
+    /// An MoE model.
+    pub fn moe(base: Box<dyn NormalModel + Send + Sync>, model: Arc<LoadedModel>) -> Self {
+        Self { inner: Inner { base, ffns: Ffns::Moe(model) } }
+    }
+
     /// Runs what is on the CPU on dynamoe's kernels, until the engine changes it.
     pub fn use_cpu_kernels(&mut self) -> Result<()> {
         let Inner { base, ffns } = &mut self.inner;
-        let mlps = base.get_mlps_mut();
-        let layers = mlps.len();
-        let built = match ffns {
-            Ffns::DynaMoe(ffns) => ffns.use_cpu_kernels(mlps)?,
-            Ffns::Dense(kernels) => kernels.build(mlps)?,
+        let (built, layers) = match ffns {
+            Ffns::DynaMoe(ffns) => (ffns.use_cpu_kernels(base.get_mlps_mut())?, base.get_mlps_mut().len()),
+            Ffns::Dense(kernels) => (kernels.build(base.get_mlps_mut())?, base.get_mlps_mut().len()),
+            Ffns::Moe(_) => (0, 0),
         };
         let mut projections = 0;
         for (slot, _) in base.get_layers().0 {
@@ -82,14 +89,14 @@ impl SwappedModel {
 
 impl Inner {
     fn release_cpu_kernels(&mut self) -> Result<()> {
-        let mlps = self.base.get_mlps_mut();
         match &self.ffns {
             Ffns::DynaMoe(ffns) => {
                 #[cfg(feature = "cuda")]
                 ffns.release_cuda_kernels();
-                ffns.release_cpu_kernels(mlps)
+                ffns.release_cpu_kernels(self.base.get_mlps_mut())
             }
-            Ffns::Dense(kernels) => kernels.release(mlps),
+            Ffns::Dense(kernels) => kernels.release(self.base.get_mlps_mut()),
+            Ffns::Moe(_) => Ok(()),
         }
     }
 }
@@ -244,6 +251,7 @@ impl NormalModel for SwappedModel {
     fn default_row_data(&self) -> Option<Arc<dyn RowData>> {
         match &self.inner.ffns {
             Ffns::DynaMoe(ffns) => Some(ffns.model.default_request()),
+            Ffns::Moe(model) => Some(model.default_request()),
             Ffns::Dense(_) => None,
         }
     }
@@ -276,6 +284,6 @@ impl AnyMoeBaseModelMixin for SwappedModel {
     }
 
     fn amoe_supported(&self) -> bool {
-        matches!(self.inner.ffns, Ffns::Dense(_)) && self.inner.base.amoe_supported()
+        !matches!(self.inner.ffns, Ffns::DynaMoe(_)) && self.inner.base.amoe_supported()
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::config::DynaMoeConfig;
 use crate::error::{Error, Result};
-use crate::sensitivity::Sensitivity;
+use crate::sensitivity::Budget;
 pub use crate::sensitivity::check_dial;
 
 /// How much of the FFN a token may use, as a user asks for it.
@@ -37,30 +37,45 @@ impl DynaMoeConfig {
     /// # Errors
     /// [`Error::Dial`] for a width outside 0 to 1, [`Error::Config`] for an empty table.
     pub fn sensitivity_for_budget(&self, width: f64, layers: usize) -> Result<Vec<f64>> {
-        check_dial("budget", width)?;
-        let spread = |s: &Sensitivity| (0..layers).map(|l| s.at(l)).collect::<Vec<_>>();
-        if width >= 1.0 {
-            return Ok(vec![1.0; layers]);
-        }
-        if self.budgets.is_empty() {
-            return Err(Error::Config(
+        sensitivities_for_budget(&self.budgets, self.width_shares()[0], width, layers)?.ok_or_else(|| {
+            Error::Config(
                 "the table of budgets is empty: run `moefy-train evaluate --budget …` once, or set a sensitivity"
                     .into(),
-            ));
-        }
-        let mut low = (self.width_shares()[0], vec![0.0; layers]);
-        if width <= low.0 {
-            return Ok(low.1);
-        }
-        for (to, high) in
-            self.budgets.iter().map(|b| (b.width, spread(&b.sensitivity))).chain([(1.0, vec![1.0; layers])])
-        {
-            if to >= width {
-                let t = if to > low.0 { (width - low.0) / (to - low.0) } else { 1.0 };
-                return Ok(low.1.iter().zip(&high).map(|(a, b)| a + t * (b - a)).collect());
-            }
-            low = (to, high);
-        }
-        Ok(vec![1.0; layers])
+            )
+        })
     }
+}
+
+/// The sensitivity of every layer for a mean width, interpolated in a table of budgets. `smallest` is the width at
+/// sensitivity 0. Nothing if the table is empty and the width below 1.
+///
+/// # Errors
+/// [`Error::Dial`] for a width outside 0 to 1.
+pub fn sensitivities_for_budget(
+    budgets: &[Budget],
+    smallest: f64,
+    width: f64,
+    layers: usize,
+) -> Result<Option<Vec<f64>>> {
+    check_dial("budget", width)?;
+    if width >= 1.0 {
+        return Ok(Some(vec![1.0; layers]));
+    }
+    if budgets.is_empty() {
+        return Ok(None);
+    }
+    let mut low = (smallest, vec![0.0; layers]);
+    if width <= low.0 {
+        return Ok(Some(low.1));
+    }
+    let rows =
+        budgets.iter().map(|b| (b.width, (0..layers).map(|l| b.sensitivity.at(l)).collect::<Vec<_>>()));
+    for (to, high) in rows.chain([(1.0, vec![1.0; layers])]) {
+        if to >= width {
+            let t = if to > low.0 { (width - low.0) / (to - low.0) } else { 1.0 };
+            return Ok(Some(low.1.iter().zip(&high).map(|(a, b)| a + t * (b - a)).collect()));
+        }
+        low = (to, high);
+    }
+    Ok(Some(vec![1.0; layers]))
 }

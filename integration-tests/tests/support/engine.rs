@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use dynamoe_mistralrs::{Dial, LoadedModel, loaded};
 use mistralrs::{
-    Model, ModelDType, NormalRequest, Request, RequestBuilder, Response, SamplingParams, TextMessageRole,
-    TextModelBuilder, core::RequestMessage,
+    CustomLogitsProcessor, Model, ModelDType, NormalRequest, Request, RequestBuilder, Response,
+    SamplingParams, TextMessageRole, TextModelBuilder, core::RequestMessage,
 };
 use tokio::sync::{Mutex, mpsc};
 
@@ -56,17 +56,27 @@ impl Engine {
             None => request,
         };
         let (chunks, tokens) = self.model.send_raw_chat_request(request).await.unwrap();
-        let width = dial.and_then(|dial| dial.mean_width(self.handle().config().intermediate_size()));
+        let width = dial.and_then(|dial| dial.mean_width(self.handle().full_size()));
         (chunks.iter().flat_map(numbers).collect(), tokens, width)
     }
 
     /// Logits of every one of `tokens`.
     pub async fn token_logits(&self, tokens: &[u32], dial: Option<Dial>) -> Vec<f32> {
+        let processor = dial.map(|dial| self.handle().request(dial).unwrap().processor());
+        self.token_logits_with(tokens, processor).await
+    }
+
+    /// Logits of every one of `tokens`, of a request with a logits processor.
+    pub async fn token_logits_with(
+        &self,
+        tokens: &[u32],
+        processor: Option<Arc<dyn CustomLogitsProcessor>>,
+    ) -> Vec<f32> {
         let (sender, mut answers) = mpsc::channel(1);
         let messages = RequestMessage::CompletionTokens(tokens.to_vec());
         let sampling = SamplingParams { max_len: Some(1), ..SamplingParams::deterministic() };
         let mut request = NormalRequest::new_simple(messages, sampling, sender, 0, None, None);
-        request.logits_processors = dial.map(|dial| vec![self.handle().request(dial).unwrap().processor()]);
+        request.logits_processors = processor.map(|processor| vec![processor]);
         request.return_raw_logits = true;
         let engine = self.model.inner().get_sender(None).unwrap();
         engine.send(Request::Normal(Box::new(request))).await.unwrap();

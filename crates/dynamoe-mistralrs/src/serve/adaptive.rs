@@ -66,8 +66,9 @@ impl Adaptive {
     /// # Errors
     /// A dense model, one without a table of budgets.
     pub fn begin(self, model: Option<&LoadedModel>) -> Result<()> {
-        let model = model
-            .context("--adaptive sets the dial of a DynaMoE model, but the model that was loaded is dense")?;
+        let model = model.context(
+            "--adaptive sets the dial of a DynaMoE or MoE model, but the model that was loaded is dense",
+        )?;
         model.set_dial(Dial::Budget(self.range.max)).context("--adaptive")
     }
 

@@ -11,7 +11,7 @@ const DEFAULT: &str = "default";
 #[derive(Debug, Clone)]
 pub(super) struct Names {
     name: String,
-    /// Widths of the checkpoint's table of budgets.
+    /// Widths of the model's table of budgets.
     budgets: Vec<f64>,
     dense: bool,
 }
@@ -19,7 +19,7 @@ pub(super) struct Names {
 impl Names {
     pub fn new(name: &str, model: Option<&LoadedModel>) -> Self {
         let mut budgets: Vec<f64> = model
-            .map(|model| model.config().budgets.iter().map(|budget| budget.width).collect())
+            .map(|model| model.kind().budgets().iter().map(|budget| budget.width).collect())
             .unwrap_or_default();
         budgets.sort_by(|a, b| b.total_cmp(a));
         Self { name: name.to_owned(), budgets, dense: model.is_none() }

@@ -18,7 +18,7 @@ use super::{
     keys::{bearer, same},
     request,
 };
-use crate::{Dial, LoadedModel};
+use crate::{Dial, LoadedModel, ModelKind};
 
 /// `GET /v1/dynamoe`.
 pub(super) async fn show(State(app): State<App>) -> ApiResult<Json<Value>> {
@@ -97,21 +97,32 @@ fn may_set(token: Option<&str>, presented: Option<&str>, peer: Peer) -> ApiResul
 }
 
 fn describe(model: &LoadedModel, adaptive: Option<Adaptive>) -> Value {
-    let config = model.config();
     let (sensitivity, budget) = match model.dial() {
         Dial::Sensitivity(sensitivity) => (Some(sensitivity), None),
         Dial::Budget(budget) => (None, Some(budget)),
     };
-    json!({
+    let mean = model.counters().mean_width(model.sizes());
+    let mut json = json!({
         "sensitivity": sensitivity,
         "budget": budget,
-        "layer_sensitivities": model.sensitivities().as_ref(),
-        "base_architecture": config.base_architecture,
-        "expert_widths": config.expert_widths,
-        "budgets": config.budgets,
+        "budgets": model.kind().budgets(),
         "adaptive": adaptive.map(Adaptive::describe),
-        "mean_ffn_width": model.counters().mean_width(&config.expert_widths),
-    })
+    });
+    match model.kind() {
+        ModelKind::DynaMoe(config) => {
+            json["layer_sensitivities"] = model.sensitivities().as_ref().into();
+            json["base_architecture"] = config.base_architecture.as_str().into();
+            json["expert_widths"] = model.sizes().into();
+            json["mean_ffn_width"] = mean.into();
+        }
+        ModelKind::Moe(moe) => {
+            json["base_architecture"] = moe.experts.architecture.as_str().into();
+            json["experts"] = moe.experts.experts.into();
+            json["experts_per_token"] = model.full_size().into();
+            json["mean_experts"] = mean.map(|share| share * model.full_size() as f64).into();
+        }
+    }
+    json
 }
 
 #[cfg(test)]

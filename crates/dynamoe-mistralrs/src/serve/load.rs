@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use mistralrs_core::{
     DefaultSchedulerMethod, DeviceMapSetting, LoaderBuilder, MemoryGpuConfig, MistralRs, MistralRsBuilder,
@@ -11,7 +11,10 @@ use mistralrs_core::{
 };
 
 use super::{Options, language::Language};
-use crate::{LoadedModel, loaded};
+use crate::{
+    LoadedModel, ModelKind, loaded,
+    moe::budgets::{self, Table},
+};
 
 /// A model that is loaded and can be served.
 #[derive(Clone)]
@@ -43,6 +46,7 @@ pub async fn load(options: &Options) -> Result<Served> {
         .flatten()
         .with_context(|| format!("cannot load {}", options.source()))?;
     let model = loaded().into_iter().find(|model| !before.iter().any(|other| Arc::ptr_eq(model, other)));
+    read_budgets(model.as_deref(), options)?;
     if let Some(adaptive) = options.adaptive() {
         adaptive.begin(model.as_deref())?;
     }
@@ -50,7 +54,7 @@ pub async fn load(options: &Options) -> Result<Served> {
         (Some(model), Some(dial)) => model.set_dial(dial)?,
         (None, Some(_)) => {
             bail!(
-                "--sensitivity and --budget set the dial of a DynaMoE model, but the model that was loaded is dense"
+                "--sensitivity and --budget set the dial of a DynaMoE or MoE model, but the model that was loaded is dense"
             )
         }
         (_, None) => {}
@@ -70,6 +74,21 @@ pub async fn load(options: &Options) -> Result<Served> {
         model.counters().reset();
     }
     Ok(Served { engine, model, language, paged })
+}
+
+/// Reads the table of budgets of an MoE model: the file that was given, or the one in its folder if there is one.
+fn read_budgets(model: Option<&LoadedModel>, options: &Options) -> Result<()> {
+    let Some(ModelKind::Moe(moe)) = model.map(LoadedModel::kind) else {
+        ensure!(
+            options.budgets.is_none(),
+            "--budgets is the table of an MoE model, but the model that was loaded is none: a DynaMoE checkpoint has its \
+             own"
+        );
+        return Ok(());
+    };
+    let beside = || Some(options.folder()?.join(budgets::FILE)).filter(|file| file.exists());
+    let Some(file) = options.budgets.clone().or_else(beside) else { return Ok(()) };
+    moe.set_budgets(Table::read(&file)?).with_context(|| file.display().to_string())
 }
 
 /// Reads the model into memory. Says whether it has paged attention.

@@ -16,7 +16,7 @@ use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 use super::adaptive::{Adaptive, Range};
 use crate::Dial;
 
-/// Serves a DynaMoE (or dense) model over an OpenAI-compatible API.
+/// Serves a DynaMoE, MoE or dense model over an OpenAI-compatible API.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "dynamoe-serve", version)]
 #[command(group(ArgGroup::new("source").required(true).args(["model", "config"])))]
@@ -35,6 +35,10 @@ pub struct Options {
     /// The same by mean FFN width, as a share of the dense width, through the checkpoint's table of budgets
     #[arg(long, value_parser = dial_value)]
     pub budget: Option<f64>,
+
+    /// Table of budgets of an MoE model, as dynamoe-budgets wrote it [default: dynamoe_budgets.json in the model's folder]
+    #[arg(long, value_name = "FILE")]
+    pub budgets: Option<PathBuf>,
 
     /// Let the default budget follow the load, within this range: it falls where tokens come slower than
     /// --target-itl-ms, and rises where there is room
@@ -194,6 +198,11 @@ impl Options {
             (None, Some(file)) => file.display().to_string(),
             (None, None) => "nothing".into(),
         }
+    }
+
+    /// The folder that the model is in; none if a TOML file says where it is.
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
+        self.model.as_deref().and_then(|model| hub::resolve(model).ok())
     }
 
     /// The engine's way to say which model to load. A model on the hub is fetched.

@@ -2,6 +2,10 @@
 const element = (id) => document.getElementById(id);
 const panes = [];
 let running = null;
+/** Of an MoE model: how many experts a token runs at the top of the dial. */
+let expertsPerToken = null;
+/** What the sliders set: a model without a table of budgets takes sensitivities only. */
+let dialField = "budget";
 
 /** Asks the server; a page that was refused for want of a key shows where to put one. */
 async function ask(path, options = {}) {
@@ -60,7 +64,7 @@ function request(pane) {
   };
   if (chat) body.messages = [{ role: "user", content: prompt }];
   else body.prompt = prompt;
-  if (!pane.slider.hidden && !pane.usesDefault.checked) body.budget = Number(pane.slider.value);
+  if (!pane.slider.hidden && !pane.usesDefault.checked) body[dialField] = Number(pane.slider.value);
   return [chat ? "/v1/chat/completions" : "/v1/completions", body];
 }
 
@@ -80,10 +84,12 @@ async function fill(pane, signal) {
   pane.figures.textContent = "";
   const [path, body] = request(pane);
   let tokens = 0, first = 0, mean = null;
+  const share = (experts) => typeof experts === "number" ? experts / expertsPerToken : undefined;
   const figures = () => {
     const seconds = (performance.now() - first) / 1000;
     const rate = tokens > 1 ? ((tokens - 1) / seconds).toFixed(1) + " tokens/s" : "";
-    const width = mean === null ? "" : "mean width " + mean.toFixed(3);
+    const unit = expertsPerToken ? "mean share of the experts " : "mean width ";
+    const width = mean === null ? "" : unit + mean.toFixed(3);
     pane.figures.textContent = [tokens + " tokens", rate, width].filter(Boolean).join(" · ");
   };
   try {
@@ -93,14 +99,14 @@ async function fill(pane, signal) {
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.usage && typeof event.usage.mean_ffn_width === "number") mean = event.usage.mean_ffn_width;
+      mean = event.usage?.mean_ffn_width ?? share(event.usage?.mean_experts) ?? mean;
       for (const choice of event.choices ?? []) {
         const thought = choice.delta?.reasoning_content;
         const text = thought ?? choice.delta?.content ?? choice.text;
         if (!text) continue;
         tokens += 1;
         if (tokens === 1) first = performance.now();
-        append(pane, text, choice.ffn_width, thought !== undefined);
+        append(pane, text, choice.ffn_width ?? share(choice.experts), thought !== undefined);
       }
       figures();
     }
@@ -144,6 +150,8 @@ async function learn() {
   }
   const settings = await dial.json();
   element("model").textContent = name;
+  expertsPerToken = settings.experts_per_token ?? null;
+  dialField = settings.budgets.length ? "budget" : "sensitivity";
   const now = settings.adaptive ? " (follows the load)" : "";
   document.querySelectorAll(".adaptive").forEach((part) => { part.textContent = now; });
 }

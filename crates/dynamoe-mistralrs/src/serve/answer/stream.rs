@@ -128,12 +128,13 @@ fn head(asked: &Asked) -> Value {
     })
 }
 
-/// Adds the mean width of the tokens of `pieces` to a choice of a chunk. Clients that do not know the field ignore it.
+/// Adds the mean width, or number of experts, of the tokens of `pieces` to a choice of a chunk. Clients that do not know the field ignore it.
 fn with_width(mut choice: Value, asked: &Asked, pieces: &[Piece]) -> Value {
     let neurons: Vec<f64> = pieces.iter().flat_map(|piece| piece.neurons.iter().copied()).collect();
     if let Some(model) = asked.model.as_ref().filter(|_| !neurons.is_empty()) {
         let mean = neurons.iter().sum::<f64>() / neurons.len() as f64;
-        choice["ffn_width"] = (mean / model.config().intermediate_size() as f64).into();
+        let (name, value) = model.tell(mean);
+        choice[name] = value.into();
     }
     choice
 }

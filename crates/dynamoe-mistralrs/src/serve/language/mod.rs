@@ -26,7 +26,7 @@ pub struct Language {
     /// Tokens that end an answer.
     pub(super) ends: Vec<u32>,
     /// Tokens that a prompt and its answer may have together.
-    pub(super) context: usize,
+    pub(crate) context: usize,
 }
 
 impl Language {
@@ -73,7 +73,7 @@ impl Language {
     ///
     /// # Errors
     /// The tokenizer's.
-    pub(super) fn tokens(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+    pub(crate) fn tokens(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding =
             self.tokenizer.encode_fast(text, add_special_tokens).map_err(|error| anyhow!(error))?;
         Ok(encoding.get_ids().to_vec())

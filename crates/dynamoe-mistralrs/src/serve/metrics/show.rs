@@ -4,7 +4,7 @@ use std::{fmt::Write, sync::atomic::Ordering::Relaxed};
 
 use axum::{extract::State, http::header::CONTENT_TYPE, response::IntoResponse};
 
-use crate::{Dial, LoadedModel, locks::lock, serve::App};
+use crate::{Dial, LoadedModel, ModelKind, locks::lock, serve::App};
 
 /// `GET /metrics`.
 pub(in super::super) async fn show(State(app): State<App>) -> impl IntoResponse {
@@ -68,7 +68,36 @@ fn requests(text: &mut String, app: &App) {
 }
 
 fn of_model(text: &mut String, model: &LoadedModel) {
-    let widths = &model.config().expert_widths;
+    match model.kind() {
+        ModelKind::DynaMoe(_) => of_ffns(text, model),
+        ModelKind::Moe(_) => of_experts(text, model),
+    }
+    let (name, value) = match model.dial() {
+        Dial::Sensitivity(sensitivity) => ("dynamoe_default_sensitivity", sensitivity),
+        Dial::Budget(budget) => ("dynamoe_default_budget", budget),
+    };
+    family(text, name, "gauge", "The dial of requests that bring none.");
+    line(text, name, "", value);
+}
+
+fn of_experts(text: &mut String, model: &LoadedModel) {
+    let name = "dynamoe_experts_used_total";
+    let help = "Times that a token ran this many experts, over all MoE layers.";
+    family(text, name, "counter", help);
+    for counts in model.counters().layers() {
+        for (&times, experts) in counts.tokens.iter().zip(model.sizes()) {
+            line(text, name, &format!("experts=\"{experts}\""), times as f64);
+        }
+    }
+    if let Some(share) = model.counters().mean_width(model.sizes()) {
+        let help = "Experts that a token ran on average since the model was loaded.";
+        family(text, "dynamoe_mean_experts", "gauge", help);
+        line(text, "dynamoe_mean_experts", "", share * model.full_size() as f64);
+    }
+}
+
+fn of_ffns(text: &mut String, model: &LoadedModel) {
+    let widths = model.sizes();
     let layers = model.counters().layers();
     family(text, "dynamoe_ffn_tokens_total", "counter", "Tokens that an expert served, by layer and expert.");
     for (layer, counts) in layers.iter().enumerate() {
@@ -87,12 +116,6 @@ fn of_model(text: &mut String, model: &LoadedModel) {
         family(text, "dynamoe_mean_ffn_width", "gauge", help);
         line(text, "dynamoe_mean_ffn_width", "", width);
     }
-    let (name, value) = match model.dial() {
-        Dial::Sensitivity(sensitivity) => ("dynamoe_default_sensitivity", sensitivity),
-        Dial::Budget(budget) => ("dynamoe_default_budget", budget),
-    };
-    family(text, name, "gauge", "The dial of requests that bring none.");
-    line(text, name, "", value);
 }
 
 fn family(text: &mut String, name: &str, kind: &str, help: &str) {

@@ -1,0 +1,8 @@
+//! The program under test: exactly `dynamoe-budgets`.
+
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    dynamoe_mistralrs::moe::solve::main().await
+}
