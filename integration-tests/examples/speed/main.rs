@@ -4,7 +4,8 @@
 //! cargo run --release -p dynamoe-integration-tests --example speed -- SHAPE PRECISION [ROUNDS] [FOLDER] [batch]
 //! ```
 //!
-//! SHAPE is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's work),
+//! SHAPE of an MoE model is `qwen3-30b-a3b` (2 of its layers), `olmoe` (3 layers) or `moe-small`: these are measured at
+//! budgets of their experts. SHAPE of a dense model is `llama-617m` (8 layers of Llama-3.2-1B's shape, 32,000 tokens), `qwen3-0.6b`, or `small` (a second's work),
 //! with `+N` behind it if the smaller experts have separate weights for N shells; PRECISION is `f32` or a quantization of the
 //! engine's, as `q8_0` and `q4k`. FOLDER keeps the checkpoints and, quantized, UQFF files for the next time. `batch`
 //! measures concurrent requests instead of single ones.
@@ -18,6 +19,7 @@ mod support;
 
 mod batch;
 mod models;
+mod moe;
 mod single;
 
 use std::path::PathBuf;
@@ -60,6 +62,19 @@ async fn main() -> Result<()> {
     }
     let argument = |n: usize| arguments.get(n).map(String::as_str);
     let name = argument(0).unwrap_or("small");
+    let precision = argument(1).unwrap_or("f32");
+    let rounds = argument(2).map_or(Ok(5), str::parse)?;
+    let temporary = tempfile::tempdir()?;
+    let folder = argument(3).map_or_else(|| temporary.path().to_owned(), PathBuf::from).join(name);
+    let moe = match name {
+        "qwen3-30b-a3b" => Some(moe::QWEN3_30B),
+        "olmoe" => Some(moe::OLMOE),
+        "moe-small" => Some(moe::SMALL),
+        _ => None,
+    };
+    if let Some(shape) = moe {
+        return moe::measure(&folder, name, shape, precision, rounds).await;
+    }
     let (base, separate_shells) = match name.split_once('+') {
         Some((base, shells)) => (base, shells.parse()?),
         None => (name, 0),
@@ -68,14 +83,12 @@ async fn main() -> Result<()> {
         "llama-617m" => ("LlamaForCausalLM", LLAMA),
         "qwen3-0.6b" => ("Qwen3ForCausalLM", QWEN3),
         "small" => ("LlamaForCausalLM", Shape { positions: 1024, ..SMALL }),
-        other => bail!("expected llama-617m, qwen3-0.6b or small, found {other}"),
+        other => {
+            bail!("expected llama-617m, qwen3-0.6b, small, qwen3-30b-a3b, olmoe or moe-small, found {other}")
+        }
     };
     let shape = Shape { separate_shells, ..shape };
-    let precision = argument(1).unwrap_or("f32");
-    let rounds = argument(2).map_or(Ok(5), str::parse)?;
-    let temporary = tempfile::tempdir()?;
-    let folder = argument(3).map_or_else(|| temporary.path().to_owned(), PathBuf::from);
-    let models = Models::load(&folder.join(name), architecture, shape, precision).await?;
+    let models = Models::load(&folder, architecture, shape, precision).await?;
     println!("{name}, {precision}, {} threads, {rounds} rounds\n", std::thread::available_parallelism()?);
     match batches {
         true => batch::measure(&models, rounds).await,

@@ -42,10 +42,7 @@ impl Models {
             std::fs::create_dir_all(folder)?;
             write_checkpoints(folder, architecture, shape, 1);
         }
-        let isq = match precision {
-            "f32" => None,
-            other => Some(mistralrs::parse_isq_value(other, None).map_err(anyhow::Error::msg)?),
-        };
+        let isq = isq(precision)?;
         let dense = load(&folder.join("dense"), isq, precision).await?;
         let routed = load(&folder.join("dynamoe"), isq, precision).await?;
         let handle = loaded().pop().context("the DynaMoE model is not listed")?;
@@ -95,23 +92,42 @@ impl Models {
         prompt: &[u32],
         new: usize,
     ) -> Result<Took> {
-        let dial = sensitivity.map(|s| self.handle.request(Dial::Sensitivity(s))).transpose()?;
-        let (sender, mut answers) = mpsc::channel(1);
-        let messages = RequestMessage::CompletionTokens(prompt.to_vec());
-        let sampling = SamplingParams { max_len: Some(new), ..SamplingParams::deterministic() };
-        let mut request = NormalRequest::new_simple(messages, sampling, sender, 0, None, None);
-        request.logits_processors = dial.as_ref().map(|dial| vec![dial.processor()]);
-        let start = Instant::now();
-        model.inner().get_sender(None)?.send(Request::Normal(Box::new(request))).await?;
-        let usage = match answers.recv().await {
-            Some(Response::CompletionDone(answer)) => answer.usage,
-            Some(Response::InternalError(error) | Response::ValidationError(error)) => bail!("{error}"),
-            _ => bail!("the engine did not answer"),
-        };
-        let seconds = start.elapsed().as_secs_f64();
-        ensure!(usage.completion_tokens == new, "{} tokens came instead of {new}", usage.completion_tokens);
-        let width = dial.and_then(|dial| dial.mean_width(self.shape.expert_widths[3])).unwrap_or(1.0);
-        Ok(Took { seconds, width })
+        run(model, &self.handle, sensitivity, prompt, new).await
+    }
+}
+
+/// Runs one request; `handle` makes its dial, if it has one.
+pub async fn run(
+    model: &Model,
+    handle: &LoadedModel,
+    sensitivity: Option<f64>,
+    prompt: &[u32],
+    new: usize,
+) -> Result<Took> {
+    let dial = sensitivity.map(|s| handle.request(Dial::Sensitivity(s))).transpose()?;
+    let (sender, mut answers) = mpsc::channel(1);
+    let messages = RequestMessage::CompletionTokens(prompt.to_vec());
+    let sampling = SamplingParams { max_len: Some(new), ..SamplingParams::deterministic() };
+    let mut request = NormalRequest::new_simple(messages, sampling, sender, 0, None, None);
+    request.logits_processors = dial.as_ref().map(|dial| vec![dial.processor()]);
+    let start = Instant::now();
+    model.inner().get_sender(None)?.send(Request::Normal(Box::new(request))).await?;
+    let usage = match answers.recv().await {
+        Some(Response::CompletionDone(answer)) => answer.usage,
+        Some(Response::InternalError(error) | Response::ValidationError(error)) => bail!("{error}"),
+        _ => bail!("the engine did not answer"),
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    ensure!(usage.completion_tokens == new, "{} tokens came instead of {new}", usage.completion_tokens);
+    let width = dial.and_then(|dial| dial.mean_width(handle.full_size())).unwrap_or(1.0);
+    Ok(Took { seconds, width })
+}
+
+/// What a precision's name means; none for `f32`.
+pub fn isq(precision: &str) -> Result<Option<IsqType>> {
+    match precision {
+        "f32" => Ok(None),
+        other => Ok(Some(mistralrs::parse_isq_value(other, None).map_err(anyhow::Error::msg)?)),
     }
 }
 
@@ -122,7 +138,7 @@ pub fn prompt(seed: u64, tokens: usize) -> Vec<u32> {
 }
 
 /// Loads a model; a quantized one from a UQFF file, which is made the first time.
-async fn load(folder: &Path, isq: Option<IsqType>, precision: &str) -> Result<Model> {
+pub async fn load(folder: &Path, isq: Option<IsqType>, precision: &str) -> Result<Model> {
     let set = |builder: TextModelBuilder| {
         builder.with_force_cpu().with_dtype(ModelDType::F32).with_prefix_cache_n(None).with_max_num_seqs(16)
     };
