@@ -100,7 +100,7 @@ async fn the_loss_of_a_real_checkpoint_is_the_trainers() {
     let folder = Path::new(&folder);
     let cache = tempfile::tempdir().unwrap();
     let options = TextOptions { cache_dir: Some(cache.path().to_owned()), ..TextOptions::default() };
-    let texts = Texts::open(folder, Checkpoint::open(folder).unwrap().config(), &options).unwrap();
+    let texts = Texts::open(&Checkpoint::open(folder).unwrap(), &options).unwrap();
     let batches = texts.scored(&[text.parse().unwrap()], Scope::Packed(256)).unwrap();
     let batches = &batches[..batches.len().min(4)];
     losses_agree(folder, batches, [0.5, 0.8, 1.0]).await;

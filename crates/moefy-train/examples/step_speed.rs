@@ -77,6 +77,7 @@ impl Case {
             sliding_window: vec![None; self.layers],
             bos_token_id: None,
             eos_token_ids: Vec::new(),
+            closing_token_id: None,
             dynamoe: None,
         }
     }

@@ -34,7 +34,10 @@ fn word_tokenizer() -> Tokenizer {
     load_tokenizer(dir.path(), 301).unwrap()
 }
 
-const FRAMING: Framing = Framing { boundary: 300 };
+/// BOS between documents.
+const FRAMING: Framing = Framing { opening: 300, closing: 300 };
+/// BOS before a document and `w299` after it.
+const TWO: Framing = Framing { opening: 300, closing: 299 };
 
 struct Fixture {
     dir: TempDir,
@@ -72,6 +75,10 @@ impl Fixture {
 
     /// The cache, and whether the text had to be tokenized.
     fn open(&self, path: &Path) -> anyhow::Result<(TokenCache, bool)> {
+        self.framed(path, FRAMING)
+    }
+
+    fn framed(&self, path: &Path, framing: Framing) -> anyhow::Result<(TokenCache, bool)> {
         let source = DataSource { path: path.to_owned(), weight: 1.0 };
         let built = Cell::new(false);
         let progress = |done: u64, all: u64| {
@@ -83,7 +90,7 @@ impl Fixture {
             &source,
             &format,
             &self.tokenizer,
-            FRAMING,
+            framing,
             &self.cache_dir(),
             &progress,
         )?;
@@ -206,11 +213,14 @@ fn a_tokenizer_must_fit_the_embedding() {
 }
 
 #[test]
-fn the_boundary_is_bos_or_else_eos() {
-    assert_eq!(Framing::new(Some(1), &[2], 10).unwrap().boundary, 1);
-    assert_eq!(Framing::new(None, &[5, 2], 10).unwrap().boundary, 5);
-    assert!(message(Framing::new(None, &[], 10)).contains("neither bos_token_id nor eos_token_id"));
-    assert!(message(Framing::new(Some(10), &[], 10)).contains("does not fit the embedding"));
+fn bos_opens_a_document_and_eos_closes_it() {
+    let framing = |bos, eos: &[u32]| Framing::new(bos, eos, 10).map(|found| (found.opening, found.closing));
+    assert_eq!(framing(Some(1), &[2, 3]).unwrap(), (1, 2));
+    assert_eq!(framing(Some(1), &[]).unwrap(), (1, 1));
+    assert_eq!(framing(None, &[5, 2]).unwrap(), (5, 5));
+    assert!(message(framing(None, &[])).contains("neither bos_token_id nor eos_token_id"));
+    assert!(message(framing(Some(10), &[])).contains("in front of documents does not fit the embedding"));
+    assert!(message(framing(Some(1), &[10])).contains("after documents does not fit the embedding"));
 }
 
 #[test]
@@ -219,13 +229,43 @@ fn a_cache_holds_framed_documents_and_is_used_again() {
     let path = fixture.text("a.txt", &[3, 5, 1]);
     let (cache, built) = fixture.open(&path).unwrap();
     assert!(built);
-    assert_eq!((cache.len(), cache.documents()), (12, 3));
-    assert_eq!(cache.document(0), [300, 0, 1, 2]);
-    assert_eq!(cache.document(1), [300, 3, 4, 5, 6, 7]);
-    assert_eq!(cache.document(2), [300, 8]);
+    assert_eq!((cache.len(), cache.documents()), (13, 3));
+    assert_eq!(cache.framed(0), [300, 0, 1, 2, 300]);
+    assert_eq!(cache.framed(1), [300, 3, 4, 5, 6, 7, 300]);
+    assert_eq!(cache.framed(2), [300, 8, 300]);
     assert_eq!(cache.slice(2, 4), [1, 2, 300, 3]);
     assert_eq!(cache.document_range(1), 4..10);
+    assert!((1..13).all(|place| cache.counts(place)));
     assert!(!fixture.open(&path).unwrap().1);
+}
+
+#[test]
+fn an_opening_token_of_its_own_is_never_asked_for() {
+    let fixture = Fixture::new();
+    let (cache, _) = fixture.framed(&fixture.text("a.txt", &[3, 1]), TWO).unwrap();
+    assert_eq!(cache.slice(0, cache.len()), [300, 0, 1, 2, 299, 300, 3, 299]);
+    assert_eq!((cache.framed(0), cache.framed(1)), (vec![300, 0, 1, 2, 299], vec![300, 3, 299]));
+    let counts: Vec<bool> = (0..cache.len()).map(|place| cache.counts(place)).collect();
+    assert_eq!(counts, [false, true, true, true, true, false, true, true]);
+    let cache = Arc::new(cache);
+    let batches = Batches::new(vec![weighted(&cache, 1.0)], config(7, 1, Split::All)).unwrap();
+    assert_eq!(batches.batch(0).weights, [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]);
+    assert_eq!(batches.batch(0).counted(), 6);
+    let limits = DocumentLimits { max_tokens: 9, positions: 9, batch_tokens: 99 };
+    let batch = DocumentBatches::new(&cache, 0..2, limits).next().unwrap();
+    assert_eq!(batch.targets, [0, 1, 2, 299, 3, 299, 0, 0]);
+    assert_eq!(batch.weights, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]);
+}
+
+#[test]
+fn a_closing_token_that_the_text_writes_out_is_not_written_twice() {
+    let fixture = Fixture::new();
+    let path = fixture.file("a.txt", "w1 w299<|endoftext|>w299 w2<|endoftext|>w299");
+    let (cache, _) = fixture.framed(&path, TWO).unwrap();
+    assert_eq!(cache.slice(0, cache.len()), [300, 1, 299, 300, 299, 2, 299, 300, 299]);
+    let path = fixture.file("b.txt", "w1 <s><|endoftext|>w2");
+    let (cache, _) = fixture.open(&path).unwrap();
+    assert_eq!(cache.slice(0, cache.len()), [300, 1, 300, 2, 300]);
 }
 
 #[test]
@@ -236,11 +276,11 @@ fn a_cache_is_another_for_another_text_tokenizer_format_or_framing() {
     fixture.file("a.txt", "w1 w2 w4");
     let (cache, built) = fixture.open(&path).unwrap();
     assert!(built);
-    assert_eq!(cache.document(0), [300, 1, 2, 4]);
+    assert_eq!(cache.framed(0), [300, 1, 2, 4, 300]);
     fixture.tokenizer.add_tokens(&[tokenizers::AddedToken::from("w1 w2", false)]);
     let (cache, built) = fixture.open(&path).unwrap();
     assert!(built);
-    assert_eq!(cache.document(0), [300, 301, 4]);
+    assert_eq!(cache.framed(0), [300, 301, 4, 300]);
     let source = DataSource { path, weight: 1.0 };
     let open = |format: &TextFormat, framing| {
         let built = Cell::new(false);
@@ -256,7 +296,10 @@ fn a_cache_is_another_for_another_text_tokenizer_format_or_framing() {
         assert!(built.get());
         cache.unwrap()
     };
-    assert_eq!(open(&TextFormat::default(), Framing { boundary: 7 }).document(0), [7, 301, 4]);
+    let sevens = Framing { opening: 7, closing: 7 };
+    assert_eq!(open(&TextFormat::default(), sevens).framed(0), [7, 301, 4, 7]);
+    let closed = Framing { opening: 7, closing: 8 };
+    assert_eq!(open(&TextFormat::default(), closed).framed(0), [7, 301, 4, 8]);
     let format = TextFormat { marker: " ".into(), ..TextFormat::default() };
     assert_eq!(open(&format, FRAMING).documents(), 3);
 }
@@ -265,7 +308,7 @@ fn a_cache_is_another_for_another_text_tokenizer_format_or_framing() {
 fn large_ids_take_four_bytes() {
     let fixture = Fixture::new();
     let source = DataSource { path: fixture.text("a.txt", &[3]), weight: 1.0 };
-    let (format, framing) = (TextFormat::default(), Framing { boundary: 70_000 });
+    let (format, framing) = (TextFormat::default(), Framing { opening: 1, closing: 70_000 });
     let cache = TokenCache::open_or_build(
         &source,
         &format,
@@ -274,14 +317,14 @@ fn large_ids_take_four_bytes() {
         &fixture.cache_dir(),
         &|_, _| {},
     );
-    assert_eq!(cache.unwrap().document(0), [70_000, 0, 1, 2]);
+    assert_eq!(cache.unwrap().framed(0), [1, 0, 1, 2, 70_000]);
 }
 
 #[test]
 fn a_damaged_cache_is_made_again() {
     let fixture = Fixture::new();
     let path = fixture.text("a.txt", &[3, 5, 1]);
-    let expected = fixture.open(&path).unwrap().0.slice(0, 12);
+    let expected = fixture.framed(&path, TWO).unwrap().0.slice(0, 12);
     let file = fixture.cache_file();
     let sound = std::fs::read(&file).unwrap();
     let mut damaged: Vec<Vec<u8>> = (0..sound.len())
@@ -291,14 +334,14 @@ fn a_damaged_cache_is_made_again() {
             bytes
         })
         .collect();
-    damaged.extend([0, 1, 64, 95, 96, sound.len() - 1].map(|length| sound[..length].to_vec()));
+    damaged.extend([0, 1, 64, 103, 104, sound.len() - 1].map(|length| sound[..length].to_vec()));
     damaged.push([sound.clone(), vec![0]].concat());
     let mut huge = sound.clone();
-    huge[16..32].fill(0xff);
+    huge[16..40].fill(0xff);
     damaged.push(huge);
     for bytes in damaged {
         std::fs::write(&file, &bytes).unwrap();
-        let (cache, built) = fixture.open(&path).unwrap();
+        let (cache, built) = fixture.framed(&path, TWO).unwrap();
         assert!(built, "a damaged cache was trusted");
         assert_eq!(cache.slice(0, 12), expected);
         assert_eq!(std::fs::read(&file).unwrap(), sound);
@@ -328,9 +371,10 @@ fn chunks_follow_the_stream() {
     let batches = Batches::new(vec![weighted(&cache, 1.0)], config(4, 2, Split::All)).unwrap();
     let all: Vec<_> = batches.in_order().collect();
     assert_eq!(all.len(), 2);
+    assert_eq!(all[0].weights, [1.0; 8]);
     assert_eq!(all[0].tokens, [300, 0, 1, 2, 3, 3, 4, 5, 300, 6]);
     assert_eq!((all[1].batch_size, &all[1].tokens[..]), (1, &[6, 7, 8, 9, 10][..]));
-    let (inputs, targets) = all[0].tensors(&candle_core::Device::Cpu).unwrap();
+    let (inputs, targets, _) = all[0].tensors(&candle_core::Device::Cpu).unwrap();
     assert_eq!(inputs.to_vec2::<u32>().unwrap(), [[300, 0, 1, 2], [3, 4, 5, 300]]);
     assert_eq!(targets.to_vec2::<u32>().unwrap(), [[0, 1, 2, 3], [4, 5, 300, 6]]);
     assert!(batches.describe(all[0].origins[1]).ends_with("a.txt, tokens 4 to 8"));
@@ -339,7 +383,7 @@ fn chunks_follow_the_stream() {
 #[test]
 fn too_little_text_says_how_much_is_needed() {
     let fixture = Fixture::new();
-    let cache = fixture.cache("a.txt", &[6]);
+    let cache = fixture.cache("a.txt", &[5]);
     let make = |length, split| {
         message(Batches::new(vec![weighted(&cache, 1.0)], config(length, 1, split)).map(|_| ()))
     };
@@ -364,7 +408,7 @@ fn too_little_text_says_how_much_is_needed() {
 #[test]
 fn a_long_document_is_cut_for_the_held_out_part() {
     let fixture = Fixture::new();
-    let cache = fixture.cache("a.txt", &[9999]);
+    let cache = fixture.cache("a.txt", &[9998]);
     assert_eq!(Split::Train.range(&cache, 10), 0..9900);
     assert_eq!(Split::HeldOut.range(&cache, 10), 9900..10_000);
     assert_eq!(Split::HeldOut.range(&cache, 499), 9500..10_000);
@@ -473,13 +517,12 @@ proptest! {
         let cache = fixture.cache("a.txt", &lengths);
         let limits = DocumentLimits { max_tokens, positions, batch_tokens };
         let mut seen = BTreeSet::new();
-        for batch in DocumentBatches::new(&cache, 0..cache.documents(), FRAMING, limits) {
+        for batch in DocumentBatches::new(&cache, 0..cache.documents(), limits) {
             prop_assert!(batch.length <= max_tokens.min(positions));
             prop_assert!(batch.batch_size == 1 || batch.batch_size * batch.length <= batch_tokens);
             for (row, &document) in batch.items.iter().enumerate() {
                 prop_assert!(seen.insert(document));
-                let mut framed = cache.document(document);
-                framed.push(FRAMING.boundary);
+                let framed = cache.framed(document);
                 let used = (framed.len() - 1).min(max_tokens).min(positions);
                 let at = row * batch.length..(row + 1) * batch.length;
                 prop_assert_eq!(&batch.tokens[at.clone()][..used], &framed[..used]);

@@ -36,6 +36,7 @@ fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfi
         sliding_window: if extras { vec![None, Some(5)] } else { vec![None; 2] },
         bos_token_id: None,
         eos_token_ids: Vec::new(),
+        closing_token_id: None,
         dynamoe: Some(DynaMoeConfig {
             version: dynamoe::config::version_for(separate_shells),
             base_architecture: "LlamaForCausalLM".into(),
@@ -67,7 +68,9 @@ fn step(model: &TrainModel, train: &TrainConfig) -> (StepLoss, Gradients) {
     };
     let objective = train.method.objective(&train.routing(vec![0.2, 0.6, 1.0]));
     let teacher = train.has_teacher().then_some(Teacher::Itself);
-    let (batch, objective) = (StepBatch { tokens: batch(0), targets: batch(1) }, objective.as_ref());
+    let weights = Tensor::ones((3, 22), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let batch = StepBatch { tokens: batch(0), targets: batch(1), weights, counted: 66.0 };
+    let objective = objective.as_ref();
     let context = StepContext { objective, teacher, config: train, step: 3, micro: 0 };
     let mut gradients = Gradients::new();
     let loss = model.accumulate(&batch, &context, &mut gradients).unwrap();

@@ -120,6 +120,12 @@ impl Checkpoint {
         &self.json
     }
 
+    /// Names the token that ends a document, for what is written from this checkpoint. Its files stay as they are.
+    pub fn set_closing_token(&mut self, id: u32) {
+        self.config.closing_token_id = Some(id);
+        self.json["closing_token_id"] = id.into();
+    }
+
     /// The add-on's folder, if it is a base with an add-on.
     pub fn add_on(&self) -> Option<&Path> {
         self.add_on.as_deref()

@@ -78,6 +78,9 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// `eos_token_id`: none, one or several.
     pub eos_token_ids: Vec<u32>,
+    /// `closing_token_id`: the token that ends a document, where training found out which one the model ends documents
+    /// with. No other program reads this key.
+    pub closing_token_id: Option<u32>,
     /// Our section, for a DynaMoE checkpoint.
     pub dynamoe: Option<DynaMoeConfig>,
 }
@@ -202,7 +205,8 @@ impl ModelConfig {
         self.expert_widths().into_iter().map(|width| width as f64 / full).collect()
     }
 
-    /// Reads `dir/config.json`. Token ids that it does not name are taken from `dir/generation_config.json`.
+    /// Reads `dir/config.json`. `dir/generation_config.json` adds to its `eos_token_id`, and names `bos_token_id` if it does
+    /// not.
     ///
     /// # Errors
     /// A missing or broken file, an unsupported architecture (the message lists those supported), an option
@@ -218,8 +222,10 @@ impl ModelConfig {
             if config.bos_token_id.is_none() {
                 config.bos_token_id = ids("bos_token_id")?.first().copied();
             }
-            if config.eos_token_ids.is_empty() {
-                config.eos_token_ids = ids("eos_token_id")?;
+            for id in ids("eos_token_id")? {
+                if !config.eos_token_ids.contains(&id) {
+                    config.eos_token_ids.push(id);
+                }
             }
         }
         Ok(config)
@@ -282,6 +288,7 @@ impl ModelConfig {
             sliding_window: sliding_window(&keys, architecture, num_hidden_layers)?,
             bos_token_id: keys.token_ids("bos_token_id")?.first().copied(),
             eos_token_ids: keys.token_ids("eos_token_id")?,
+            closing_token_id: keys.token_ids("closing_token_id")?.first().copied(),
             dynamoe,
         })
     }
@@ -589,10 +596,10 @@ mod tests {
             "num_attention_heads": 4, "vocab_size": 32, "eos_token_id": 5,
         });
         std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        let generation = r#"{"bos_token_id": 1, "eos_token_id": [2, 3], "top_p": NaN}"#;
+        let generation = r#"{"bos_token_id": 1, "eos_token_id": [2, 5, 3], "top_p": NaN}"#;
         std::fs::write(dir.path().join("generation_config.json"), generation).unwrap();
         let config = ModelConfig::read(dir.path()).unwrap();
-        assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![5]));
+        assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![5, 2, 3]));
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct CalibrateArgs {
 
 pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let source = open_model(&args.model)?;
-    let texts = Texts::open(source.dir(), source.config(), &args.text.options())?;
+    let texts = Texts::open(&source, &args.text.options())?;
     let shape = SampleShape { batch_size: TrainConfig::BATCH_SIZE, sequence_length: args.sequence_length };
     let batches = texts.training(&args.data, Split::All, shape, 0)?;
     let measured = prepare::calibrate(&source, &calibration_batches(&batches, args.tokens))?;

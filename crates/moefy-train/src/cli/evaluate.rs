@@ -75,7 +75,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
     let device = args.device.open()?;
     let mut checkpoint = args.model.open()?;
-    let texts = Texts::open(checkpoint.dir(), checkpoint.config(), &args.text.options())?;
+    let texts = Texts::open(&checkpoint, &args.text.options())?;
     let mut model = RoutedModel::load(&checkpoint, &device)?;
     let scope = if args.documents {
         Scope::Documents(args.max_tokens.unwrap_or(checkpoint.config().max_position_embeddings))

@@ -88,7 +88,7 @@ pub struct Origin {
 }
 
 /// `B` sequences of `T + 1` tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     /// `B`.
     pub batch_size: usize,
@@ -96,24 +96,27 @@ pub struct Batch {
     pub sequence_length: usize,
     /// (B, T + 1) in row order: inputs are all but the last of a row, targets all but the first.
     pub tokens: Vec<u32>,
+    /// 1 for a target that counts, 0 for one on which no loss is taken, (B, T).
+    pub weights: Vec<f32>,
     /// Where each row came from, (B).
     pub origins: Vec<Origin>,
 }
 
 impl Batch {
-    /// Inputs and targets, each (B, T) u32, contiguous.
+    /// Inputs and targets, each (B, T) u32, contiguous, and the targets' weights, (B, T) f32.
     ///
     /// # Errors
     /// The device's.
-    pub fn tensors(&self, device: &Device) -> Result<(Tensor, Tensor)> {
+    pub fn tensors(&self, device: &Device) -> Result<(Tensor, Tensor, Tensor)> {
         let (rows, length) = (self.batch_size, self.sequence_length);
         let tokens = Tensor::from_slice(&self.tokens, (rows, length + 1), device)?;
-        Ok((tokens.narrow(1, 0, length)?.contiguous()?, tokens.narrow(1, 1, length)?.contiguous()?))
+        let weights = Tensor::from_slice(&self.weights, (rows, length), device)?;
+        Ok((tokens.narrow(1, 0, length)?.contiguous()?, tokens.narrow(1, 1, length)?.contiguous()?, weights))
     }
 
-    /// Tokens that are predicted: `B · T`.
-    pub fn targets(&self) -> usize {
-        self.batch_size * self.sequence_length
+    /// Targets that count.
+    pub fn counted(&self) -> usize {
+        self.weights.iter().filter(|&&weight| weight > 0.0).count()
     }
 }
 
@@ -209,11 +212,15 @@ impl Batches {
     fn gather(&self, origins: Vec<Origin>) -> Batch {
         let length = self.config.sequence_length;
         let mut tokens = Vec::with_capacity(origins.len() * (length + 1));
+        let mut weights = Vec::with_capacity(origins.len() * length);
         for origin in &origins {
             let source = &self.sources[origin.source];
-            tokens.extend(source.cache.slice(source.start + origin.chunk * length, length + 1));
+            let start = source.start + origin.chunk * length;
+            tokens.extend(source.cache.slice(start, length + 1));
+            let targets = start + 1..=start + length;
+            weights.extend(targets.map(|place| f32::from(u8::from(source.cache.counts(place)))));
         }
-        Batch { batch_size: origins.len(), sequence_length: length, tokens, origins }
+        Batch { batch_size: origins.len(), sequence_length: length, tokens, weights, origins }
     }
 
     fn order(&self, epoch: u64) -> Arc<Vec<Origin>> {

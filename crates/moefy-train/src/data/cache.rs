@@ -8,11 +8,15 @@
 //! 12  bytes per token u32: 2 or 4
 //! 16  tokens u64
 //! 24  documents u64
-//! 32  key: sha256 of everything the tokens depend on
-//! 64  sha256 of (bytes 96 to the end, then bytes 0 to 64)
-//! 96  tokens: boundary document boundary document …
-//! …   documents + 1 offsets u64, in tokens: where each document's boundary stands, and the end
+//! 32  gaps u64
+//! 40  key: sha256 of everything the tokens depend on
+//! 72  sha256 of (bytes 104 to the end, then bytes 0 to 72)
+//! 104 tokens: opening document closing opening document closing …
+//! …   documents + 1 offsets u64, in tokens: where each document's opening token stands, and where one would stand next
+//! …   gaps, each from u64 to u64, in tokens: tokens on which no loss is taken; ascending
 //! ```
+//!
+//! Where the opening token is the closing one, it stands once between two documents.
 
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -30,8 +34,10 @@ use super::source::{DataSource, Documents, TextFormat};
 use super::tokenizer::{Framing, largest_id};
 
 const MAGIC: &[u8; 8] = b"DYNATOKS";
-const VERSION: u32 = 3;
-const HEADER: usize = 96;
+const VERSION: u32 = 4;
+const HEADER: usize = 104;
+/// Where the digest stands in the header.
+const DIGEST: usize = 72;
 /// Bytes of text tokenized in one parallel batch.
 const BATCH_BYTES: usize = 4 << 20;
 
@@ -42,6 +48,7 @@ pub struct TokenCache {
     width: usize,
     tokens: usize,
     documents: usize,
+    gaps: usize,
 }
 
 /// `$XDG_CACHE_HOME/dynamoe`, else `~/.cache/dynamoe`.
@@ -100,31 +107,37 @@ impl TokenCache {
         let map = unsafe { Mmap::map(&file)? };
         ensure!(map.len() >= HEADER && map.starts_with(MAGIC), "not a token cache");
         ensure!(u32_at(&map, 8) == VERSION, "token cache of another version");
-        ensure!(map[32..64] == key[..], "token cache of another text");
+        ensure!(map[40..DIGEST] == key[..], "token cache of another text");
         let width = u32_at(&map, 12) as usize;
         ensure!(width == 2 || width == 4, "token cache with {width} bytes per token");
-        let (tokens, documents) = (u64_at(&map, 16), u64_at(&map, 24));
-        let expected =
-            (width as u128) * u128::from(tokens) + 8 * (u128::from(documents) + 1) + HEADER as u128;
+        let [tokens, documents, gaps] = [16, 24, 32].map(|at| u64_at(&map, at));
+        let offsets = 8 * (u128::from(documents) + 1 + 2 * u128::from(gaps));
+        let expected = (width as u128) * u128::from(tokens) + offsets + HEADER as u128;
         ensure!(map.len() as u128 == expected, "token cache of {} bytes, expected {expected}", map.len());
-        let digest = Sha256::new().chain_update(&map[HEADER..]).chain_update(&map[..64]).finalize();
-        ensure!(map[64..HEADER] == digest[..], "token cache with a wrong checksum");
-        // Both counts are bounded by the file's length, so they fit.
+        let digest = Sha256::new().chain_update(&map[HEADER..]).chain_update(&map[..DIGEST]).finalize();
+        ensure!(map[DIGEST..HEADER] == digest[..], "token cache with a wrong checksum");
+        // The counts are bounded by the file's length, so they fit.
         let cache = Self {
             source: source.to_owned(),
             width,
             tokens: tokens as usize,
             documents: documents as usize,
+            gaps: gaps as usize,
             map,
         };
         let offsets = || (0..=cache.documents).map(|document| cache.offset(document));
         let rising = offsets().zip(offsets().skip(1)).all(|(start, end)| start < end);
         ensure!(rising && cache.offset(0) == 0, "token cache with broken offsets");
-        ensure!(cache.offset(cache.documents) == cache.tokens, "token cache with broken offsets");
+        let after = cache.tokens.checked_sub(cache.offset(cache.documents));
+        ensure!(after.is_some_and(|closing| closing <= 1), "token cache with broken offsets");
+        let gaps = (0..cache.gaps).map(|gap| cache.gap(gap));
+        let ends: Vec<usize> = gaps.flat_map(|gap| [gap.start, gap.end]).collect();
+        let inside = ends.last().is_none_or(|end| *end <= cache.tokens);
+        ensure!(ends.is_sorted() && inside, "token cache with broken gaps");
         Ok(cache)
     }
 
-    /// Tokens of the whole stream, boundaries included.
+    /// Tokens of the whole stream, those around documents included.
     #[allow(clippy::len_without_is_empty, reason = "a cache is never empty")]
     pub fn len(&self) -> usize {
         self.tokens
@@ -140,7 +153,7 @@ impl TokenCache {
         &self.source
     }
 
-    /// Where a document stands in the stream, its boundary included.
+    /// Where a document stands in the stream, from its opening token to where the next one stands.
     ///
     /// # Panics
     /// Where there is no such document.
@@ -149,13 +162,46 @@ impl TokenCache {
         self.offset(document)..self.offset(document + 1)
     }
 
-    /// A document's tokens, the boundary first.
+    /// Where a document stands in the stream, from its opening token to its closing one.
     ///
     /// # Panics
     /// Where there is no such document.
-    pub fn document(&self, document: usize) -> Vec<u32> {
-        let range = self.document_range(document);
+    pub fn framed_range(&self, document: usize) -> Range<usize> {
+        let Range { start, end } = self.document_range(document);
+        // a closing token that opens the next document as well
+        let shared = self.tokens - self.offset(self.documents);
+        start..end + shared
+    }
+
+    /// A document's tokens, from its opening token to its closing one.
+    ///
+    /// # Panics
+    /// Where there is no such document.
+    pub fn framed(&self, document: usize) -> Vec<u32> {
+        let range = self.framed_range(document);
         self.slice(range.start, range.len())
+    }
+
+    /// Whether the loss is taken on the token at a place of the stream, where it is predicted from those before.
+    pub fn counts(&self, place: usize) -> bool {
+        let first = self.gap_after(place);
+        first == self.gaps || !self.gap(first).contains(&place)
+    }
+
+    /// The first gap that ends after a place of the stream.
+    fn gap_after(&self, place: usize) -> usize {
+        let (mut low, mut high) = (0, self.gaps);
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            if self.gap(middle).end <= place { low = middle + 1 } else { high = middle }
+        }
+        low
+    }
+
+    /// Tokens on which no loss is taken.
+    fn gap(&self, gap: usize) -> Range<usize> {
+        let at = HEADER + self.tokens * self.width + 8 * (self.documents + 1) + 16 * gap;
+        u64_at(&self.map, at) as usize..u64_at(&self.map, at + 8) as usize
     }
 
     /// `length` tokens of the stream from `start`.
@@ -211,17 +257,18 @@ impl Builder<'_> {
                 .with_context(|| format!("{}: cannot be read", path.display()))?;
             key.update(text.finalize());
         }
-        key.update(self.framing.boundary.to_le_bytes());
+        key.update(self.framing.opening.to_le_bytes());
+        key.update(self.framing.closing.to_le_bytes());
         key.update(VERSION.to_le_bytes());
         Ok(key.finalize().into())
     }
 
     /// Tokenizes the files into a cache file, whole but not yet under its name.
     fn write(&self, file: &File, key: &[u8; 32]) -> Result<()> {
-        let largest = largest_id(self.tokenizer).unwrap_or(0).max(self.framing.boundary);
+        let Framing { opening, closing } = self.framing;
+        let largest = largest_id(self.tokenizer).unwrap_or(0).max(opening).max(closing);
         let width = if largest <= u32::from(u16::MAX) { 2 } else { 4 };
-        let mut stream = Stream { out: BufWriter::new(file), digest: Sha256::new(), width, offsets: vec![0] };
-        stream.out.seek(SeekFrom::Start(HEADER as u64))?;
+        let mut stream = Stream::new(file, width, self.framing)?;
         let all = self.stamp()?.iter().map(|(bytes, _)| bytes).sum();
         let mut before = 0;
         for path in &self.files {
@@ -233,7 +280,7 @@ impl Builder<'_> {
                 }
                 let encodings = self.tokenizer.encode_batch_fast(batch, false).map_err(Error::from_boxed)?;
                 for encoding in encodings {
-                    stream.push(self.framing.boundary, encoding.get_ids())?;
+                    stream.push(encoding.get_ids())?;
                 }
                 (self.progress)((before + documents.position()).min(all), all);
             }
@@ -264,19 +311,50 @@ struct Stream<'a> {
     out: BufWriter<&'a File>,
     digest: Sha256,
     width: usize,
+    framing: Framing,
+    /// Tokens so far.
+    tokens: u64,
     offsets: Vec<u64>,
+    gaps: Vec<Range<u64>>,
 }
 
-impl Stream<'_> {
-    fn push(&mut self, boundary: u32, document: &[u32]) -> Result<()> {
-        let start = self.offsets.last().copied().unwrap_or(0);
-        let mut bytes = Vec::with_capacity((document.len() + 1) * self.width);
-        for token in std::iter::once(&boundary).chain(document) {
-            bytes.extend_from_slice(&token.to_le_bytes()[..self.width]);
+impl<'a> Stream<'a> {
+    fn new(file: &'a File, width: usize, framing: Framing) -> Result<Self> {
+        let mut out = BufWriter::new(file);
+        out.seek(SeekFrom::Start(HEADER as u64))?;
+        let (digest, offsets) = (Sha256::new(), vec![0]);
+        Ok(Self { out, digest, width, framing, tokens: 0, offsets, gaps: Vec::new() })
+    }
+
+    /// Appends a document. A closing token at its end, which its text wrote out, takes the place of the one that every
+    /// document gets.
+    fn push(&mut self, document: &[u32]) -> Result<()> {
+        let Framing { opening, closing } = self.framing;
+        let document = document.strip_suffix(&[closing]).unwrap_or(document);
+        if self.tokens == 0 || !self.framing.is_shared() {
+            self.gap(1);
+            self.tokens(&[opening])?;
         }
-        self.write(&bytes)?;
-        self.offsets.push(start + 1 + document.len() as u64);
+        self.tokens(document)?;
+        self.tokens(&[closing])?;
+        self.offsets.push(self.tokens - u64::from(self.framing.is_shared()));
         Ok(())
+    }
+
+    /// Takes no loss on the next `tokens` tokens.
+    fn gap(&mut self, tokens: u64) {
+        let end = self.tokens + tokens;
+        match self.gaps.last_mut() {
+            Some(gap) if gap.end == self.tokens => gap.end = end,
+            _ => self.gaps.push(self.tokens..end),
+        }
+    }
+
+    fn tokens(&mut self, tokens: &[u32]) -> Result<()> {
+        let width = self.width;
+        let bytes: Vec<u8> = tokens.iter().flat_map(|id| id.to_le_bytes().into_iter().take(width)).collect();
+        self.tokens += tokens.len() as u64;
+        self.write(&bytes)
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
@@ -285,16 +363,18 @@ impl Stream<'_> {
     }
 
     fn finish(mut self, key: &[u8; 32]) -> Result<()> {
-        let offsets = std::mem::take(&mut self.offsets);
-        for offset in &offsets {
-            self.write(&offset.to_le_bytes())?;
+        let (offsets, gaps) = (std::mem::take(&mut self.offsets), std::mem::take(&mut self.gaps));
+        let ends = gaps.iter().flat_map(|gap| [gap.start, gap.end]);
+        for number in offsets.iter().copied().chain(ends) {
+            self.write(&number.to_le_bytes())?;
         }
         let mut header = Vec::with_capacity(HEADER);
         header.extend_from_slice(MAGIC);
         header.extend_from_slice(&VERSION.to_le_bytes());
         header.extend_from_slice(&(self.width as u32).to_le_bytes());
-        header.extend_from_slice(&offsets.last().copied().unwrap_or(0).to_le_bytes());
-        header.extend_from_slice(&(offsets.len() as u64 - 1).to_le_bytes());
+        for count in [self.tokens, offsets.len() as u64 - 1, gaps.len() as u64] {
+            header.extend_from_slice(&count.to_le_bytes());
+        }
         header.extend_from_slice(key);
         let digest = self.digest.chain_update(&header).finalize();
         header.extend_from_slice(&digest);

@@ -1,19 +1,17 @@
-//! Documents scored one by one: the boundary token first, the context reset for each.
+//! Documents scored one by one: the opening token first, the context reset for each.
 
 use std::ops::Range;
 
 use super::cache::TokenCache;
 use super::padded::{PaddedBatch, group_by_length};
-use super::tokenizer::Framing;
 
 /// Padded batches of documents of similar length, longest first.
 ///
-/// A document is framed `[BOS] ids… [BOS]` (EOS where the model has no BOS). Its inputs are the first `N` tokens of
-/// that, its targets the tokens after each, `N` being at most `max_tokens` and the model's positions. So the
-/// closing boundary is scored where the document was not cut.
+/// A document is framed `opening ids… closing` ([`Framing`](super::Framing)). Its inputs are the first `N` tokens of that,
+/// its targets the tokens after each, `N` being at most `max_tokens` and the model's positions. So the closing token is
+/// scored where the document was not cut.
 pub struct DocumentBatches<'a> {
     cache: &'a TokenCache,
-    framing: Framing,
     max_inputs: usize,
     groups: std::vec::IntoIter<Vec<usize>>,
 }
@@ -34,17 +32,12 @@ impl<'a> DocumentBatches<'a> {
     ///
     /// # Panics
     /// Where `documents` goes beyond those of the cache.
-    pub fn new(
-        cache: &'a TokenCache,
-        documents: Range<usize>,
-        framing: Framing,
-        limits: DocumentLimits,
-    ) -> Self {
+    pub fn new(cache: &'a TokenCache, documents: Range<usize>, limits: DocumentLimits) -> Self {
         let max_inputs = limits.max_tokens.min(limits.positions).max(1);
         let lengths =
-            documents.map(|document| (document, cache.document_range(document).len().min(max_inputs)));
+            documents.map(|document| (document, (cache.framed_range(document).len() - 1).min(max_inputs)));
         let groups = group_by_length(lengths.collect(), limits.batch_tokens).into_iter();
-        Self { cache, framing, max_inputs, groups }
+        Self { cache, max_inputs, groups }
     }
 }
 
@@ -53,16 +46,21 @@ impl Iterator for DocumentBatches<'_> {
 
     fn next(&mut self) -> Option<PaddedBatch> {
         let group = self.groups.next()?;
-        let sequences: Vec<(usize, Vec<u32>)> = group
-            .into_iter()
-            .map(|document| {
-                let mut tokens = self.cache.document(document);
-                tokens.push(self.framing.boundary);
-                tokens.truncate(self.max_inputs + 1);
-                (document, tokens)
-            })
-            .collect();
-        Some(PaddedBatch::new(&sequences))
+        let sequences = group.into_iter().map(|document| {
+            let mut tokens = self.cache.framed(document);
+            tokens.truncate(self.max_inputs + 1);
+            (document, tokens)
+        });
+        let mut batch = PaddedBatch::new(&sequences.collect::<Vec<_>>());
+        for (weights, &document) in batch.weights.chunks_exact_mut(batch.length).zip(&batch.items) {
+            let targets = self.cache.framed_range(document).skip(1);
+            for (weight, place) in weights.iter_mut().zip(targets) {
+                if !self.cache.counts(place) {
+                    *weight = 0.0;
+                }
+            }
+        }
+        Some(batch)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

@@ -1,11 +1,12 @@
 //! Text to batches: [`source`] finds files and reads their documents (`kind` by their names, `pieces` of text, `rows`
-//! of Parquet, `records` to text), [`tokenizer`] frames them, [`cache`] keeps their tokens on disk,
+//! of Parquet, `records` to text), [`tokenizer`] frames them with the tokens that `closing` finds, [`cache`] keeps their tokens on disk,
 //! [`batches`] packs them for training, [`documents`], [`pairs`] and [`choices`] pad them for evaluation ([`padded`]). [`texts`] does
 //! all of that for one model. [`corpus`] is text that this program generates.
 
 pub mod batches;
 pub mod cache;
 pub mod choices;
+mod closing;
 pub mod corpus;
 pub mod documents;
 mod kind;

@@ -21,7 +21,7 @@ pub struct PaddedBatch {
     pub tokens: Vec<u32>,
     /// The token after each input, (B, T); 0 in the padding.
     pub targets: Vec<u32>,
-    /// 1 for a target that counts, 0 for padding, (B, T).
+    /// 1 for a target that counts, 0 for padding and for a target on which no loss is taken, (B, T).
     pub weights: Vec<f32>,
     /// Which document or sentence each row is, (B).
     pub items: Vec<usize>,
@@ -62,7 +62,7 @@ impl PaddedBatch {
             length: batch.sequence_length,
             tokens: part(0..row - 1),
             targets: part(1..row),
-            weights: vec![1.0; batch.targets()],
+            weights: batch.weights.clone(),
             items: (first_item..first_item + batch.batch_size).collect(),
         }
     }

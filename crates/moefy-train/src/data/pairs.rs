@@ -16,7 +16,7 @@ use crate::report::results::PairsPoint;
 /// Tokenized minimal pairs.
 #[derive(Debug, Clone)]
 pub struct Pairs {
-    /// Each is `boundary ids…`. Item `2i` is the good sentence of pair `i`, item `2i + 1` the bad one.
+    /// Each is `opening ids…`. Item `2i` is the good sentence of pair `i`, item `2i + 1` the bad one.
     sentences: Vec<Vec<u32>>,
     /// The `field` of each pair, empty if it has none.
     fields: Vec<String>,
@@ -44,7 +44,7 @@ impl Pairs {
                     found <= positions,
                     "{name}: the {key} sentence has {found} tokens, the model takes {positions}"
                 );
-                pairs.sentences.push(std::iter::once(framing.boundary).chain(ids.iter().copied()).collect());
+                pairs.sentences.push(std::iter::once(framing.opening).chain(ids.iter().copied()).collect());
             }
             pairs
                 .fields
@@ -60,7 +60,7 @@ impl Pairs {
         self.fields.len()
     }
 
-    /// The tokens of each sentence, the boundary first.
+    /// The tokens of each sentence, the opening first.
     pub(crate) fn sentences(&self) -> impl Iterator<Item = &[u32]> {
         self.sentences.iter().map(Vec::as_slice)
     }

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use anyhow::{Result, bail, ensure};
 use tokenizers::Tokenizer;
 
-use super::tokenizer::{largest_id, named_ends};
+use super::closing;
+use super::tokenizer::largest_id;
 use super::{
     BATCH_TOKENS, Batches, BatchesConfig, Choices, DataSource, DocumentBatches, DocumentLimits, Framing,
     PaddedBatch, Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
 };
-use dynamoe_model::ModelConfig;
+use dynamoe_model::Checkpoint;
 use dynamoe_model::chat::ChatTemplate;
 
 /// Tokens that calibration reads by default.
@@ -60,25 +61,27 @@ pub enum Scope {
 }
 
 impl Texts {
-    /// For the model in `dir`.
+    /// For a model. Where config.json leaves open which token ends a document, the model is asked.
     ///
     /// # Errors
-    /// A tokenizer that is missing or does not fit; a chat template that cannot be read; no folder for caches.
-    pub fn open(dir: &Path, config: &ModelConfig, options: &TextOptions) -> Result<Self> {
+    /// A tokenizer that is missing or does not fit; a chat template that cannot be read; no folder for caches; a model
+    /// without a token to tell documents apart.
+    pub fn open(model: &Checkpoint, options: &TextOptions) -> Result<Self> {
+        let (dir, config) = (model.dir(), model.config());
         let tokenizer = load_tokenizer(dir, config.vocab_size)?;
-        let (mut bos, mut eos) = (config.bos_token_id, config.eos_token_ids.clone());
-        if bos.is_none() && eos.is_empty() {
-            let [named_bos, named_eos] = named_ends(dir, &tokenizer);
-            (bos, eos) = (named_bos, named_eos.into_iter().collect());
-        }
         Ok(Self {
-            framing: Framing::new(bos, &eos, config.vocab_size)?,
+            framing: closing::framing(model, &tokenizer)?,
             tokenizer,
             format: TextFormat { chat: ChatTemplate::read(dir)?, ..options.format.clone() },
             cache_dir: options.cache_dir.clone().map_or_else(default_cache_dir, Ok)?,
             positions: config.max_position_embeddings,
             vocab_size: config.vocab_size,
         })
+    }
+
+    /// The tokens around documents.
+    pub fn framing(&self) -> Framing {
+        self.framing
     }
 
     /// Refuses tokens of the file at `path` that lie beyond the embedding.
@@ -123,7 +126,7 @@ impl Texts {
         )?;
         if self.exceeds_embedding() {
             for document in 0..cache.documents() {
-                self.check_embedded(&source.path, &cache.document(document))?;
+                self.check_embedded(&source.path, &cache.framed(document))?;
             }
         }
         Ok(Arc::new(cache))
@@ -166,7 +169,7 @@ impl Texts {
                 let mut first = 0;
                 for source in sources {
                     let cache = self.tokens(source)?;
-                    let batches = DocumentBatches::new(&cache, 0..cache.documents(), self.framing, limits);
+                    let batches = DocumentBatches::new(&cache, 0..cache.documents(), limits);
                     all.extend(batches.map(|mut batch| {
                         batch.items.iter_mut().for_each(|item| *item += first);
                         batch
@@ -252,13 +255,13 @@ fn in_order(batches: &Batches) -> Vec<PaddedBatch> {
         .collect()
 }
 
-/// The first batches of training that hold at least `tokens` tokens, to calibrate on.
+/// The first batches of training that hold at least `tokens` tokens that count, to calibrate on.
 pub fn calibration_batches(batches: &Batches, tokens: usize) -> Vec<PaddedBatch> {
     let mut taken = Vec::new();
     let (mut count, mut items) = (0, 0);
     for step in 0.. {
         let batch = batches.batch(step);
-        count += batch.targets();
+        count += batch.counted();
         taken.push(PaddedBatch::packed(&batch, items));
         items += batch.batch_size;
         if count >= tokens || items >= batches.chunks() {

@@ -74,29 +74,42 @@ pub(crate) fn largest_id(tokenizer: &Tokenizer) -> Option<u32> {
     tokenizer.get_vocab(true).into_values().max()
 }
 
-/// How documents are framed: a stream is `boundary doc boundary doc …`.
+/// The tokens around a document.
+///
+/// Where both are the same token, one stands between two documents: it closes one and opens the next. Else a stream is
+/// `opening doc closing opening doc closing …`, and no loss is taken on the opening token: nothing in use asks for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Framing {
-    /// The token in front of every document: BOS, or EOS for a model without BOS (Qwen).
-    pub boundary: u32,
+    /// In front of every document: BOS, or EOS for a model without BOS (Qwen).
+    pub opening: u32,
+    /// After every document: the token by which the model says that a text is over.
+    pub closing: u32,
 }
 
 impl Framing {
-    /// Chooses the boundary from config.json's `bos_token_id` and `eos_token_id`.
+    /// The framing by config.json's `bos_token_id` and `eos_token_id` alone: EOS closes, or BOS in a model without EOS.
     ///
     /// # Errors
     /// A model that has neither, or whose token lies beyond the embedding.
     pub fn new(bos_token_id: Option<u32>, eos_token_ids: &[u32], vocab_size: usize) -> Result<Self> {
-        let Some(boundary) = bos_token_id.or(eos_token_ids.first().copied()) else {
+        let eos = eos_token_ids.first().copied();
+        let (Some(opening), Some(closing)) = (bos_token_id.or(eos), eos.or(bos_token_id)) else {
             bail!(
                 "config.json has neither bos_token_id nor eos_token_id, and neither generation_config.json nor \
                  tokenizer_config.json names these tokens: documents could not be told apart"
             )
         };
-        ensure!(
-            (boundary as usize) < vocab_size,
-            "the token between documents does not fit the embedding: its id is {boundary}, vocab_size is {vocab_size}"
-        );
-        Ok(Self { boundary })
+        for (place, token) in [("in front of", opening), ("after", closing)] {
+            ensure!(
+                (token as usize) < vocab_size,
+                "the token {place} documents does not fit the embedding: its id is {token}, vocab_size is {vocab_size}"
+            );
+        }
+        Ok(Self { opening, closing })
+    }
+
+    /// Whether one token stands between two documents.
+    pub fn is_shared(self) -> bool {
+        self.opening == self.closing
     }
 }

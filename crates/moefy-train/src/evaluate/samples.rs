@@ -34,8 +34,9 @@ pub fn samples(
     let mut samples = Vec::new();
     // from the middle: batches are sorted by length
     for batch in batches.iter().skip(batches.len() / 2).take(limits.texts) {
-        let scored = batch.weights[..batch.length].iter().filter(|&&w| w > 0.0).count();
-        let length = scored.min(limits.tokens);
+        // tokens that do not count may stand between others; padding stands at the end
+        let last = batch.weights[..batch.length].iter().rposition(|&weight| weight > 0.0);
+        let length = last.map_or(1, |last| last + 1).min(limits.tokens);
         let ids = &batch.tokens[..length];
         let targets = Tensor::from_slice(&batch.targets[..length], (1, length), device)?;
         let tokens = Tensor::from_slice(ids, (1, length), device)?;

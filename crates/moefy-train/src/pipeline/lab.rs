@@ -74,13 +74,14 @@ pub struct Lab<'a> {
 }
 
 impl<'a> Lab<'a> {
-    /// Opens the model and its tokenizer.
+    /// Opens the model and its tokenizer. What is written from the model names the token that ends its documents.
     ///
     /// # Errors
     /// What is missing or broken.
     pub fn open(inputs: Inputs, device: &'a Device, stop: &'a Stop) -> Result<Self> {
-        let model = Checkpoint::open(&hub::resolve(&inputs.model)?)?;
-        let texts = Texts::open(model.dir(), model.config(), &inputs.text)?;
+        let mut model = Checkpoint::open(&hub::resolve(&inputs.model)?)?;
+        let texts = Texts::open(&model, &inputs.text)?;
+        model.set_closing_token(texts.framing().closing);
         Ok(Self { inputs, model, texts, device, stop })
     }
 
@@ -130,6 +131,7 @@ impl<'a> Lab<'a> {
             "valid": describe_sources(self.inputs.held_out.files())?,
             "marker": self.inputs.text.format.marker,
             "field": self.inputs.text.format.field.as_deref().unwrap_or(TEXT_FIELD),
+            "closing-token": self.texts.framing().closing,
         }))
     }
 }

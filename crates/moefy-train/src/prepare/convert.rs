@@ -24,7 +24,7 @@ use dynamoe_model::checkpoint::copy::{copy_tensor, write_folder};
 use dynamoe_model::checkpoint::{
     CHUNK_BYTES, Checkpoint, TensorSpec, Writer, check_finite, plan_shards, set_section,
 };
-use dynamoe_model::config::{ModelConfig, read_json};
+use dynamoe_model::config::ModelConfig;
 use dynamoe_model::tensors::added_tensors;
 
 const FFN: [&str; 3] = [tensors::GATE_PROJ, tensors::UP_PROJ, tensors::DOWN_PROJ];
@@ -84,7 +84,7 @@ pub fn convert(
     if let Some(calibration) = calibration {
         calibration.check(source)?;
     }
-    let mut json = read_json(source.dir())?;
+    let mut json = source.json().clone();
     let section = options.section(source.config());
     set_section(&mut json, &section)?;
     let config = ModelConfig::from_json(&json)?;

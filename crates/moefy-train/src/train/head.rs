@@ -1,11 +1,12 @@
 //! The output matrix and the losses on its logits, in blocks of tokens.
 
 use anyhow::Result;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
 use dynamoe_model::ops::{Gradients, cross_entropy};
 
 use super::config::TrainConfig;
 use super::model::TrainModel;
+use super::targets::{Block, Targets};
 use super::teacher::{TeacherOutputs, relative_error};
 
 /// Bytes of a block's logits. A block has several tensors of this size at a time.
@@ -37,25 +38,24 @@ pub(super) struct HeadLosses {
 }
 
 impl Head<'_> {
-    /// Losses of `hidden (N, D)`, outside any graph, for `targets (N)`, and the gradient with respect to `hidden`. Adds the
-    /// gradients with respect to weights to `gradients`.
+    /// Losses of `hidden (N, D)`, outside any graph, and the gradient with respect to `hidden`. Adds the gradients with
+    /// respect to weights to `gradients`.
     pub(super) fn run(
         &self,
         hidden: &Tensor,
-        targets: &Tensor,
+        targets: &Targets<'_>,
         gradients: &mut Gradients,
     ) -> Result<(HeadLosses, Tensor)> {
         let (n, params) = (hidden.dim(0)?, self.model.params());
         let rows = block_rows(self.model.config().vocab_size);
         let (mut losses, mut parts) = (HeadLosses::default(), Vec::new());
         for first in (0..n).step_by(rows) {
-            let rows = rows.min(n - first);
-            let block = Var::from_tensor(&hidden.narrow(0, first, rows)?)?;
-            let (objective, language_model) = self.block(&block, &targets.narrow(0, first, rows)?, first)?;
-            let share = rows as f64 / n as f64;
-            losses.objective += share * value(&objective)?;
-            losses.language_model += share * value(&language_model)?;
-            parts.push(gradients.add_through(&(objective * share)?, params, &block)?);
+            let block = targets.block(first, rows)?;
+            let hidden = Var::from_tensor(&hidden.narrow(0, first, block.tokens.dim(0)?)?)?;
+            let (objective, language_model) = self.block(&hidden, &block)?;
+            losses.objective += value(&objective)?;
+            losses.language_model += value(&language_model)?;
+            parts.push(gradients.add_through(&objective, params, &hidden)?);
         }
         let mut gradient = Tensor::cat(&parts, 0)?;
         if let Some(teacher) = self.teacher.filter(|_| self.hidden_weight > 0.0) {
@@ -67,17 +67,18 @@ impl Head<'_> {
         Ok((losses, gradient))
     }
 
-    /// What is minimised, and the language-model loss, as means over the rows of `hidden`, which are those from `first` on.
-    fn block(&self, hidden: &Tensor, targets: &Tensor, first: usize) -> Result<(Tensor, Tensor)> {
-        let ones = Tensor::ones(targets.dim(0)?, DType::F32, targets.device())?;
+    /// The block's parts of what is minimised and of the language-model loss; `hidden` are its rows.
+    fn block(&self, hidden: &Tensor, block: &Block) -> Result<(Tensor, Tensor)> {
         let share = self.config.distill_predictions();
         let Some(teacher) = self.teacher.filter(|_| share > 0.0) else {
-            let loss = self.model.backbone.losses(hidden, targets, &ones)?.mean_all()?;
+            let losses = self.model.backbone.losses(hidden, &block.tokens, &block.weights)?;
+            let loss = block.mean(&losses)?;
             return Ok((loss.clone(), loss));
         };
         let logits = self.model.backbone.logits(hidden)?;
-        let loss = cross_entropy(&logits, targets, &ones)?.mean_all()?;
-        Ok(((&loss + (teacher.shift(&logits, targets, first)? * share)?)?, loss))
+        let loss = block.mean(&cross_entropy(&logits, &block.tokens, &block.weights)?)?;
+        let shift = block.mean(&teacher.shift(&logits, block)?)?;
+        Ok(((&loss + (shift * share)?)?, loss))
     }
 }
 

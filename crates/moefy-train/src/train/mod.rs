@@ -13,6 +13,7 @@ pub mod optimizer;
 pub mod state;
 mod step;
 mod stop;
+mod targets;
 mod teacher;
 mod trainer;
 mod tuning;

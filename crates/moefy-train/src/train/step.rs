@@ -12,6 +12,7 @@ use dynamoe_model::ops::{Gradients, ffn};
 use super::config::TrainConfig;
 use super::head::{Head, HeadLosses};
 use super::model::TrainModel;
+use super::targets::Targets;
 use super::teacher::{Teacher, TeacherOutputs, relative_error};
 use crate::methods::{LayerInput, Objective};
 use crate::random::in_step;
@@ -22,6 +23,12 @@ pub struct StepBatch {
     pub tokens: Tensor,
     /// The token after each, (B, T), u32.
     pub targets: Tensor,
+    /// 1 for a target that counts and 0 for one that the head's losses leave out, (B, T), f32. What layers add to the loss,
+    /// and hidden states, count everywhere: later tokens attend to these positions.
+    pub weights: Tensor,
+    /// What the sum of the targets' losses is divided by: how many count, or for one of several batches in a step, how many
+    /// count in each of them in the mean.
+    pub counted: f64,
 }
 
 /// What a batch's losses depend on besides the weights and the batch.
@@ -52,7 +59,7 @@ impl StepContext<'_> {
 pub struct StepLoss {
     /// What is minimised.
     pub objective: f64,
-    /// The language-model loss alone, nats per token.
+    /// The language-model loss alone, nats per token that counts.
     pub language_model: f64,
     /// Mean FFN width used by each sequence, as a share of the dense width: (B).
     pub widths: Vec<f32>,
@@ -205,7 +212,9 @@ impl Step<'_> {
             teacher: self.teacher.as_ref(),
             hidden_weight: self.hidden_weight(),
         };
-        head.run(&hidden.detach(), &self.batch.targets.flatten_all()?, gradients)
+        let (targets, weights) = (self.batch.targets.flatten_all()?, self.batch.weights.flatten_all()?);
+        let targets = Targets { tokens: &targets, weights: &weights, counted: self.batch.counted };
+        head.run(&hidden.detach(), &targets, gradients)
     }
 
     /// Weight of one difference to the teacher's hidden states: there are as many as layers.

@@ -7,6 +7,7 @@ use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::ffn;
 
 use super::model::TrainModel;
+use super::targets::Block;
 
 /// The dense model that is distilled from.
 #[derive(Debug, Clone, Copy)]
@@ -46,12 +47,12 @@ impl<'a> TeacherOutputs<'a> {
         Ok(Self { backbone, inputs, hidden: hidden.detach() })
     }
 
-    /// [`shift`] under the dense model's predictions of the tokens from `first` on.
-    pub(super) fn shift(&self, logits: &Tensor, targets: &Tensor, first: usize) -> Result<Tensor> {
-        let hidden = self.hidden.narrow(0, first, targets.dim(0)?)?;
+    /// [`shift`] under the dense model's predictions of a block of tokens.
+    pub(super) fn shift(&self, logits: &Tensor, block: &Block) -> Result<Tensor> {
+        let hidden = self.hidden.narrow(0, block.first, block.tokens.dim(0)?)?;
         // without gradient, so the fused operation may be used
         let predicted = candle_nn::ops::softmax_last_dim(&self.backbone.logits(&hidden)?)?.detach();
-        shift(&predicted, logits, targets)
+        shift(&predicted, logits, &block.tokens, &block.weights)
     }
 }
 
@@ -62,12 +63,11 @@ fn full_width(weights: &TrainableFfn, x: &Tensor) -> Result<Tensor> {
     ffn(&dense, x, &Tensor::ones((x.dim(0)?, 1), DType::F32, x.device())?)
 }
 
-/// Mean cross entropy under predictions `(N, V)`, less that under the `targets (N)`. Both have the same normaliser, so with
-/// `t` predicted and `y` the target, and `z` the logits, it is `z_y - Σ_v t_v z_v`.
-fn shift(predicted: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let target = logits.gather(&targets.unsqueeze(1)?, 1)?.mean_all()?;
-    let predicted = (predicted * logits)?.sum_all()? / targets.dim(0)? as f64;
-    target - predicted?
+/// `weights (N)` times each token's cross entropy under predictions `(N, V)`, less that under the `targets (N)`: `(N)`. Both
+/// have the same normaliser, so with `t` predicted and `y` the target, and `z` the logits, it is `z_y - Σ_v t_v z_v`.
+fn shift(predicted: &Tensor, logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    let target = logits.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
+    (target - (predicted * logits)?.sum(1)?)? * weights
 }
 
 /// `Σ (x - y)² / Σ y²`, a scalar.
@@ -90,9 +90,12 @@ mod tests {
         let logits = Var::from_tensor(&random(11)).unwrap();
         let targets = Tensor::new(&[0u32, 3, 10, 3, 7, 1], &Device::Cpu).unwrap();
         let log = log_softmax(logits.as_tensor(), 1).unwrap();
-        let hard = log.gather(&targets.unsqueeze(1).unwrap(), 1).unwrap().mean_all().unwrap().neg().unwrap();
-        let soft = (&predicted * &log).unwrap().sum(1).unwrap().mean_all().unwrap().neg().unwrap();
-        let shifted = (hard + shift(&predicted, &logits, &targets).unwrap()).unwrap();
+        let weights = Tensor::new(&[1f32, 0.0, 1.0, 1.0, 0.0, 1.0], &Device::Cpu).unwrap();
+        let sum = |losses: Tensor| (losses.neg().unwrap() * &weights).unwrap().sum_all().unwrap();
+        let hard = sum(log.gather(&targets.unsqueeze(1).unwrap(), 1).unwrap().squeeze(1).unwrap());
+        let soft = sum((&predicted * &log).unwrap().sum(1).unwrap());
+        let shift = shift(&predicted, &logits, &targets, &weights).unwrap().sum_all().unwrap();
+        let shifted = (hard + shift).unwrap();
         let value = |t: &Tensor| t.to_scalar::<f32>().unwrap();
         assert!((value(&shifted) - value(&soft)).abs() < 1e-5);
         let gradient =

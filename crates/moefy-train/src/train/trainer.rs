@@ -15,7 +15,7 @@ use super::state::{self, Saved};
 use super::step::{StepBatch, StepContext, StepLoss};
 use super::stop::Stop;
 use super::teacher::Teacher;
-use crate::data::{Batches, Origin};
+use crate::data::{Batch, Batches, Origin};
 use crate::methods::Objective;
 use crate::progress::{Progress, time};
 use crate::report::results::TrainMetrics;
@@ -162,18 +162,21 @@ impl Trainer<'_> {
     /// One optimizer step: the gradients of its batches, then the update.
     fn step(&self, step: u64, running: &mut Running) -> Result<StepReport> {
         let params = self.model.params();
-        let batches = self.config.accumulation() as u64;
-        let share = 1.0 / batches as f64;
+        let count = self.config.accumulation() as u64;
+        let share = 1.0 / count as f64;
+        let batches: Vec<Batch> = (0..count).map(|micro| self.batches.batch(step * count + micro)).collect();
+        // all tokens of a step that count have the same weight, whatever batch they are in
+        let counted = share * batches.iter().map(Batch::counted).sum::<usize>().max(1) as f64;
         let mut report = StepReport::default();
         running.gradients.clear();
         let mut origins = Vec::new();
-        for micro in 0..batches {
-            let batch = self.batches.batch(step * batches + micro);
-            let (tokens, targets) = batch.tensors(self.model.device())?;
+        for (micro, batch) in (0..).zip(batches) {
+            let (tokens, targets, weights) = batch.tensors(self.model.device())?;
             let objective = running.objective.as_ref();
             let context = StepContext { objective, teacher: self.teacher, config: self.config, step, micro };
             let gradients = &mut running.gradients;
-            let loss = self.model.accumulate(&StepBatch { tokens, targets }, &context, gradients)?;
+            let of_step = StepBatch { tokens, targets, weights, counted };
+            let loss = self.model.accumulate(&of_step, &context, gradients)?;
             origins.extend(batch.origins);
             if !loss.objective.is_finite() {
                 return Err(self.diverged("loss", loss.objective, step, running.saved, &origins));
