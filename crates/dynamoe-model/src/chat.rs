@@ -1,8 +1,9 @@
 //! Conversations as text, by the chat template that a model brings, rendered as transformers renders it.
 
+use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use chrono::{NaiveDate, NaiveDateTime};
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value as Rendered};
@@ -54,7 +55,48 @@ impl ChatTemplate {
     /// # Errors
     /// What the template refuses, or cannot be rendered with.
     pub fn render(&self, messages: &[Value]) -> Result<String> {
-        let mut context = json!({ "messages": messages, "tools": null, "add_generation_prompt": false });
+        self.write(messages, false)
+    }
+
+    /// The text of messages as [`ChatTemplate::render`] writes it, and where in it the answers stand, in bytes: what the
+    /// assistant's messages from `first` on add to the text before them and to the prompt for an answer. The token that ends
+    /// an answer is a part of it, white space after that token is not.
+    ///
+    /// # Errors
+    /// As there; a template that writes the beginning of a conversation differently when more follows.
+    pub fn render_answers(&self, messages: &[Value], first: usize) -> Result<(String, Vec<Range<usize>>)> {
+        let whole = self.write(messages, false)?;
+        let prefix = |count: usize, prompt: bool| -> Result<usize> {
+            let text = self.write(&messages[..count], prompt)?;
+            ensure!(
+                whole.starts_with(&text),
+                "the template writes the first {count} of {} messages differently when more follow, so where an answer \
+                 begins and ends cannot be told: write the text out yourself, as \"prompt\" and \"completion\"",
+                messages.len()
+            );
+            Ok(text.len())
+        };
+        let mut answers = Vec::new();
+        for (index, message) in messages.iter().enumerate().skip(first) {
+            if message["role"] != "assistant" {
+                continue;
+            }
+            let start = prefix(index, true)?;
+            let end = if index + 1 < messages.len() { prefix(index + 1, false)? } else { whole.len() };
+            let answer = whole.get(start..end).unwrap_or_default();
+            let content = message["content"].as_str().unwrap_or_default().trim();
+            let trimmed = answer.trim_end();
+            // where nothing else follows the content, white space ends the answer
+            let bare = !content.is_empty() && trimmed.ends_with(content);
+            answers.push(start..if bare { end } else { start + trimmed.len() });
+        }
+        Ok((whole, answers))
+    }
+
+    fn write(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
+        let mut context = json!({
+            "messages": messages, "tools": null, "add_generation_prompt": add_generation_prompt,
+        });
         for (name, token) in SPECIAL.iter().zip(&self.special) {
             context[name] = token.as_str().into();
         }
@@ -228,5 +270,76 @@ mod tests {
         assert_eq!(render("{{ strftime_now('%Q!') }}").unwrap(), "%Q!");
         assert_eq!(render("{{ messages[0] | tojson }}").unwrap(), "{\"a\": [1, \"é\"]}");
         assert_eq!(render("{% if tools is none %}no tools{% endif %}").unwrap(), "no tools");
+    }
+
+    /// What a template writes, with its answers in angle quotes.
+    fn answers(template: &str, messages: &Value) -> Result<String> {
+        let template = read(&[("chat_template.jinja", template)]).unwrap();
+        let (mut text, answers) = template.render_answers(messages.as_array().unwrap(), 0)?;
+        for answer in answers.iter().rev() {
+            text.insert(answer.end, '\u{bb}');
+            text.insert(answer.start, '\u{ab}');
+        }
+        Ok(text)
+    }
+
+    const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    const HEADERS: &str = "{% for m in messages %}<|header|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|end|>\n\n{% endif %}";
+    const INST: &str = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}";
+    const BARE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+
+    #[test]
+    fn answers_are_what_the_model_has_to_write() {
+        let messages = json!([
+            {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho\n"},
+            {"role": "user", "content": "So?"}, {"role": "assistant", "content": "é!"}
+        ]);
+        for (template, expected) in [
+            (
+                CHATML,
+                "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Ho\n<|im_end|>»\n\
+                 <|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n«é!<|im_end|>»\n",
+            ),
+            (
+                HEADERS,
+                "<|header|>user<|end|>\n\nHi<|eot|><|header|>assistant<|end|>\n\n«Ho<|eot|>»\
+                 <|header|>user<|end|>\n\nSo?<|eot|><|header|>assistant<|end|>\n\n«é!<|eot|>»",
+            ),
+            (INST, "[INST] Hi [/INST]« Ho\n</s>»[INST] So? [/INST]« é!</s>»"),
+            // white space is all that ends these answers
+            (BARE, "user: Hi\nassistant:« Ho\n\n»user: So?\nassistant:« é!\n»"),
+        ] {
+            assert_eq!(answers(template, &messages).unwrap(), expected);
+        }
+        // an answer that a tool asks for, two answers in a row, and a question without an answer
+        let messages = json!([
+            {"role": "system", "content": "S"}, {"role": "assistant", "content": null, "tool_calls": []},
+            {"role": "assistant", "content": "A"}, {"role": "user", "content": "U"}
+        ]);
+        let template = "{% for m in messages %}<{{ m.role }}>{{ m.content or 'call()' }}<e>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        assert_eq!(
+            answers(template, &messages).unwrap(),
+            "<system>S<e>\n<assistant>«call()<e>»\n<assistant>«A<e>»\n<user>U<e>\n"
+        );
+    }
+
+    #[test]
+    fn answers_before_a_place_belong_to_the_prompt() {
+        let template = read(&[("chat_template.jinja", BARE)]).unwrap();
+        let messages =
+            [json!({"role": "assistant", "content": "A"}), json!({"role": "assistant", "content": "B"})];
+        let (text, answers) = template.render_answers(&messages, 1).unwrap();
+        assert_eq!(answers.iter().map(|at| &text[at.clone()]).collect::<Vec<_>>(), [" B\n"]);
+    }
+
+    /// Some templates leave out the reasoning of all answers but the last one.
+    #[test]
+    fn a_template_that_rewrites_what_it_wrote_is_refused() {
+        let template = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}<think></think>{% endif %}{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        let one = json!([{"role": "assistant", "content": "Ho"}]);
+        assert_eq!(answers(template, &one).unwrap(), "<assistant>«<think></think>Ho<e>»");
+        let two = json!([{"role": "assistant", "content": "Ho"}, {"role": "assistant", "content": "Hu"}]);
+        let error = answers(template, &two).unwrap_err().to_string();
+        assert!(error.contains("the first 1 of 2 messages differently when more follow"), "{error}");
     }
 }

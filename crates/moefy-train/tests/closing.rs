@@ -70,20 +70,18 @@ impl Models {
     }
 
     fn source(&self) -> DataSource {
-        DataSource { path: self.text.clone(), weight: 1.0 }
+        DataSource::local(&self.text)
     }
 
     fn loss(&self, name: &str, scope: Scope) -> f64 {
-        let model =
-            RoutedModel::load(&Checkpoint::open(&self.path(name)).unwrap(), &Device::Cpu).unwrap();
+        let model = RoutedModel::load(&Checkpoint::open(&self.path(name)).unwrap(), &Device::Cpu).unwrap();
         let batches = self.texts(name).scored(&[self.source()], scope).unwrap();
         score(&model, &batches, &Policy::Dial(&[1.0; 4]), &Progress::hidden()).unwrap().loss
     }
 
     /// The mean probabilities of [`BOS`] and [`EOS`] after whole documents.
     fn at_the_end(&self, name: &str) -> [f64; 2] {
-        let model =
-            RoutedModel::load(&Checkpoint::open(&self.path(name)).unwrap(), &Device::Cpu).unwrap();
+        let model = RoutedModel::load(&Checkpoint::open(&self.path(name)).unwrap(), &Device::Cpu).unwrap();
         let cache = self.texts(name).tokens(&self.source()).unwrap();
         let mut sums = [0.0; 2];
         for document in 0..cache.documents() {

@@ -79,7 +79,7 @@ impl Fixture {
     }
 
     fn framed(&self, path: &Path, framing: Framing) -> anyhow::Result<(TokenCache, bool)> {
-        let source = DataSource { path: path.to_owned(), weight: 1.0 };
+        let source = DataSource::local(path);
         let built = Cell::new(false);
         let progress = |done: u64, all: u64| {
             assert!(done <= all);
@@ -117,7 +117,7 @@ fn message<T>(result: anyhow::Result<T>) -> String {
 }
 
 fn read(path: &Path, format: &TextFormat) -> anyhow::Result<Vec<String>> {
-    Documents::open(path, format)?.collect()
+    Documents::open(path, format)?.map(|document| Ok(document?.text)).collect()
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn an_argument_is_a_path_with_or_without_a_weight() {
     let fixture = Fixture::new();
     let colon = fixture.file("a:2", "text");
     let parse = |argument: &str| argument.parse::<DataSource>();
-    let source = |path: &str, weight| DataSource { path: path.into(), weight };
+    let source = |path: &str, weight| DataSource { weight, ..DataSource::local(path) };
     assert_eq!(parse("a.txt").unwrap(), source("a.txt", 1.0));
     assert_eq!(parse("a.txt:0.5").unwrap(), source("a.txt", 0.5));
     assert_eq!(parse("x:y.txt:3").unwrap(), source("x:y.txt", 3.0));
@@ -281,7 +281,7 @@ fn a_cache_is_another_for_another_text_tokenizer_format_or_framing() {
     let (cache, built) = fixture.open(&path).unwrap();
     assert!(built);
     assert_eq!(cache.framed(0), [300, 301, 4, 300]);
-    let source = DataSource { path, weight: 1.0 };
+    let source = DataSource::local(path);
     let open = |format: &TextFormat, framing| {
         let built = Cell::new(false);
         let progress = |_, _| built.set(true);
@@ -307,7 +307,7 @@ fn a_cache_is_another_for_another_text_tokenizer_format_or_framing() {
 #[test]
 fn large_ids_take_four_bytes() {
     let fixture = Fixture::new();
-    let source = DataSource { path: fixture.text("a.txt", &[3]), weight: 1.0 };
+    let source = DataSource::local(fixture.text("a.txt", &[3]));
     let (format, framing) = (TextFormat::default(), Framing { opening: 1, closing: 70_000 });
     let cache = TokenCache::open_or_build(
         &source,

@@ -30,7 +30,7 @@ fn file(dir: &TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
 }
 
 fn read_as(path: &Path, format: &TextFormat) -> Result<Vec<String>> {
-    Documents::open(path, format)?.collect()
+    Documents::open(path, format)?.map(|document| Ok(document?.text)).collect()
 }
 
 fn read(path: &Path) -> Result<Vec<String>> {
@@ -328,6 +328,66 @@ fn letters() -> tokenizers::Tokenizer {
 }
 
 #[test]
+fn masked_prompts_are_read_and_do_not_count() {
+    let dir = folder();
+    let chat = folder();
+    // every word is a token
+    file(
+        &chat,
+        "chat_template.jinja",
+        "{% for m in messages %}{{ m.role[:1] }} {{ m.content }} e {% endfor %}{% if add_generation_prompt %}a {% endif %}",
+    );
+    let chat = ChatTemplate::read(chat.path()).unwrap();
+    let format = TextFormat { chat, mask_prompt: true, ..TextFormat::default() };
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let lines = [
+        json!({"text": "not this", "prompt": " b c", "completion": " d d"}),
+        json!({"prompt": "b", "completion": "c"}), // together one word: a token counts where it ends
+        json!({"prompt": "b c", "completion": ""}),
+        json!({"messages": [said("user", "b"), said("assistant", "c d"), said("user", "f")]}),
+        json!({"prompt": [said("assistant", "b")], "completion": [said("user", "c"), said("assistant", "d")]}),
+    ];
+    let path = file(&dir, "a.jsonl", lines.map(|line| line.to_string()).join("\n"));
+    for (framing, closing) in [
+        (Framing { opening: 24, closing: 24 }, 24),
+        (Framing { opening: 26, closing: 24 }, 24),
+        (Framing { opening: 26, closing: 4 }, 4), // which the template writes, too
+    ] {
+        let cache = TokenCache::open_or_build(
+            &DataSource::local(&path),
+            &format,
+            &letters(),
+            framing,
+            dir.path(),
+            &|_, _| {},
+        )
+        .unwrap();
+        let shown = |document: usize| {
+            let places = cache.framed_range(document).skip(1);
+            let tokens = cache.framed(document).into_iter().skip(1);
+            let letter = |(place, token): (usize, u32)| {
+                let letter = char::from(b'a' + token as u8);
+                if cache.counts(place) { letter.to_ascii_uppercase() } else { letter }
+            };
+            places.zip(tokens).map(letter).collect::<String>()
+        };
+        let closing = char::from(b'a' + closing as u8);
+        let end = |text: &str, counts: bool| {
+            let closing = if counts { closing.to_ascii_uppercase() } else { closing };
+            // a closing token that is there already is not written again
+            let text =
+                if closing.eq_ignore_ascii_case(&'e') { text.trim_end_matches(['e', 'E']) } else { text };
+            format!("{text}{closing}")
+        };
+        assert_eq!(shown(0), end("bcDD", true));
+        assert_eq!(shown(1), end("Z", true)); // a word that the tokenizer does not know
+        assert_eq!(shown(2), end("bc", true));
+        assert_eq!(shown(3), end("ubeaCDEufe", false));
+        assert_eq!(shown(4), end("abeuceaDE", true));
+    }
+}
+
+#[test]
 fn a_folder_or_a_pattern_is_one_source_of_the_files_in_it() {
     let dir = folder();
     let cache = folder();
@@ -340,7 +400,7 @@ fn a_folder_or_a_pattern_is_one_source_of_the_files_in_it() {
     file(&dir, ".hidden.txt", "z");
     std::fs::create_dir(dir.path().join("deep.txt")).unwrap();
     let tokens = |path: &Path| -> Result<(Vec<u32>, bool)> {
-        let source = DataSource { path: path.to_owned(), weight: 1.0 };
+        let source = DataSource::local(path);
         let built = Cell::new(0);
         let progress = |done: u64, all: u64| {
             assert!(built.get() <= done && done <= all, "{done} of {all}");

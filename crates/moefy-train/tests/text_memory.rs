@@ -80,8 +80,8 @@ fn memory_does_not_grow_with_the_file() {
     for name in ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"] {
         let before = peak_resident();
         let mut bytes = 0;
-        for text in Documents::open(&dir.path().join(name), &TextFormat::default()).unwrap() {
-            bytes += text.unwrap().len();
+        for document in Documents::open(&dir.path().join(name), &TextFormat::default()).unwrap() {
+            bytes += document.unwrap().text.len();
         }
         let grown = peak_resident() - before;
         println!("{name}: {bytes} bytes of text, {grown} MB more memory than {before} MB");

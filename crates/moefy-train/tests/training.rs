@@ -11,6 +11,7 @@ use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
 use moefy_train::methods::Method;
 use moefy_train::train::{StepBatch, StepContext, StepLoss, Teacher, TrainConfig, TrainModel, Trained};
+use rand::Rng;
 use support::random::normal;
 
 /// A model that uses what the architectures differ in.
@@ -173,4 +174,87 @@ fn frozen_matrices_get_no_gradient_on_any_device() {
     };
     pass();
     ops::composed(pass);
+}
+
+/// Which of 3 · 22 targets count.
+type Mask = [bool; 66];
+
+/// A step on targets of which some count, and its gradients.
+fn masked_step(
+    model: &TrainModel,
+    train: &TrainConfig,
+    targets: &[u32],
+    mask: Mask,
+) -> (StepLoss, Gradients) {
+    let vocab_size = model.config().vocab_size as u32;
+    let shape = (3, 22);
+    let tokens: Vec<u32> = (0..66).map(|n| n * 7919 % vocab_size).collect();
+    let weights: Vec<f32> = mask.iter().map(|&counts| f32::from(u8::from(counts))).collect();
+    let batch = StepBatch {
+        tokens: Tensor::from_vec(tokens, shape, &Device::Cpu).unwrap(),
+        targets: Tensor::from_slice(targets, shape, &Device::Cpu).unwrap(),
+        weights: Tensor::from_vec(weights, shape, &Device::Cpu).unwrap(),
+        counted: mask.iter().filter(|&&counts| counts).count().max(1) as f64,
+    };
+    let objective = train.method.objective(&train.routing(vec![0.2, 0.6, 1.0]));
+    let teacher = train.has_teacher().then_some(Teacher::Itself);
+    let context = StepContext { objective: objective.as_ref(), teacher, config: train, step: 3, micro: 0 };
+    let mut gradients = Gradients::new();
+    let loss = model.accumulate(&batch, &context, &mut gradients).unwrap();
+    (loss, gradients)
+}
+
+fn gradient(gradients: &Gradients, var: &Var) -> Vec<f32> {
+    match gradients.get(var) {
+        Some(Gradient::Host(values)) => values.clone(),
+        None => vec![0.0; var.elem_count()],
+        found => panic!("{found:?}"),
+    }
+}
+
+#[test]
+fn targets_that_do_not_count_change_neither_losses_nor_gradients() {
+    let mut rng = support::random::rng();
+    for (vocab_size, distill) in [(50, 0.0), (50, 1.0), (5000, 0.0), (5000, 1.0)] {
+        // without parts of the loss that other positions have too
+        let mut train = TrainConfig { method: Method::Static, distill, ..TrainConfig::default() };
+        train.tuning.set("distill-hidden=0").unwrap();
+        let model = TrainModel::new(&config(vocab_size, false, 0), &train, &mut random()).unwrap();
+        let mut targets: Vec<u32> = (0..66).map(|_| rng.random_range(0..vocab_size as u32)).collect();
+        let mask: Mask = std::array::from_fn(|_| rng.random_bool(0.4));
+        let (loss, gradients) = masked_step(&model, &train, &targets, mask);
+
+        // the mean over targets that count, by the plain operations
+        let count = mask.iter().filter(|&&counts| counts).count() as f64;
+        let others: Mask = mask.map(|counts| !counts);
+        let (rest, of_rest) = masked_step(&model, &train, &targets, others);
+        let (whole, of_whole) = masked_step(&model, &train, &targets, [true; 66]);
+        let mean = |a: f64, b: f64| (count * a + (66.0 - count) * b) / 66.0;
+        let expected = mean(loss.language_model, rest.language_model);
+        assert!((whole.language_model - expected).abs() < 1e-4 * expected, "{whole:?} {loss:?} {rest:?}");
+        for (name, var) in model.params().iter() {
+            let [part, rest, whole] = [&gradients, &of_rest, &of_whole].map(|all| gradient(all, var));
+            let largest = whole.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+            for ((part, rest), whole) in part.into_iter().zip(rest).zip(whole) {
+                let expected = mean(f64::from(part), f64::from(rest));
+                assert!((f64::from(whole) - expected).abs() < 1e-4 * f64::from(largest) + 1e-7, "{name}");
+            }
+        }
+
+        // another token in a place that does not count changes nothing at all
+        for (target, counts) in targets.iter_mut().zip(mask) {
+            if !counts {
+                *target = rng.random_range(0..vocab_size as u32);
+            }
+        }
+        let (other, of_other) = masked_step(&model, &train, &targets, mask);
+        assert_eq!(other, loss);
+        for (name, var) in model.params().iter() {
+            assert!(gradient(&gradients, var) == gradient(&of_other, var), "{name}");
+        }
+        let (none, of_none) = masked_step(&model, &train, &targets, [false; 66]);
+        assert_eq!(none.language_model, 0.0);
+        let zero = |var: &Var| gradient(&of_none, var).iter().all(|&value| value == 0.0);
+        assert!(model.params().iter().all(|(_, var)| zero(var)));
+    }
 }

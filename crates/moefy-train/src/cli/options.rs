@@ -56,6 +56,9 @@ pub struct TextArgs {
     /// prompt and completion, else messages]
     #[arg(long, value_name = "NAME")]
     field: Option<String>,
+    /// Take the loss on answers only: on the completion of a prompt, or on the assistant's messages
+    #[arg(long)]
+    mask_prompt: bool,
     /// Folder of tokenized text [default: $XDG_CACHE_HOME/dynamoe or ~/.cache/dynamoe]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -64,7 +67,12 @@ pub struct TextArgs {
 impl TextArgs {
     /// As the library takes it.
     pub fn options(&self) -> TextOptions {
-        let format = TextFormat { marker: self.marker.clone(), field: self.field.clone(), chat: None };
+        let format = TextFormat {
+            marker: self.marker.clone(),
+            field: self.field.clone(),
+            chat: None,
+            mask_prompt: self.mask_prompt,
+        };
         TextOptions { format, cache_dir: self.cache_dir.clone() }
     }
 }

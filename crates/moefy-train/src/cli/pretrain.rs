@@ -84,9 +84,16 @@ pub fn pretrain(args: &PretrainArgs, stop: &Stop) -> Result<()> {
     let device = args.steps.device.open()?;
     let read: Vec<&Path> = args.data.iter().map(|source| source.path.as_path()).collect();
     let shape = args.shape.shape();
-    let settings = json!({ "data": read, "shape": shape, "tokens": train.tokens, "seed": train.seed });
+    let text = args.text.options();
+    let settings = json!({
+        "data": read,
+        "shape": shape,
+        "tokens": train.tokens,
+        "seed": train.seed,
+        "mask-prompt": text.format.mask_prompt,
+    });
     let folder = RunFolder::prepare(&args.out, args.existing.existing(), &read, &settings)?;
-    let pretrain = Pretrain { shape, train, data: args.data.clone(), text: args.text.options() };
+    let pretrain = Pretrain { shape, train, data: args.data.clone(), text };
     match pretrain.run(&folder, &device, stop)? {
         Outcome::Stopped(step) => stopped(step),
         Outcome::Finished => print(&format_args!("{}", folder.out().display())),

@@ -27,10 +27,12 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
+use super::format::TextFormat;
 use super::pieces::open_text;
-use super::source::{DataSource, Documents, TextFormat};
+use super::records::Document;
+use super::source::{DataSource, Documents};
 use super::tokenizer::{Framing, largest_id};
 
 const MAGIC: &[u8; 8] = b"DYNATOKS";
@@ -245,7 +247,8 @@ impl Builder<'_> {
         let chat = self.format.chat.as_ref().map(|chat| format!("{chat:?}")).unwrap_or_default();
         let mut key = Sha256::new();
         // Each part is hashed by itself first, so that no two lists of parts read alike.
-        for part in [&self.format.marker, field, &chat, &tokenizer] {
+        let masked = if self.format.mask_prompt { "prompts masked" } else { "" };
+        for part in [&self.format.marker, field, &chat, masked, &tokenizer] {
             key.update(Sha256::digest(part));
         }
         for path in &self.files {
@@ -263,6 +266,16 @@ impl Builder<'_> {
         Ok(key.finalize().into())
     }
 
+    /// The tokens of documents; where prompts are masked, also where tokens end in the text.
+    fn encode(&self, documents: &[Document]) -> Result<Vec<Encoding>> {
+        let texts: Vec<&str> = documents.iter().map(|document| document.text.as_str()).collect();
+        let encoded = match self.format.mask_prompt {
+            true => self.tokenizer.encode_batch(texts, false),
+            false => self.tokenizer.encode_batch_fast(texts, false),
+        };
+        encoded.map_err(Error::from_boxed)
+    }
+
     /// Tokenizes the files into a cache file, whole but not yet under its name.
     fn write(&self, file: &File, key: &[u8; 32]) -> Result<()> {
         let Framing { opening, closing } = self.framing;
@@ -278,9 +291,8 @@ impl Builder<'_> {
                 if batch.is_empty() {
                     break;
                 }
-                let encodings = self.tokenizer.encode_batch_fast(batch, false).map_err(Error::from_boxed)?;
-                for encoding in encodings {
-                    stream.push(encoding.get_ids())?;
+                for (document, encoding) in batch.iter().zip(self.encode(&batch)?) {
+                    stream.push(document, &encoding)?;
                 }
                 (self.progress)((before + documents.position()).min(all), all);
             }
@@ -294,13 +306,13 @@ impl Builder<'_> {
     }
 }
 
-fn next_batch(documents: &mut Documents) -> Result<Vec<String>> {
+fn next_batch(documents: &mut Documents) -> Result<Vec<Document>> {
     let mut batch = Vec::new();
     let mut bytes = 0;
     while bytes < BATCH_BYTES
         && let Some(document) = documents.next().transpose()?
     {
-        bytes += document.len();
+        bytes += document.text.len();
         batch.push(document);
     }
     Ok(batch)
@@ -328,25 +340,35 @@ impl<'a> Stream<'a> {
 
     /// Appends a document. A closing token at its end, which its text wrote out, takes the place of the one that every
     /// document gets.
-    fn push(&mut self, document: &[u32]) -> Result<()> {
+    fn push(&mut self, document: &Document, encoding: &Encoding) -> Result<()> {
         let Framing { opening, closing } = self.framing;
-        let document = document.strip_suffix(&[closing]).unwrap_or(document);
         if self.tokens == 0 || !self.framing.is_shared() {
-            self.gap(1);
+            self.skip(self.tokens);
             self.tokens(&[opening])?;
         }
-        self.tokens(document)?;
+        let ids = encoding.get_ids();
+        let ids = ids.strip_suffix(&[closing]).unwrap_or(ids);
+        if !document.counts_whole() {
+            for (place, (_, end)) in (self.tokens..).zip(&encoding.get_offsets()[..ids.len()]) {
+                if !document.counts(*end) {
+                    self.skip(place);
+                }
+            }
+        }
+        self.tokens(ids)?;
+        if !document.closing_counts() {
+            self.skip(self.tokens);
+        }
         self.tokens(&[closing])?;
         self.offsets.push(self.tokens - u64::from(self.framing.is_shared()));
         Ok(())
     }
 
-    /// Takes no loss on the next `tokens` tokens.
-    fn gap(&mut self, tokens: u64) {
-        let end = self.tokens + tokens;
+    /// Takes no loss on the token at a place.
+    fn skip(&mut self, place: u64) {
         match self.gaps.last_mut() {
-            Some(gap) if gap.end == self.tokens => gap.end = end,
-            _ => self.gaps.push(self.tokens..end),
+            Some(gap) if gap.end == place => gap.end += 1,
+            _ => self.gaps.push(place..place + 1),
         }
     }
 

@@ -18,7 +18,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer, TokenizerBuilder};
 
 /// The token between documents, id 0 of [`train_tokenizer`]; also the marker of text files.
-pub const BOUNDARY: &str = super::source::DOCUMENT_MARKER;
+pub const BOUNDARY: &str = super::format::DOCUMENT_MARKER;
 
 /// A place whose days are reported.
 struct Place {

@@ -1,5 +1,5 @@
 //! Text to batches: [`source`] finds files and reads their documents (`kind` by their names, `pieces` of text, `rows`
-//! of Parquet, `records` to text), [`tokenizer`] frames them with the tokens that `closing` finds, [`cache`] keeps their tokens on disk,
+//! of Parquet, `records` to documents), [`tokenizer`] frames them with the tokens that `closing` finds, [`cache`] keeps their tokens on disk,
 //! [`batches`] packs them for training, [`documents`], [`pairs`] and [`choices`] pad them for evaluation ([`padded`]). [`texts`] does
 //! all of that for one model. [`corpus`] is text that this program generates.
 
@@ -9,6 +9,7 @@ pub mod choices;
 mod closing;
 pub mod corpus;
 pub mod documents;
+mod format;
 mod kind;
 pub mod padded;
 pub mod pairs;
@@ -24,9 +25,10 @@ pub use batches::{Batch, Batches, BatchesConfig, Origin, Split, WeightedCache};
 pub use cache::{TokenCache, default_cache_dir};
 pub use choices::Choices;
 pub use documents::{DocumentBatches, DocumentLimits};
+pub use format::{DOCUMENT_MARKER, TextFormat};
 pub use padded::{BATCH_TOKENS, PaddedBatch, subsample};
 pub use pairs::Pairs;
-pub use records::TEXT_FIELD;
-pub use source::{DOCUMENT_MARKER, DataSource, TextFormat};
+pub use records::{Document, TEXT_FIELD};
+pub use source::DataSource;
 pub use texts::{CALIBRATION_TOKENS, SampleShape, Scope, TextOptions, Texts, calibration_batches};
 pub use tokenizer::{Framing, load_tokenizer};

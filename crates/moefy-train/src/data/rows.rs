@@ -12,9 +12,10 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
+use super::format::TextFormat;
 use super::panics::without_panic;
 use super::pieces::{Position, open_text};
-use super::records::{EXPECTED, FIELDS};
+use super::records::{expected, fields};
 
 /// Rows decoded at a time.
 const ROWS: usize = 64;
@@ -37,13 +38,13 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Opens a file and looks for `field`, or without it for the first set of [`FIELDS`] that the file has.
-    pub(super) fn open(path: &Path, field: Option<&str>, position: &Position) -> Result<Self> {
+    /// Opens a file and looks for the field that is named, or without it for the first set of [`fields`] that the file has.
+    pub(super) fn open(path: &Path, format: &TextFormat, position: &Position) -> Result<Self> {
         let file = open_text(path)?;
         let bytes = file.metadata().with_context(|| path.display().to_string())?.len();
         let file = without_panic("the Parquet library", || Ok(SerializedFileReader::new(file)?))
             .with_context(|| format!("{}: truncated, damaged or no Parquet file", path.display()))?;
-        let columns = columns(file.metadata().file_metadata().schema(), field)
+        let columns = columns(file.metadata().file_metadata().schema(), format)
             .with_context(|| path.display().to_string())?;
         Ok(Self {
             path: path.to_owned(),
@@ -102,7 +103,8 @@ impl Iterator for Rows {
 }
 
 /// The part of a file's schema that is read.
-fn columns(schema: &Type, field: Option<&str>) -> Result<SchemaDescPtr> {
+fn columns(schema: &Type, format: &TextFormat) -> Result<SchemaDescPtr> {
+    let field = format.field.as_deref();
     let find = |name: &str| schema.get_fields().iter().find(|column| column.name() == name);
     let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
     let wanted = match &field {
@@ -112,8 +114,8 @@ fn columns(schema: &Type, field: Option<&str>) -> Result<SchemaDescPtr> {
         }
         None => {
             let has = |fields: &&[&str]| fields.iter().all(|field| find(field).is_some());
-            let found = FIELDS.into_iter().find(has);
-            found.with_context(|| format!("expected the column {EXPECTED}; found {names:?}"))?
+            let found = fields(format).iter().copied().find(has);
+            found.with_context(|| format!("expected the column {}; found {names:?}", expected(format)))?
         }
     };
     let found: Vec<_> = wanted.iter().filter_map(|name| find(name).cloned()).collect();

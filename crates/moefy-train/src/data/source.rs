@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, ensure};
-use dynamoe_model::chat::ChatTemplate;
 use glob::{MatchOptions, glob_with};
 use serde_json::Value;
 
+use super::format::TextFormat;
 use super::kind::{Content, ENDINGS};
 use super::pieces::{JsonLines, Pieces, Position};
-use super::records;
+use super::records::{self, Document};
 use super::rows::Rows;
 
 /// Text and how often it is drawn, as given by `--data PATH[:WEIGHT]`.
@@ -23,6 +23,11 @@ pub struct DataSource {
 }
 
 impl DataSource {
+    /// A file, a folder of files or a pattern for the names of files, each part of it once per epoch.
+    pub fn local(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), weight: 1.0 }
+    }
+
     /// Its files, in the order of their names, without hidden ones. A folder's are those in it that end as text files do.
     ///
     /// # Errors
@@ -70,7 +75,7 @@ impl FromStr for DataSource {
     /// Parses `PATH[:WEIGHT]`; a file whose whole name contains a colon is taken as it is.
     fn from_str(argument: &str) -> Result<Self> {
         ensure!(!argument.is_empty(), "expected PATH[:WEIGHT], found nothing");
-        let whole = Self { path: argument.into(), weight: 1.0 };
+        let whole = Self::local(argument);
         if whole.path.exists() {
             return Ok(whole);
         }
@@ -83,34 +88,14 @@ impl FromStr for DataSource {
             "{argument}: the weight must be positive, found {weight}"
         );
         ensure!(!path.is_empty(), "{argument}: expected PATH[:WEIGHT], found no path");
-        Ok(Self { path: path.into(), weight })
-    }
-}
-
-/// What stands between two documents of a .txt file unless another is named.
-pub const DOCUMENT_MARKER: &str = "<|endoftext|>";
-
-/// How documents are found inside a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TextFormat {
-    /// `.txt`: what stands between two documents.
-    pub marker: String,
-    /// Records: the field that holds the text. None for `text`, else `prompt` and `completion`, else `messages`.
-    pub field: Option<String>,
-    /// Records: how messages are written out.
-    pub chat: Option<ChatTemplate>,
-}
-
-impl Default for TextFormat {
-    fn default() -> Self {
-        Self { marker: DOCUMENT_MARKER.into(), field: None, chat: None }
+        Ok(Self { weight, ..Self::local(path) })
     }
 }
 
 /// The documents of a file in order, each trimmed of white space at both ends; empty ones are left out. A byte-order mark
 /// is skipped, and the lines of a `.txt` file may end as on Windows.
 pub struct Documents {
-    inner: Box<dyn Iterator<Item = Result<String>>>,
+    inner: Box<dyn Iterator<Item = Result<Document>>>,
     position: Position,
 }
 
@@ -118,19 +103,29 @@ impl Documents {
     /// Opens a file; it is read as the iterator advances.
     ///
     /// # Errors
-    /// A missing or empty file, another ending, an empty marker, a Parquet file without the column. While iterating: what
+    /// A missing or empty file, another ending, an empty marker, a Parquet file without the column, text without parts where
+    /// prompts are to be masked. While iterating: what
     /// is not UTF-8 (with its byte offset), a line that is no JSON object or lacks the field (with its number), a
     /// compressed file that is cut off.
     pub fn open(path: &Path, format: &TextFormat) -> Result<Self> {
         let position = Position::default();
         let content = Content::of(path)
             .with_context(|| format!("{}: expected a name that ends in {ENDINGS}", path.display()))?;
-        let inner: Box<dyn Iterator<Item = Result<String>>> = match content {
-            Content::Text => Box::new(split_on_marker(path, &format.marker, &position)?),
-            Content::Lines => Box::new(texts(path, "line", JsonLines::open_at(path, &position)?, format)),
+        ensure!(
+            !format.mask_prompt || (content != Content::Text && format.field.is_none()),
+            "{}: plain text has no prompt to mask: --mask-prompt needs records with {}",
+            path.display(),
+            records::expected(format)
+        );
+        let inner: Box<dyn Iterator<Item = Result<Document>>> = match content {
+            Content::Text => {
+                let texts = split_on_marker(path, &format.marker, &position)?;
+                Box::new(texts.map(|text| text.map(Document::whole)))
+            }
+            Content::Lines => Box::new(documents(path, "line", JsonLines::open_at(path, &position)?, format)),
             Content::Rows => {
-                let rows = Rows::open(path, format.field.as_deref(), &position)?;
-                Box::new(texts(path, "row", rows, format))
+                let rows = Rows::open(path, format, &position)?;
+                Box::new(documents(path, "row", rows, format))
             }
         };
         Ok(Self { inner, position })
@@ -143,14 +138,13 @@ impl Documents {
 }
 
 impl Iterator for Documents {
-    type Item = Result<String>;
+    type Item = Result<Document>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            match self.inner.next()? {
-                Ok(document) if document.trim().is_empty() => {}
-                Ok(document) => return Some(Ok(document.trim().to_owned())),
-                Err(error) => return Some(Err(error)),
+            let document = self.inner.next()?.map(Document::trimmed).transpose();
+            if document.is_some() {
+                return document;
             }
         }
     }
@@ -168,17 +162,16 @@ fn split_on_marker(
     Ok(std::iter::from_fn(move || Some(pieces.next_piece().transpose()?.map(lines))))
 }
 
-/// The texts of records that are numbered as a `place` of the file.
-fn texts<R: Iterator<Item = Result<(usize, Value)>>>(
+/// The documents of records that are numbered as a `place` of the file.
+fn documents<R: Iterator<Item = Result<(usize, Value)>>>(
     path: &Path,
     place: &'static str,
     records: R,
     format: &TextFormat,
-) -> impl Iterator<Item = Result<String>> + use<R> {
-    let (path, field, chat) = (path.to_owned(), format.field.clone(), format.chat.clone());
+) -> impl Iterator<Item = Result<Document>> + use<R> {
+    let (path, format) = (path.to_owned(), format.clone());
     records.map(move |record| {
         let (number, record) = record?;
-        records::text(&record, field.as_deref(), chat.as_ref())
-            .with_context(|| format!("{}: {place} {number}", path.display()))
+        records::document(&record, &format).with_context(|| format!("{}: {place} {number}", path.display()))
     })
 }

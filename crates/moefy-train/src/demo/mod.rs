@@ -50,7 +50,7 @@ pub fn write_base(folder: &RunFolder) -> Result<PathBuf> {
 
 /// What the demo reads.
 pub fn inputs(base: &Path) -> Inputs {
-    let source = |name: &str| vec![DataSource { path: base.join(name), weight: 1.0 }];
+    let source = |name: &str| vec![DataSource::local(base.join(name))];
     Inputs {
         model: base.display().to_string(),
         data: source("train.txt"),

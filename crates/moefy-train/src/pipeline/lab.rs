@@ -131,6 +131,7 @@ impl<'a> Lab<'a> {
             "valid": describe_sources(self.inputs.held_out.files())?,
             "marker": self.inputs.text.format.marker,
             "field": self.inputs.text.format.field.as_deref().unwrap_or(TEXT_FIELD),
+            "mask-prompt": self.inputs.text.format.mask_prompt,
             "closing-token": self.texts.framing().closing,
         }))
     }

@@ -69,7 +69,7 @@ impl Pretrain {
         let init = folder.training("init");
         let generated = folder.training("generated.txt");
         let data = match &self.data[..] {
-            [] => vec![DataSource { path: generated.clone(), weight: 1.0 }],
+            [] => vec![DataSource::local(&generated)],
             given => given.to_vec(),
         };
         if !init.join("config.json").exists() {
@@ -121,7 +121,7 @@ fn read_documents(sources: &[DataSource], format: &TextFormat) -> Result<Vec<Str
     for source in sources {
         for file in source.files()? {
             for document in Documents::open(&file, format)? {
-                all.push(document?);
+                all.push(document?.text);
             }
         }
     }

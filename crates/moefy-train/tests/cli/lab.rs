@@ -101,6 +101,19 @@ impl Lab {
         checkpoint.names().map(read).collect()
     }
 
+    /// The largest difference between two models' numbers, which are f32.
+    pub fn largest_difference(&self, one: &str, other: &str) -> f32 {
+        let (one, other) = (self.tensors(one), self.tensors(other));
+        let mut largest = 0f32;
+        for (name, bytes) in &one {
+            let value = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap());
+            for (a, b) in bytes.chunks_exact(4).zip(other[name].chunks_exact(4)) {
+                largest = largest.max((value(a) - value(b)).abs());
+            }
+        }
+        largest
+    }
+
     pub fn json(&self, file: &str) -> Value {
         serde_json::from_slice(&fs::read(self.path(file)).unwrap()).unwrap()
     }

@@ -6,6 +6,7 @@ mod compare;
 mod evaluate;
 mod finetune;
 mod lab;
+mod mask;
 mod memory;
 mod output;
 mod resume;
