@@ -3,7 +3,7 @@
 //! | concept | module |
 //! | --- | --- |
 //! | Hugging Face's config.json, and which architectures are read | [`config`] |
-//! | finding a model: a folder or a hub id | [`hub`] |
+//! | finding a model: a folder or a hub id; files of the hub's data sets | [`hub`] |
 //! | a conversation as text | [`chat`] |
 //! | every tensor of a model with its shape | [`tensors`] |
 //! | checkpoint folders: reading, writing, copying | [`checkpoint`] |

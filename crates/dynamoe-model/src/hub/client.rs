@@ -1,5 +1,5 @@
-//! Fetches a model's files. What the hub answers is trusted with nothing: a name that becomes part of a path is a plain
-//! name, or it is refused.
+//! Fetches files of repositories. What the hub answers is trusted with nothing: a name that becomes part of a path leads
+//! nowhere else, or it is refused.
 //!
 //! The cache has Hugging Face's layout: `models--ORG--NAME/refs/main` names a commit, and `snapshots/COMMIT` holds its
 //! files. All files of a model come from one commit.
@@ -33,16 +33,64 @@ pub struct Hub {
     agent: ureq::Agent,
 }
 
-/// What the hub says about a repository.
+/// What the hub says about a repository at a revision.
 #[derive(Deserialize)]
-struct Listing {
-    sha: String,
+pub(super) struct Listing {
+    /// The commit.
+    pub(super) sha: String,
     siblings: Vec<Sibling>,
 }
 
 #[derive(Deserialize)]
 struct Sibling {
     rfilename: String,
+}
+
+impl Listing {
+    /// The names of its files.
+    pub(super) fn files(&self) -> impl Iterator<Item = &str> {
+        self.siblings.iter().map(|file| file.rfilename.as_str())
+    }
+}
+
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Model,
+    DataSet,
+}
+
+/// A repository of the hub.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Repository<'a> {
+    pub(super) kind: Kind,
+    /// `ORG/NAME`
+    pub(super) id: &'a str,
+}
+
+impl Repository<'_> {
+    /// How the hub's programming interface and the cache name its kind.
+    fn kinds(self) -> &'static str {
+        match self.kind {
+            Kind::Model => "models",
+            Kind::DataSet => "datasets",
+        }
+    }
+
+    fn noun(self) -> &'static str {
+        match self.kind {
+            Kind::Model => "model",
+            Kind::DataSet => "data set",
+        }
+    }
+
+    /// Its path below the hub's address.
+    fn path(self) -> String {
+        match self.kind {
+            Kind::Model => self.id.to_owned(),
+            Kind::DataSet => format!("datasets/{}", self.id),
+        }
+    }
 }
 
 impl Hub {
@@ -59,13 +107,14 @@ impl Hub {
 
     /// The folder of the model `id`, its files fetched unless they are in the cache.
     pub fn fetch(&self, id: &str) -> Result<PathBuf> {
-        let folder = self.settings.cache.join(format!("models--{}", id.replace('/', "--")));
+        let repository = Repository { kind: Kind::Model, id };
+        let folder = self.folder(repository);
         if self.settings.offline {
             return cached(&folder).context(
                 "HF_HUB_OFFLINE is set, and the cache does not hold the model: unset it, or fetch the model first",
             );
         }
-        let listing = match self.list(id) {
+        let listing = match self.list(repository, "main") {
             Ok(listing) => listing,
             // the cache may hold the model
             Err(error) => match cached(&folder) {
@@ -80,53 +129,78 @@ impl Hub {
         let snapshot = folder.join("snapshots").join(&listing.sha);
         for file in files {
             if !snapshot.join(file).exists() {
-                self.download(id, &listing.sha, file, &snapshot)
-                    .with_context(|| format!("fetching {file}"))?;
+                self.download(repository, &listing.sha, file, &snapshot)?;
             }
         }
-        let refs = folder.join("refs");
-        fs::create_dir_all(&refs)
-            .and_then(|()| fs::write(refs.join("main"), &listing.sha))
-            .with_context(|| format!("{}: writing", refs.display()))?;
+        note_revision(&folder, "main", &listing.sha)?;
         Ok(snapshot)
     }
 
-    fn list(&self, id: &str) -> Result<Listing> {
-        let url = format!("{}/api/models/{id}/revision/main", self.settings.endpoint);
-        let text = self.get(&url, 0)?.into_string().with_context(|| format!("{url}: reading"))?;
+    /// The folder of a repository in the cache.
+    pub(super) fn folder(&self, repository: Repository<'_>) -> PathBuf {
+        self.settings.cache.join(format!("{}--{}", repository.kinds(), repository.id.replace('/', "--")))
+    }
+
+    /// Whether the hub must not be asked.
+    pub(super) fn is_offline(&self) -> bool {
+        self.settings.offline
+    }
+
+    /// Asks for the commit of a revision, and for the names of its files.
+    pub(super) fn list(&self, repository: Repository<'_>, revision: &str) -> Result<Listing> {
+        let (kinds, id) = (repository.kinds(), repository.id);
+        let revision = encoded(revision, "");
+        let url = format!("{}/api/{kinds}/{id}/revision/{revision}", self.settings.endpoint);
+        let text = self.get(repository, &url, 0)?.into_string().with_context(|| format!("{url}: reading"))?;
         let listing: Listing = serde_json::from_str(&text)
             .with_context(|| format!("{url}: expected \"sha\" and \"siblings\" of a repository"))?;
         ensure!(is_plain(&listing.sha), "{url}: expected a commit, found {:?}", listing.sha);
         Ok(listing)
     }
 
-    /// Downloads a file of a commit into its snapshot, going on where an earlier download broke off.
-    fn download(&self, id: &str, sha: &str, file: &str, snapshot: &Path) -> Result<()> {
-        fs::create_dir_all(snapshot).with_context(|| snapshot.display().to_string())?;
-        let partial = snapshot.join(format!(".{file}.incomplete"));
-        let cannot = || format!("{}: writing", partial.display());
-        let mut out = OpenOptions::new().append(true).create(true).open(&partial).with_context(cannot)?;
-        // another process may be fetching it; a file system without locks has none that could
-        let _ = flock(&out, FlockOperation::LockExclusive);
+    /// Downloads a file of a commit into its snapshot, going on where an earlier download broke off. `file` is a path that
+    /// leads nowhere else.
+    pub(super) fn download(
+        &self,
+        repository: Repository<'_>,
+        sha: &str,
+        file: &str,
+        snapshot: &Path,
+    ) -> Result<()> {
+        let url =
+            format!("{}/{}/resolve/{sha}/{}", self.settings.endpoint, repository.path(), encoded(file, "/"));
         let place = snapshot.join(file);
-        if place.exists() {
-            return Ok(());
-        }
-        let url = format!("{}/{id}/resolve/{sha}/{file}", self.settings.endpoint);
-        let done = out.metadata().with_context(cannot)?.len();
-        let answer = self.get(&url, done)?;
-        if answer.status() != 206 {
-            out.set_len(0).with_context(cannot)?;
-        }
-        tracing::info!("fetching {file} of {id}");
-        std::io::copy(&mut answer.into_reader(), &mut out).with_context(|| format!("{url}: reading"))?;
-        out.flush().and_then(|()| out.sync_all()).with_context(cannot)?;
-        fs::rename(&partial, &place).with_context(|| format!("{}: moving into place", place.display()))?;
-        File::open(snapshot).and_then(|folder| folder.sync_all()).with_context(cannot)
+        let fetch = || -> Result<()> {
+            let (folder, name) = (place.parent().unwrap_or(snapshot), place.file_name().unwrap_or_default());
+            fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            let partial = folder.join(format!(".{}.incomplete", name.display()));
+            let cannot = || format!("{}: writing", partial.display());
+            let mut out = OpenOptions::new().append(true).create(true).open(&partial).with_context(cannot)?;
+            // another process may be fetching it; a file system without locks has none that could
+            let _ = flock(&out, FlockOperation::LockExclusive);
+            if place.exists() {
+                return Ok(());
+            }
+            let done = out.metadata().with_context(cannot)?.len();
+            let answer = self.get(repository, &url, done)?;
+            if answer.status() != 206 {
+                out.set_len(0).with_context(cannot)?;
+            }
+            tracing::info!("fetching {file} of {}", repository.id);
+            std::io::copy(&mut answer.into_reader(), &mut out).with_context(|| {
+                format!("{url}: the download broke off; the same command goes on with it")
+            })?;
+            out.flush().and_then(|()| out.sync_all()).with_context(cannot)?;
+            fs::rename(&partial, &place)
+                .with_context(|| format!("{}: moving into place", place.display()))?;
+            File::open(folder).and_then(|folder| folder.sync_all()).with_context(cannot)
+        };
+        fetch().with_context(|| format!("fetching {file}"))
     }
 
     /// Asks for `url`, from byte `start` on.
-    fn get(&self, url: &str, start: u64) -> Result<ureq::Response> {
+    fn get(&self, repository: Repository<'_>, url: &str, start: u64) -> Result<ureq::Response> {
+        let noun = repository.noun();
         let mut request = self.agent.get(url);
         if let Some(token) = &self.settings.token {
             request = request.set("Authorization", &format!("Bearer {token}"));
@@ -137,20 +211,53 @@ impl Hub {
         match request.call() {
             Ok(answer) => Ok(answer),
             // all of the file is there already
-            Err(ureq::Error::Status(416, _)) if start > 0 => self.get(url, 0),
+            Err(ureq::Error::Status(416, _)) if start > 0 => self.get(repository, url, 0),
             Err(ureq::Error::Status(code @ (401 | 403), _)) => bail!(
-                "{url}: the hub answered {code}: there is no such model, or it is private or gated; HF_TOKEN takes a token \
+                "{url}: the hub answered {code}: there is no such {noun}, or it is private or gated; HF_TOKEN takes a token \
                  that may read it"
             ),
+            Err(ureq::Error::Status(404, _)) => {
+                bail!("{url}: the hub answered 404: there is no such {noun}, or no such revision of it")
+            }
             Err(ureq::Error::Status(code, _)) => bail!("{url}: the hub answered {code}"),
             Err(error) => Err(error).with_context(|| format!("{url}: the hub cannot be reached")),
         }
     }
 }
 
+/// Writes down which commit a revision was.
+pub(super) fn note_revision(folder: &Path, revision: &str, commit: &str) -> Result<()> {
+    let path = folder.join("refs").join(revision);
+    let parent = path.parent().unwrap_or(folder);
+    fs::create_dir_all(parent)
+        .and_then(|()| fs::write(&path, commit))
+        .with_context(|| format!("{}: writing", path.display()))
+}
+
+/// The commit that a revision was when it was last fetched.
+pub(super) fn noted_revision(folder: &Path, revision: &str) -> Option<String> {
+    let commit = fs::read_to_string(folder.join("refs").join(revision)).ok()?;
+    Some(commit.trim().to_owned()).filter(|commit| is_plain(commit))
+}
+
+/// A text as a part of an address: letters, digits, `-`, `_`, `.`, `~` and the characters of `kept` stand for themselves.
+fn encoded(text: &str, kept: &str) -> String {
+    let known = |c: char| c.is_ascii_alphanumeric() || "-_.~".contains(c) || kept.contains(c);
+    let mut buffer = [0; 4];
+    let mut all = String::with_capacity(text.len());
+    for c in text.chars() {
+        if known(c) {
+            all.push(c);
+        } else {
+            all.extend(c.encode_utf8(&mut buffer).bytes().map(|byte| format!("%{byte:02X}")));
+        }
+    }
+    all
+}
+
 /// The files of a repository that a model needs.
 fn wanted(listing: &Listing) -> Result<Vec<&str>> {
-    let files: Vec<&str> = listing.siblings.iter().map(|file| file.rfilename.as_str()).collect();
+    let files: Vec<&str> = listing.files().collect();
     let weights = |file: &str| {
         let kind = file.ends_with(".safetensors") || file.ends_with(".safetensors.index.json");
         kind && file.starts_with("model") && is_plain(file)
@@ -164,62 +271,14 @@ fn wanted(listing: &Listing) -> Result<Vec<&str>> {
 
 /// The snapshot in the cache that `refs/main` names, if it holds a config.json.
 fn cached(folder: &Path) -> Option<PathBuf> {
-    let commit = fs::read_to_string(folder.join("refs/main")).ok()?;
-    let commit = Some(commit.trim()).filter(|commit| is_plain(commit))?;
-    let snapshot = folder.join("snapshots").join(commit);
+    let snapshot = folder.join("snapshots").join(noted_revision(folder, "main")?);
     snapshot.join("config.json").exists().then_some(snapshot)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{BufRead, BufReader};
-    use std::net::TcpListener;
-    use std::sync::mpsc::{Receiver, channel};
-
-    const SHA: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-
-    /// A hub on this machine: `answer` makes body and further headers of a path. What it is asked comes through the
-    /// receiver, request line and headers.
-    fn hub(answer: fn(&str) -> Option<(String, String)>) -> (String, Receiver<String>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let (asked, questions) = channel();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let mut stream = stream.unwrap();
-                let lines = BufReader::new(stream.try_clone().unwrap()).lines().map(Result::unwrap);
-                let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
-                let path = head[0].split(' ').nth(1).unwrap().to_owned();
-                let (code, (body, headers)) = match answer(&path) {
-                    Some(answer) => ("200 OK", answer),
-                    None => ("404 Not Found", Default::default()),
-                };
-                let _ = asked.send(head.join("\n"));
-                let length = body.len();
-                write!(
-                    stream,
-                    "HTTP/1.1 {code}\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n{body}"
-                )
-                .unwrap();
-            }
-        });
-        (address, questions)
-    }
-
-    fn settings(endpoint: &str, cache: &Path) -> Settings {
-        Settings {
-            endpoint: endpoint.to_owned(),
-            token: Some("hf_secret".to_owned()),
-            cache: cache.to_owned(),
-            offline: false,
-        }
-    }
-
-    fn listing(sha: &str, files: &[&str]) -> String {
-        let siblings: Vec<_> = files.iter().map(|file| serde_json::json!({"rfilename": file})).collect();
-        serde_json::json!({"sha": sha, "siblings": siblings}).to_string()
-    }
+    use crate::hub::testing::{SHA, files, hub, listing, settings};
 
     fn good(path: &str) -> Option<(String, String)> {
         // headers that hf-hub's client would make paths of
@@ -235,19 +294,6 @@ mod tests {
             _ => format!("body of {}", path.rsplit_once('/')?.1),
         };
         Some((body, hostile.to_owned()))
-    }
-
-    /// All files below a folder.
-    fn files(folder: &Path) -> Vec<String> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
-            match entry.path() {
-                path if path.is_dir() => found.extend(files(&path)),
-                path => found.push(path.display().to_string()),
-            }
-        }
-        found.sort();
-        found
     }
 
     #[test]

@@ -1,13 +1,17 @@
-//! Where a model comes from: a local folder, or the Hugging Face hub.
+//! Where a model comes from: a local folder, or the Hugging Face hub. And files of the hub's data sets.
 
 mod client;
+mod data_set;
 mod settings;
+#[cfg(test)]
+mod testing;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
 use client::Hub;
+pub use data_set::{DataSet, is_address};
 pub use settings::Settings;
 
 /// The folder of a model given as a local folder or as a hub id `org/name`. From the hub: config.json, the

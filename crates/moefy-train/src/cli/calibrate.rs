@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use super::options::{TextArgs, open_model};
+use super::options::{TextArgs, fetched, open_model};
 use super::print;
 use moefy_train::data::{CALIBRATION_TOKENS, DataSource, SampleShape, Split, Texts, calibration_batches};
 use moefy_train::prepare;
@@ -16,8 +16,8 @@ pub struct CalibrateArgs {
     /// Dense model: a folder or a hub id
     #[arg(long)]
     model: String,
-    /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of files; may be
-    /// repeated
+    /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
+    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long, required = true)]
     data: Vec<DataSource>,
     /// Tokens to read
@@ -37,7 +37,8 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let source = open_model(&args.model)?;
     let texts = Texts::open(&source, &args.text.options())?;
     let shape = SampleShape { batch_size: TrainConfig::BATCH_SIZE, sequence_length: args.sequence_length };
-    let batches = texts.training(&args.data, Split::All, shape, 0)?;
+    let data = fetched(&args.data)?;
+    let batches = texts.training(&data, Split::All, shape, 0)?;
     let measured = prepare::calibrate(&source, &calibration_batches(&batches, args.tokens))?;
     measured.save(&args.out)?;
     print(&format_args!(

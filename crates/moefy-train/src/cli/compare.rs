@@ -8,7 +8,7 @@ use clap::Args;
 use super::options::{ExpertArgs, InputArgs, Methods, TrainingArgs, heading, warn_unless_served};
 use super::print;
 use moefy_train::methods::Method;
-use moefy_train::pipeline::compare::{Comparison, Variant, compare as run_comparison, variants};
+use moefy_train::pipeline::compare::{Comparison, Variant, compare as run_comparison, earlier, variants};
 use moefy_train::pipeline::{Lab, Recipe};
 use moefy_train::train::Stop;
 
@@ -89,7 +89,9 @@ pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
         keep: args.keep,
     };
     let device = args.training.steps.device.open()?;
-    let lab = Lab::open(args.inputs.inputs(), &device, stop)?;
+    let mut inputs = args.inputs.inputs();
+    inputs.fetch(&earlier(&args.out))?;
+    let lab = Lab::open(inputs, &device, stop)?;
     warn_unless_served(lab.model.config());
     match run_comparison(&lab, &comparison, &args.out)? {
         Some(table) => {

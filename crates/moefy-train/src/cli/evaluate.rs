@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use dynamoe::{Dial, dial::check_dial};
 
-use super::options::{DeviceArg, ModelArgs, TextArgs};
+use super::options::{DeviceArg, ModelArgs, TextArgs, fetched};
 use super::print;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::Checkpoint;
@@ -24,8 +24,8 @@ const SOLVE_TOKENS: usize = 32_768;
 pub struct EvaluateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to score: a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of files; may be
-    /// repeated
+    /// Text to score: a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
+    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long)]
     data: Vec<DataSource>,
     /// Score each document by itself, not packed sequences
@@ -82,11 +82,12 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     } else {
         Scope::Packed(args.sequence_length)
     };
-    let batches = if args.data.is_empty() { Vec::new() } else { texts.scored(&args.data, scope)? };
+    let data = fetched(&args.data)?;
+    let batches = if data.is_empty() { Vec::new() } else { texts.scored(&data, scope)? };
     if needs_solving(args, &model) {
         let text = match args.calibration_data.as_slice() {
             [] => batches.clone(),
-            sources => texts.scored(sources, scope)?,
+            sources => texts.scored(&fetched(sources)?, scope)?,
         };
         store_budgets(args, &mut checkpoint, &model, &text)?;
         model = RoutedModel::load(&checkpoint, &device)?;
@@ -94,7 +95,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     let settings = settings(args, &model)?;
     let mut evaluation = Evaluation {
         model: args.model.model.clone(),
-        data: args.data.iter().map(|source| source.path.display().to_string()).collect(),
+        data: data.iter().map(DataSource::name).collect(),
         ..Evaluation::default()
     };
     let pairs = args.pairs.as_deref().map(|path| texts.pairs(path)).transpose()?;

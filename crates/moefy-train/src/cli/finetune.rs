@@ -21,8 +21,8 @@ pub struct FinetuneArgs {
     /// Dense model to distill from: a folder or a hub id [default: the model itself, at full width, as it is now]
     #[arg(long, help_heading = heading::INPUT)]
     teacher: Option<String>,
-    /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of files; may be
-    /// repeated
+    /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
+    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long, required = true, value_name = "PATH[:WEIGHT]", help_heading = heading::INPUT)]
     data: Vec<DataSource>,
     #[command(flatten)]
@@ -43,12 +43,13 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
     let existing = args.existing.existing();
     RunFolder::check(&args.out, existing, &read)?;
     let device = args.training.steps.device.open()?;
-    let inputs = Inputs {
+    let mut inputs = Inputs {
         model: args.model.clone(),
         data: args.data.clone(),
         held_out: HeldOut::Nothing,
         text: args.text.options(),
     };
+    inputs.fetch(RunFolder::earlier(&args.out, existing)?.as_slice())?;
     let lab = Lab::open(inputs, &device, stop)?;
     warn_unless_served(lab.model.config());
     recipe.check_memory(&lab)?;

@@ -77,6 +77,13 @@ impl TextArgs {
     }
 }
 
+/// Sources whose files are here, those on the hub fetched now.
+pub fn fetched(sources: &[DataSource]) -> Result<Vec<DataSource>> {
+    let mut sources = sources.to_vec();
+    sources.iter_mut().try_for_each(|source| source.fetch(&[]))?;
+    Ok(sources)
+}
+
 /// The dense model and the texts of commands that train and measure.
 #[derive(Debug, Args)]
 #[command(next_help_heading = heading::INPUT)]
@@ -84,8 +91,8 @@ pub struct InputArgs {
     /// Dense model: a folder or a hub id
     #[arg(long)]
     model: String,
-    /// Text to train on: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder or a pattern of
-    /// files; may be repeated
+    /// Text to train on: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
+    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long, required = true, value_name = "PATH[:WEIGHT]")]
     data: Vec<DataSource>,
     /// Text to evaluate on [default: a held-out part of --data]

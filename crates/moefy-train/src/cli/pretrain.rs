@@ -10,8 +10,8 @@ use super::options::{ExistingArgs, StepArgs, TextArgs, heading};
 use super::{print, stopped};
 use moefy_train::data::DataSource;
 use moefy_train::methods::Method;
-use moefy_train::pipeline::RunFolder;
 use moefy_train::pipeline::pretrain::{Pretrain, Shape};
+use moefy_train::pipeline::{RunFolder, describe_sources};
 use moefy_train::train::{Outcome, Stop, TrainConfig, Tuning};
 
 #[derive(Debug, Args)]
@@ -83,17 +83,20 @@ pub fn pretrain(args: &PretrainArgs, stop: &Stop) -> Result<()> {
     train.validate()?;
     let device = args.steps.device.open()?;
     let read: Vec<&Path> = args.data.iter().map(|source| source.path.as_path()).collect();
-    let shape = args.shape.shape();
-    let text = args.text.options();
+    let (shape, text, existing) = (args.shape.shape(), args.text.options(), args.existing.existing());
+    RunFolder::check(&args.out, existing, &read)?;
+    let mut data = args.data.clone();
+    let earlier = RunFolder::earlier(&args.out, existing)?;
+    data.iter_mut().try_for_each(|source| source.fetch(earlier.as_slice()))?;
     let settings = json!({
-        "data": read,
+        "data": describe_sources(&data)?,
         "shape": shape,
         "tokens": train.tokens,
         "seed": train.seed,
         "mask-prompt": text.format.mask_prompt,
     });
-    let folder = RunFolder::prepare(&args.out, args.existing.existing(), &read, &settings)?;
-    let pretrain = Pretrain { shape, train, data: args.data.clone(), text };
+    let folder = RunFolder::prepare(&args.out, existing, &read, &settings)?;
+    let pretrain = Pretrain { shape, train, data, text };
     match pretrain.run(&folder, &device, stop)? {
         Outcome::Stopped(step) => stopped(step),
         Outcome::Finished => print(&format_args!("{}", folder.out().display())),

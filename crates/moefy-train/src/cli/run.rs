@@ -67,11 +67,12 @@ pub fn run(args: &RunArgs, stop: &Stop) -> Result<()> {
     let device = args.training.steps.device.open()?;
     let recipe = Recipe { experts: args.experts.config(), train: args.training.config()? };
     recipe.train.validate()?;
-    let (inputs, options) = (args.inputs.inputs(), args.report.options());
+    let (mut inputs, options) = (args.inputs.inputs(), args.report.options());
     let texts: Vec<PathBuf> = inputs.paths().chain(options.pairs.as_deref()).map(Path::to_owned).collect();
     let mut read: Vec<&Path> = texts.iter().map(PathBuf::as_path).collect();
     let existing = args.existing.existing();
     RunFolder::check(&args.out, existing, &read)?;
+    inputs.fetch(RunFolder::earlier(&args.out, existing)?.as_slice())?;
     let lab = Lab::open(inputs, &device, stop)?;
     warn_unless_served(lab.model.config());
     let run = Run::prepare(lab, recipe, options)?;

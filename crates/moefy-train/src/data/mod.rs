@@ -1,4 +1,4 @@
-//! Text to batches: [`source`] finds files and reads their documents (`kind` by their names, `pieces` of text, `rows`
+//! Text to batches: [`source`] finds files, here or on the hub (`hub`), and reads their documents (`kind` by their names, `pieces` of text, `rows`
 //! of Parquet, `records` to documents), [`tokenizer`] frames them with the tokens that `closing` finds, [`cache`] keeps their tokens on disk,
 //! [`batches`] packs them for training, [`documents`], [`pairs`] and [`choices`] pad them for evaluation ([`padded`]). [`texts`] does
 //! all of that for one model. [`corpus`] is text that this program generates.
@@ -10,6 +10,7 @@ mod closing;
 pub mod corpus;
 pub mod documents;
 mod format;
+mod hub;
 mod kind;
 pub mod padded;
 pub mod pairs;

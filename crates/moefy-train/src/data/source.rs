@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, ensure};
+use dynamoe_model::hub::{DataSet, is_address};
 use glob::{MatchOptions, glob_with};
 use serde_json::Value;
 
 use super::format::TextFormat;
+use super::hub;
 use super::kind::{Content, ENDINGS};
 use super::pieces::{JsonLines, Pieces, Position};
 use super::records::{self, Document};
@@ -16,23 +18,54 @@ use super::rows::Rows;
 /// Text and how often it is drawn, as given by `--data PATH[:WEIGHT]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataSource {
-    /// A file, a folder of files, or a pattern for the names of files.
+    /// A file, a folder of files, a pattern for the names of files, or the address of a data set on the hub.
     pub path: PathBuf,
     /// How many times each part of the text is seen per epoch: 1 is once, 0.5 every second epoch.
     pub weight: f64,
+    /// For a data set on the hub: the commit that its files were fetched from.
+    pub commit: Option<String>,
 }
 
 impl DataSource {
     /// A file, a folder of files or a pattern for the names of files, each part of it once per epoch.
     pub fn local(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), weight: 1.0 }
+        Self { path: path.into(), weight: 1.0, commit: None }
+    }
+
+    /// Its name for messages and reports: a data set on the hub with its commit.
+    pub fn name(&self) -> String {
+        match (hub::address(&self.path), &self.commit) {
+            (Some(Ok(set)), Some(commit)) => DataSet { revision: commit.clone(), ..set }.to_string(),
+            _ => self.path.display().to_string(),
+        }
+    }
+
+    /// Fetches the files of a data set on the hub; files here need nothing. A run that goes on reads the commit that it
+    /// began with: `earlier` are its settings, as [`crate::pipeline::Lab::settings`] made them.
+    ///
+    /// # Errors
+    /// Not an address of a data set, and those of [`DataSet::fetch`].
+    pub fn fetch(&mut self, earlier: &[Value]) -> Result<()> {
+        let Some(set) = hub::address(&self.path) else { return Ok(()) };
+        let mut set = set?;
+        if let Some(commit) = hub::commit_in(earlier, &self.path) {
+            set.revision = commit;
+        }
+        self.commit = Some(set.fetch(&hub::wanted(&set)?)?);
+        Ok(())
     }
 
     /// Its files, in the order of their names, without hidden ones. A folder's are those in it that end as text files do.
     ///
     /// # Errors
-    /// A folder or a pattern without such files, a pattern that is none, a folder that cannot be read.
+    /// A folder or a pattern without such files, a pattern that is none, a folder that cannot be read; a data set that was
+    /// not fetched.
     pub fn files(&self) -> Result<Vec<PathBuf>> {
+        if let Some(set) = hub::address(&self.path) {
+            let set = set?;
+            let commit = self.commit.as_ref().with_context(|| format!("{set}: was not fetched yet"))?;
+            return set.fetched(commit, &hub::wanted(&set)?);
+        }
         let (path, place) = (&self.path, self.path.display());
         let pattern = path.to_str().filter(|name| name.contains(['*', '?', '[']));
         let mut files: Vec<PathBuf> = if path.is_dir() {
@@ -80,6 +113,10 @@ impl FromStr for DataSource {
             return Ok(whole);
         }
         let Some((path, weight)) = argument.rsplit_once(':') else { return Ok(whole) };
+        // the colon of an address
+        if is_address(argument) && weight.starts_with("//") {
+            return Ok(whole);
+        }
         let weight: f64 = weight.parse().with_context(|| {
             format!("{argument}: no such file, and the weight {weight:?} is not a number")
         })?;

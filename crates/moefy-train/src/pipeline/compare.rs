@@ -102,6 +102,13 @@ fn overridden(common: &Recipe, table: toml::Table) -> Result<Recipe> {
     Ok(recipe)
 }
 
+/// The settings of the cells that are finished in `out`.
+pub fn earlier(out: &Path) -> Vec<Value> {
+    let entries = fs::read_dir(out.join("cells")).into_iter().flatten().flatten();
+    let cell = |path: PathBuf| serde_json::from_slice::<Cell>(&fs::read(path).ok()?).ok();
+    entries.filter_map(|entry| cell(entry.path())).map(|cell| cell.settings).collect()
+}
+
 /// What all cells share.
 struct Bench<'a> {
     lab: &'a Lab<'a>,

@@ -74,6 +74,19 @@ impl RunFolder {
         Ok(())
     }
 
+    /// The settings of the run in `out`, if it is to be continued.
+    ///
+    /// # Errors
+    /// Settings that cannot be read.
+    pub fn earlier(out: &Path, existing: Existing) -> Result<Option<Value>> {
+        let path = out.join(TRAINING).join(JOB);
+        if !existing.resume || !path.is_file() {
+            return Ok(None);
+        }
+        let was = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        serde_json::from_slice(&was).with_context(|| format!("{}: not JSON", path.display()))
+    }
+
     /// Prepares `out` for a run with these `settings`. `resume` takes up an interrupted run; `force` removes an earlier one.
     ///
     /// # Errors
@@ -84,10 +97,7 @@ impl RunFolder {
         let training = out.join(TRAINING);
         let lock = OutputLock::of_existing(&training, out)?;
         let path = training.join(JOB);
-        if resume && path.is_file() {
-            let was = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-            let was: Value =
-                serde_json::from_slice(&was).with_context(|| format!("{}: not JSON", path.display()))?;
+        if let Some(was) = Self::earlier(out, existing)? {
             let other = differences(&was, settings);
             ensure!(
                 other.is_empty(),

@@ -53,6 +53,18 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// Fetches what lies on the hub. `earlier` are settings of the run that goes on; see [`DataSource::fetch`].
+    ///
+    /// # Errors
+    /// Those of [`DataSource::fetch`].
+    pub fn fetch(&mut self, earlier: &[Value]) -> Result<()> {
+        let held_out = match &mut self.held_out {
+            HeldOut::Files(files) => &mut files[..],
+            HeldOut::Nothing | HeldOut::Tail => &mut [],
+        };
+        self.data.iter_mut().chain(held_out).try_for_each(|source| source.fetch(earlier))
+    }
+
     /// The files that are read.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.data.iter().chain(self.held_out.files()).map(|source| source.path.as_path())
@@ -137,10 +149,15 @@ impl<'a> Lab<'a> {
     }
 }
 
-fn describe_sources(sources: &[DataSource]) -> Result<Value> {
+/// All of some sources that decides a result.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn describe_sources(sources: &[DataSource]) -> Result<Value> {
     let describe = |source: &DataSource| -> Result<Value> {
         let path = source.path.display().to_string();
-        Ok(json!({ "path": path, "weight": source.weight, "bytes": source.bytes()? }))
+        let commit = source.commit.as_deref();
+        Ok(json!({ "path": path, "weight": source.weight, "bytes": source.bytes()?, "commit": commit }))
     };
     sources.iter().map(describe).collect::<Result<Vec<_>>>().map(Value::from)
 }

@@ -14,6 +14,6 @@ pub mod run;
 mod table;
 
 pub use folder::{Existing, RunFolder, TRAINING};
-pub use lab::{HeldOut, Inputs, Lab};
+pub use lab::{HeldOut, Inputs, Lab, describe_sources};
 pub use recipe::{Publication, Recipe, TrainJob, Training, write_model};
 pub use table::{Cell, Row, Table};

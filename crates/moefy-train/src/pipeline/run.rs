@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::folder::RunFolder;
 use super::lab::Lab;
 use super::recipe::{Publication, Recipe, TrainJob, Training};
-use crate::data::{Batches, PaddedBatch, Pairs};
+use crate::data::{Batches, DataSource, PaddedBatch, Pairs};
 use crate::evaluate::cost::Cost;
 use crate::evaluate::curve::{WIDTHS, oracle_curve};
 use crate::evaluate::samples::{SampleLimits, samples};
@@ -210,8 +210,7 @@ impl<'a> Run<'a> {
         let config = self.lab.model.config();
         let train = &self.recipe.train;
         let tokens = train.steps() * train.tokens_per_step();
-        let sources: Vec<String> =
-            self.lab.inputs.data.iter().map(|s| s.path.display().to_string()).collect();
+        let sources: Vec<String> = self.lab.inputs.data.iter().map(DataSource::name).collect();
         let scored: usize =
             self.held_out.iter().map(|b| b.weights.iter().filter(|&&w| w > 0.0).count()).sum();
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

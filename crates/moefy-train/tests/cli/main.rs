@@ -5,6 +5,7 @@ mod card;
 mod compare;
 mod evaluate;
 mod finetune;
+mod hub;
 mod lab;
 mod mask;
 mod memory;
