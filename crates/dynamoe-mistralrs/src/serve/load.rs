@@ -10,7 +10,7 @@ use mistralrs_core::{
     get_auto_device_map_params, get_model_dtype, paged_attn_supported, parse_isq_value,
 };
 
-use super::{Options, language::Language};
+use super::{Options, language::Language, source::Selected};
 use crate::{
     LoadedModel, ModelKind, loaded,
     moe::budgets::{self, Table},
@@ -37,9 +37,9 @@ type Loaded = Arc<tokio::sync::Mutex<dyn Pipeline>>;
 /// Whatever keeps mistral.rs from loading it; a dial that the model does not have.
 pub async fn load(options: &Options) -> Result<Served> {
     let before = loaded();
-    let selected = options.model_selected()?;
+    let selected = Selected::of(options)?;
     let own = options.clone();
-    let read = tokio::task::spawn_blocking(move || read(selected, &own));
+    let read = tokio::task::spawn_blocking(move || read(selected.model(), &own));
     let (pipeline, paged) = read
         .await
         .context("the loader ended")

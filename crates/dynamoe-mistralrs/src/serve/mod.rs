@@ -31,6 +31,7 @@ mod page;
 mod request;
 mod run;
 mod signals;
+mod source;
 
 use std::{
     io::Write,

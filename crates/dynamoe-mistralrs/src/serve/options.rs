@@ -1,19 +1,17 @@
 //! The command line of `dynamoe-serve`.
 
-use std::{
-    net::IpAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Result, anyhow, ensure};
 use candle_core::utils::{cuda_is_available, metal_is_available};
 use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
 use dynamoe::dial::check_dial;
-use dynamoe_model::hub;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 
-use super::adaptive::{Adaptive, Range};
+use super::{
+    adaptive::{Adaptive, Range},
+    source,
+};
 use crate::Dial;
 
 /// Serves a DynaMoE, MoE or dense model over an OpenAI-compatible API.
@@ -202,30 +200,22 @@ impl Options {
 
     /// The folder that the model is in; none if a TOML file says where it is.
     pub(crate) fn folder(&self) -> Option<PathBuf> {
-        self.model.as_deref().and_then(|model| hub::resolve(model).ok())
+        source::folder(self.model.as_deref()?, self.from_uqff.as_deref()).ok()
     }
 
-    /// The engine's way to say which model to load. A model on the hub is fetched.
+    /// The engine's way to say which model `--model` is. A model on the hub is fetched.
     ///
     /// # Errors
-    /// Neither a model nor a TOML file; a model that is neither a folder nor on the hub.
+    /// No model; one that is neither a folder nor on the hub.
     pub(super) fn model_selected(&self) -> Result<ModelSelected> {
-        if let Some(file) = &self.config {
-            return Ok(ModelSelected::Toml { file: file.display().to_string() });
-        }
         let model = self.model.as_deref().ok_or_else(|| anyhow!("--model or --config is needed"))?;
         let quantized = self.isq.is_some() || self.from_uqff.is_some();
         ensure!(
             self.dtype != ModelDType::BF16 || quantized || !self.on_cpu() || cfg!(feature = "accelerate"),
             "--dtype bf16 does not run on a CPU, which does not multiply it: use f32, or f16 with half the memory"
         );
-        let model_id = match &self.from_uqff {
-            // a repository of quantized weights, whose files only the engine knows
-            Some(_) if hub::is_hub_id(model) && !Path::new(model).is_dir() => model.to_owned(),
-            _ => hub::resolve(model)?.display().to_string(),
-        };
         Ok(ModelSelected::Run {
-            model_id,
+            model_id: source::folder(model, self.from_uqff.as_deref())?.display().to_string(),
             tokenizer_json: None,
             dtype: self.dtype,
             topology: None,
@@ -292,9 +282,6 @@ mod tests {
     #[test]
     fn a_model_or_a_toml_file_is_needed_and_loopback_is_the_default() {
         assert!(parse("").is_err() && parse("--model m --config c.toml").is_err());
-        assert!(matches!(parse("--config c.toml").unwrap().model_selected(), Ok(ModelSelected::Toml { .. })));
-        let uqff = parse("--model org/name --from-uqff q8_0-0.uqff").unwrap();
-        assert!(uqff.model_selected().is_ok(), "the engine fetches it");
         let error = parse("--model ./nowhere").unwrap().model_selected().unwrap_err().to_string();
         assert!(error.contains("./nowhere: no such folder"), "{error}");
         assert!(parse("--model m").unwrap().host.is_loopback());

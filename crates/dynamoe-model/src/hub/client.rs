@@ -106,18 +106,18 @@ impl Hub {
     }
 
     /// The folder of the model `id`, its files fetched unless they are in the cache.
-    pub fn fetch(&self, id: &str) -> Result<PathBuf> {
+    pub fn fetch(&self, id: &str, weights: Weights<'_>) -> Result<PathBuf> {
         let repository = Repository { kind: Kind::Model, id };
         let folder = self.folder(repository);
         if self.settings.offline {
-            return cached(&folder).context(
+            return cached(&folder, weights).context(
                 "HF_HUB_OFFLINE is set, and the cache does not hold the model: unset it, or fetch the model first",
             );
         }
         let listing = match self.list(repository, "main") {
             Ok(listing) => listing,
             // the cache may hold the model
-            Err(error) => match cached(&folder) {
+            Err(error) => match cached(&folder, weights) {
                 Some(snapshot) => {
                     tracing::warn!("{id}: taken from the cache, because the hub cannot be asked: {error:#}");
                     return Ok(snapshot);
@@ -125,7 +125,7 @@ impl Hub {
                 None => return Err(error),
             },
         };
-        let files = wanted(&listing)?;
+        let files = wanted(&listing, weights)?;
         let snapshot = folder.join("snapshots").join(&listing.sha);
         for file in files {
             if !snapshot.join(file).exists() {
@@ -255,24 +255,72 @@ fn encoded(text: &str, kept: &str) -> String {
     all
 }
 
-/// The files of a repository that a model needs.
-fn wanted(listing: &Listing) -> Result<Vec<&str>> {
-    let files: Vec<&str> = listing.files().collect();
-    let weights = |file: &str| {
-        let kind = file.ends_with(".safetensors") || file.ends_with(".safetensors.index.json");
-        kind && file.starts_with("model") && is_plain(file)
-    };
-    let adapter = files.contains(&"adapter_config.json");
-    ensure!(files.contains(&"config.json") || adapter, "the repository holds no config.json");
-    ensure!(files.iter().any(|file| weights(file)) || adapter, "the repository holds no model*.safetensors");
-    let small = |file: &str| file == "config.json" || OPTIONAL.contains(&file);
-    Ok(files.into_iter().filter(|file| small(file) || weights(file)).collect())
+/// Which weights of a model are fetched.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Weights<'a> {
+    /// `model*.safetensors`
+    Safetensors,
+    /// These files of quantized weights, separated by `;`, and what belongs to them.
+    Uqff(&'a str),
 }
 
-/// The snapshot in the cache that `refs/main` names, if it holds a config.json.
-fn cached(folder: &Path) -> Option<PathBuf> {
+impl Weights<'_> {
+    /// The files that were asked for by name.
+    fn named(&self) -> impl Iterator<Item = &str> {
+        let names = match self {
+            Self::Safetensors => "",
+            Self::Uqff(names) => names,
+        };
+        names.split(';').map(str::trim).filter(|name| !name.is_empty())
+    }
+
+    fn include(&self, file: &str) -> bool {
+        match self {
+            Self::Safetensors => {
+                let kind = file.ends_with(".safetensors") || file.ends_with(".safetensors.index.json");
+                kind && file.starts_with("model")
+            }
+            Self::Uqff(_) => file == "residual.safetensors" || self.named().any(|name| is_shard(file, name)),
+        }
+    }
+}
+
+/// Whether `file` is the `.uqff` file `name` or another shard of it: they are numbered, as `q4k-0.uqff`.
+fn is_shard(file: &str, name: &str) -> bool {
+    let stem = |file: &str| {
+        let (stem, number) = file.strip_suffix(".uqff")?.rsplit_once('-')?;
+        number.parse::<u32>().is_ok().then(|| stem.to_owned())
+    };
+    file == name || (stem(file).is_some() && stem(file) == stem(name))
+}
+
+/// The files of a repository that a model needs.
+fn wanted<'a>(listing: &'a Listing, weights: Weights<'_>) -> Result<Vec<&'a str>> {
+    let files: Vec<&str> = listing.files().collect();
+    let of_weights = |file: &str| is_plain(file) && weights.include(file);
+    let adapter = files.contains(&"adapter_config.json");
+    ensure!(files.contains(&"config.json") || adapter, "the repository holds no config.json");
+    for name in weights.named() {
+        let known: Vec<&str> = files.iter().copied().filter(|file| file.ends_with(".uqff")).collect();
+        ensure!(
+            files.contains(&name) && is_plain(name),
+            "the repository holds no file {name}; its files of quantized weights are: {}",
+            known.join(", ")
+        );
+    }
+    ensure!(
+        files.iter().any(|file| of_weights(file)) || adapter,
+        "the repository holds no model*.safetensors"
+    );
+    let small = |file: &str| file == "config.json" || OPTIONAL.contains(&file);
+    Ok(files.into_iter().filter(|file| small(file) || of_weights(file)).collect())
+}
+
+/// The snapshot in the cache that `refs/main` names, if it holds a config.json and the files that were named.
+fn cached(folder: &Path, weights: Weights<'_>) -> Option<PathBuf> {
     let snapshot = folder.join("snapshots").join(noted_revision(folder, "main")?);
-    snapshot.join("config.json").exists().then_some(snapshot)
+    let mut files = weights.named().chain(["config.json"]);
+    files.all(|file| snapshot.join(file).exists()).then_some(snapshot)
 }
 
 #[cfg(test)]
@@ -297,11 +345,43 @@ mod tests {
     }
 
     #[test]
+    fn named_files_of_quantized_weights_come_with_their_shards() {
+        let answer = |path: &str| {
+            let files = [
+                "config.json",
+                "tokenizer.json",
+                "q4k-0.uqff",
+                "q4k-1.uqff",
+                "q8_0-0.uqff",
+                "residual.safetensors",
+                "model.safetensors",
+            ];
+            let is_listing = path == "/api/models/org/name/revision/main";
+            Some((if is_listing { listing(SHA, &files) } else { "weights".into() }, String::new()))
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let (endpoint, _asked) = hub(answer);
+        let online = Hub::new(settings(&endpoint, dir.path()));
+        let folder = online.fetch("org/name", Weights::Uqff("q4k-0.uqff")).unwrap();
+        let names: Vec<String> =
+            files(&folder).iter().map(|file| file.rsplit('/').next().unwrap().into()).collect();
+        assert_eq!(
+            names,
+            ["config.json", "q4k-0.uqff", "q4k-1.uqff", "residual.safetensors", "tokenizer.json"]
+        );
+        let error = format!("{:#}", online.fetch("org/name", Weights::Uqff("q6k-0.uqff")).unwrap_err());
+        assert!(error.contains("no file q6k-0.uqff") && error.contains("q8_0-0.uqff"), "{error}");
+        let offline = Hub::new(Settings { offline: true, ..settings(&endpoint, dir.path()) });
+        assert_eq!(offline.fetch("org/name", Weights::Uqff("q4k-0.uqff; q4k-1.uqff")).unwrap(), folder);
+        assert!(offline.fetch("org/name", Weights::Uqff("q8_0-0.uqff")).is_err());
+    }
+
+    #[test]
     fn files_come_from_one_commit_with_the_token_and_stay_in_the_cache() {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("deep/in/cache");
         let (endpoint, asked) = hub(good);
-        let folder = Hub::new(settings(&endpoint, &cache)).fetch("org/name").unwrap();
+        let folder = Hub::new(settings(&endpoint, &cache)).fetch("org/name", Weights::Safetensors).unwrap();
         assert_eq!(folder, cache.join("models--org--name/snapshots").join(SHA));
         assert_eq!(fs::read_to_string(folder.join("config.json")).unwrap(), "body of config.json");
         let repository = cache.join("models--org--name");
@@ -323,13 +403,19 @@ mod tests {
         );
 
         // a second time only the listing is asked for
-        assert_eq!(Hub::new(settings(&endpoint, &cache)).fetch("org/name").unwrap(), folder);
+        assert_eq!(
+            Hub::new(settings(&endpoint, &cache)).fetch("org/name", Weights::Safetensors).unwrap(),
+            folder
+        );
         assert_eq!(asked.try_iter().count(), 1);
         let offline = Settings { offline: true, ..settings(&endpoint, &cache) };
-        assert_eq!(Hub::new(offline).fetch("org/name").unwrap(), folder);
+        assert_eq!(Hub::new(offline).fetch("org/name", Weights::Safetensors).unwrap(), folder);
         assert_eq!(asked.try_iter().count(), 0);
         // nor is the network needed
-        assert_eq!(Hub::new(settings("http://127.0.0.1:9", &cache)).fetch("org/name").unwrap(), folder);
+        assert_eq!(
+            Hub::new(settings("http://127.0.0.1:9", &cache)).fetch("org/name", Weights::Safetensors).unwrap(),
+            folder
+        );
     }
 
     #[test]
@@ -339,7 +425,7 @@ mod tests {
         fs::create_dir_all(&snapshot).unwrap();
         fs::write(snapshot.join(".model.safetensors.incomplete"), "begin").unwrap();
         let (endpoint, asked) = hub(good);
-        Hub::new(settings(&endpoint, dir.path())).fetch("org/name").unwrap();
+        Hub::new(settings(&endpoint, dir.path())).fetch("org/name", Weights::Safetensors).unwrap();
         assert!(asked.try_iter().any(|question| question.contains("Range: bytes=5-")));
         // this hub knows no ranges, so the file is fetched anew
         assert_eq!(
@@ -353,7 +439,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (endpoint, _asked) =
             hub(|_| Some((listing("../../../escaped", &["config.json"]), String::new())));
-        let error = Hub::new(settings(&endpoint, &dir.path().join("a/b"))).fetch("org/name").unwrap_err();
+        let error = Hub::new(settings(&endpoint, &dir.path().join("a/b")))
+            .fetch("org/name", Weights::Safetensors)
+            .unwrap_err();
         assert!(error.to_string().contains("expected a commit, found \"../../../escaped\""), "{error:#}");
         assert_eq!(files(dir.path()), [""; 0]);
     }
@@ -361,7 +449,9 @@ mod tests {
     #[test]
     fn what_the_hub_does_not_have_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let error = |settings: Settings| format!("{:#}", Hub::new(settings).fetch("org/name").unwrap_err());
+        let error = |settings: Settings| {
+            format!("{:#}", Hub::new(settings).fetch("org/name", Weights::Safetensors).unwrap_err())
+        };
         let (endpoint, _asked) = hub(|_| None);
         assert!(error(settings(&endpoint, dir.path())).contains("the hub answered 404"));
         let (endpoint, _asked) =

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use client::Hub;
+use client::{Hub, Weights};
 pub use data_set::{DataSet, is_address};
 pub use settings::Settings;
 
@@ -31,9 +31,25 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
     if !is_hub_id(model) {
         bail!("{model}: no such folder, and not a hub id (org/name) either");
     }
-    Hub::new(Settings::from_env()?).fetch(model).with_context(|| {
+    fetch(model, Weights::Safetensors)
+}
+
+/// As [`resolve`], with files of quantized weights in the place of safetensors: `uqff` names them, separated by `;`. Their
+/// other shards come with them.
+///
+/// # Errors
+/// As [`resolve`]; a file that the repository does not hold.
+pub fn resolve_uqff(model: &str, uqff: &str) -> Result<PathBuf> {
+    match !Path::new(model).exists() && is_hub_id(model) {
+        true => fetch(model, Weights::Uqff(uqff)),
+        false => resolve(model),
+    }
+}
+
+fn fetch(model: &str, weights: Weights<'_>) -> Result<PathBuf> {
+    Hub::new(Settings::from_env()?).fetch(model, weights).with_context(|| {
         format!(
-            "{model}: no such folder here, and the Hugging Face hub did not deliver it; without a network give a local folder with config.json and *.safetensors"
+            "{model}: no such folder here, and the Hugging Face hub did not deliver it; without a network give a local folder with config.json and its weights"
         )
     })
 }
