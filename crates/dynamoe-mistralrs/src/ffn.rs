@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
-use dynamoe::{DynaMoeConfig, DynaMoeFfn, NestedExperts, Router, tensors};
+use dynamoe::{DynaMoeConfig, DynaMoeFfn, HiddenAct, NestedExperts, Router, tensors};
 use mistralrs_core::{
     layers::Activation,
     plugin::{AnyMoeTrainableLayer, MlpLayer},
@@ -90,7 +90,7 @@ impl SwappedFfns {
 /// `weights` says where each is read from.
 ///
 /// # Errors
-/// MLPs, weights and `config` that do not fit each other; tensors that are missing or of another shape.
+/// MLPs, weights and `config` that do not fit each other, in their activation too; tensors that are missing or of another shape.
 pub fn swap_ffns(
     mlps: Vec<&mut Box<dyn MlpLayer>>,
     config: &DynaMoeConfig,
@@ -108,7 +108,12 @@ pub fn swap_ffns(
     for (layer, (mlp, weights)) in mlps.into_iter().zip(weights).enumerate() {
         let hidden_size = mlp.get_params().first().copied().unwrap_or(0);
         let activation = mlp.hidden_act();
-        let ffn = weights.read(config, hidden_size, activation.try_into()?)?;
+        ensure!(
+            HiddenAct::of(activation.try_into()?) == Some(config.hidden_act),
+            "the engine's MLP of layer {layer} has the activation {activation:?}, expected {:?} as in \"dynamoe\"",
+            config.hidden_act.name()
+        );
+        let ffn = weights.read(config, hidden_size)?;
         tensors.extend(router_tensors(layer, &ffn));
         fast.push(Some(Arc::clone(&ffn.experts().fast)));
         #[cfg(feature = "cuda")]

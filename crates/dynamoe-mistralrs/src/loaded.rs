@@ -212,6 +212,7 @@ pub(crate) mod tests {
         DynaMoeConfig {
             version: 1,
             base_architecture: "LlamaForCausalLM".into(),
+            hidden_act: dynamoe::HiddenAct::Silu,
             base_model_type: "llama".into(),
             expert_widths: vec![16, 32],
             separate_shells: 0,

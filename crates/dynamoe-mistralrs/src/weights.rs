@@ -32,8 +32,8 @@ impl LayerWeights {
         &self,
         config: &DynaMoeConfig,
         hidden_size: usize,
-        activation: Activation,
     ) -> Result<DynaMoeFfn<EngineExperts>> {
+        let activation = Activation::from(config.hidden_act);
         let shells = self.shells(&config.expert_widths, hidden_size)?;
         let separate = Self { vb: self.vb.pp("own"), device: self.device.clone() };
         let separate = separate.shells(&config.expert_widths[..config.separate_shells], hidden_size)?;

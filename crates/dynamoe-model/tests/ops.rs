@@ -2,7 +2,7 @@
 //! inputs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use dynamoe::{Projections, TrainableFfn};
+use dynamoe::{HiddenAct, Projections, TrainableFfn};
 use dynamoe_model::Params;
 use dynamoe_model::ops::{
     AttentionShape, Gradient, Gradients, Projection, Rotary, RouterWeights, SelfAttention, attention,
@@ -395,6 +395,7 @@ fn ffn_equals_its_composition() -> Result<()> {
             }),
             compensation: compensated.then(|| weights.add(&[e - 1, d], 1.0)),
             widths,
+            hidden_act: if compensated { HiddenAct::GeluTanh } else { HiddenAct::Silu },
         };
         assert_same_sums(
             &mut weights,

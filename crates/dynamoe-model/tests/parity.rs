@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, safetensors};
+use dynamoe::train::glu::glu;
 use dynamoe_model::config::ModelConfig;
 use dynamoe_model::model::Backbone;
 
@@ -32,7 +33,7 @@ fn logits(dir: &Path, tokens: &Tensor) -> Result<Tensor> {
     let hidden = model.forward(&tokens.to_dtype(DType::U32)?, &mut |layer, x| {
         let w =
             |name: &str| get(&format!("model.layers.{layer}.mlp.{name}.weight")).expect("an FFN tensor").t();
-        let h = (x.matmul(&w("gate_proj")?)?.silu()? * x.matmul(&w("up_proj")?)?)?;
+        let h = glu(config.hidden_act, &x.matmul(&w("gate_proj")?)?, &x.matmul(&w("up_proj")?)?)?;
         h.matmul(&w("down_proj")?)
     })?;
     let (b, t) = tokens.dims2()?;

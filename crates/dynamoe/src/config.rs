@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::activation::HiddenAct;
 use crate::error::{Error, Result};
 use crate::sensitivity::{Budget, check_dial};
 
@@ -12,7 +13,7 @@ pub const ARCHITECTURE: &str = "DynaMoeForCausalLM";
 /// `model_type` of a DynaMoE checkpoint.
 pub const MODEL_TYPE: &str = "dynamoe";
 /// The newest format version that this build reads.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// How a token's expert is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +51,9 @@ pub struct DynaMoeConfig {
     pub base_architecture: String,
     /// `model_type` of the dense model.
     pub base_model_type: String,
+    /// The activation of the gate. Other than SiLU needs version 3.
+    #[serde(default, skip_serializing_if = "is_silu")]
+    pub hidden_act: HiddenAct,
     /// `H_e`: neurons of each nested expert, strictly increasing; the last is the dense FFN's width.
     pub expert_widths: Vec<usize>,
     /// For how many of the first shells the smaller experts, all but the largest, have separate weights: 0 where they
@@ -69,9 +73,17 @@ fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
-/// The oldest format version that can hold this many separate shells.
-pub fn version_for(separate_shells: usize) -> u32 {
-    if separate_shells > 0 { 2 } else { 1 }
+fn is_silu(act: &HiddenAct) -> bool {
+    *act == HiddenAct::Silu
+}
+
+/// The oldest format version that can hold this many separate shells and this activation.
+pub fn version_for(separate_shells: usize, hidden_act: HiddenAct) -> u32 {
+    match (separate_shells, hidden_act) {
+        (0, HiddenAct::Silu) => 1,
+        (_, HiddenAct::Silu) => 2,
+        _ => 3,
+    }
 }
 
 /// Checks that the smaller of `experts` experts can have separate weights for this many shells.
@@ -164,10 +176,11 @@ impl DynaMoeConfig {
         check_widths(&self.expert_widths, intermediate_size)?;
         check_separate_shells(self.separate_shells, self.expert_count())
             .map_err(|error| Error::Config(error.to_string()))?;
-        let needed = version_for(self.separate_shells);
+        let needed = version_for(self.separate_shells, self.hidden_act);
         if self.version < needed {
+            let key = if is_silu(&self.hidden_act) { "own_shells" } else { "hidden_act" };
             return Err(Error::Config(format!(
-                "own_shells needs version {needed} of the format, found version {}",
+                "{key} needs version {needed} of the format, found version {}",
                 self.version
             )));
         }

@@ -23,7 +23,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{D, DType, Tensor};
-use candle_nn::{Activation, Module, VarBuilder};
+use candle_nn::{Module, VarBuilder};
 
 use crate::config::DynaMoeConfig;
 use crate::error::{Error, Result};
@@ -38,7 +38,7 @@ fn is_dense(sensitivities: &[f64]) -> bool {
     sensitivities.iter().all(|&s| s >= 1.0)
 }
 
-/// A SwiGLU FFN whose width follows each token's difficulty.
+/// A gated FFN whose width follows each token's difficulty.
 #[derive(Debug)]
 pub struct DynaMoeFfn<X> {
     experts: X,
@@ -48,7 +48,7 @@ pub struct DynaMoeFfn<X> {
 }
 
 impl DynaMoeFfn<PrefixExperts> {
-    /// Reads the layer's FFN of a checkpoint, whose activation is SiLU: `config` is the section that
+    /// Reads the layer's FFN of a checkpoint: `config` is the section that
     /// [`DynaMoeConfig::from_config_json`] reads, and `vb` stands at the FFN, as `vb.pp("model.layers.3.mlp")`.
     ///
     /// Matrices are in the type of `vb`; router and compensation are in f32.
@@ -63,7 +63,7 @@ impl DynaMoeFfn<PrefixExperts> {
         };
         let dense = tensors::dense(config.intermediate_size(), hidden_size);
         let dense = tensors::read_projections(&dense, &mut get)?;
-        let mut experts = PrefixExperts::new(dense, Activation::Silu, &config.expert_widths)?;
+        let mut experts = PrefixExperts::new(dense, config.hidden_act.into(), &config.expert_widths)?;
         if let Some(separate) = tensors::separate(config, hidden_size) {
             experts = experts.with_separate(&tensors::read_projections(&separate, &mut get)?)?;
         }

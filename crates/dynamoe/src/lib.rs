@@ -1,4 +1,4 @@
-//! The DynaMoE FFN (arXiv 2502.12325): nested experts cut out of a dense SwiGLU FFN, a router that predicts
+//! The DynaMoE FFN (arXiv 2502.12325): nested experts cut out of a dense gated FFN, a router that predicts
 //! each token's difficulty, and a dial.
 //!
 //! | idea | here |
@@ -9,6 +9,7 @@
 //! | how difficult a token is | [`Router`] |
 //! | which expert each token takes | [`Routes`] |
 //! | nested experts | [`PrefixExperts`] (whole matrices), [`ShellExperts`] (any projections), [`PackedExperts`] (CPU kernels) |
+//! | the activation of the gate | [`HiddenAct`] |
 //! | names and shapes of a layer's tensors | [`tensors`] |
 //! | CPU kernels | [`cpu`] |
 //! | the layer while it is trained | `train`, with the feature `train` |
@@ -19,6 +20,7 @@
 //! Letters in shape comments: `T` tokens, `D` hidden_size, `I` intermediate_size, `E` experts,
 //! `R` the router's hidden size, `P` neurons for which the smaller experts have separate weights.
 
+pub mod activation;
 pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -42,6 +44,7 @@ pub mod train;
 #[cfg(feature = "cuda")]
 pub use dynamoe_kernels::cuda::{Segment as CudaSegment, Segments as CudaSegments, Weight as CudaWeight};
 
+pub use activation::HiddenAct;
 pub use config::{DynaMoeConfig, RouterConfig, RouterKind};
 pub use dial::Dial;
 pub use error::{Error, Result};

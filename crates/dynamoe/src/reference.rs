@@ -1,6 +1,8 @@
 //! The layer as it reads on paper: one token at a time, in f64, with no cleverness. Fast paths are tested
 //! against it.
 
+use crate::activation::HiddenAct;
+
 /// A linear map with a bias.
 #[derive(Debug, Clone)]
 pub struct ReferenceLinear {
@@ -19,6 +21,8 @@ impl ReferenceLinear {
 /// Weights as rows of numbers.
 #[derive(Debug, Clone)]
 pub struct ReferenceFfn {
+    /// The activation of the gate.
+    pub hidden_act: HiddenAct,
     /// `(I, D)`
     pub gate_proj: Vec<Vec<f64>>,
     /// `(I, D)`
@@ -46,6 +50,16 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
+fn activate(act: HiddenAct, x: f64) -> f64 {
+    match act {
+        HiddenAct::Silu => x * sigmoid(x),
+        HiddenAct::GeluTanh => {
+            let z = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            0.5 * x * (1.0 + z.tanh())
+        }
+    }
+}
+
 impl ReferenceFfn {
     /// The scores of all experts but the largest for one token `x (D)`.
     pub fn scores(&self, x: &[f64]) -> Vec<f64> {
@@ -71,7 +85,7 @@ impl ReferenceFfn {
             let separate = smaller && j < self.separate[0].len();
             let [gate, up, down] = if separate { self.separate.each_ref() } else { dense };
             let by_gate = dot(&gate[j], x);
-            let h = by_gate * sigmoid(by_gate) * dot(&up[j], x);
+            let h = activate(self.hidden_act, by_gate) * dot(&up[j], x);
             y.iter_mut().zip(down).for_each(|(y, row)| *y += h * row[j]);
         }
         if let Some(compensation) = self.compensation.get(expert) {

@@ -9,8 +9,8 @@ use candle_nn::{Activation, Linear, Module, VarBuilder};
 use dynamoe::cpu::PackedMatrix;
 use dynamoe::reference::{ReferenceFfn, ReferenceLinear};
 use dynamoe::{
-    DynaMoeConfig, DynaMoeFfn, NestedExperts, PackedExperts, PrefixExperts, Projections, Router, Routes,
-    ShellExperts, TrainableFfn, tensors,
+    DynaMoeConfig, DynaMoeFfn, HiddenAct, NestedExperts, PackedExperts, PrefixExperts, Projections, Router,
+    Routes, ShellExperts, TrainableFfn, tensors,
 };
 use proptest::prelude::*;
 use rand::seq::SliceRandom;
@@ -21,6 +21,7 @@ const CPU: Device = Device::Cpu;
 
 /// A layer's weights, once as tensors and once as the reference.
 struct Layer {
+    act: HiddenAct,
     d: usize,
     widths: Vec<usize>,
     dense: Projections<Tensor>,
@@ -49,6 +50,7 @@ impl Layer {
         let (i, narrower, r) = (widths[widths.len() - 1], widths.len() - 1, 5);
         let bias = |rng: &mut ChaCha8Rng, n| random(rng, 1, n, 1.0).squeeze(0).unwrap();
         Self {
+            act: HiddenAct::ALL[rng.random_range(0..HiddenAct::ALL.len())],
             d,
             widths: widths.to_vec(),
             dense: matrices(rng, i, d),
@@ -71,7 +73,7 @@ impl Layer {
 
     fn prefixes(&self, dtype: DType) -> PrefixExperts {
         let cast = |part: &Projections<Tensor>| part.as_ref().map(|t| t.to_dtype(dtype).unwrap());
-        let experts = PrefixExperts::new(cast(&self.dense), Activation::Silu, &self.widths).unwrap();
+        let experts = PrefixExperts::new(cast(&self.dense), self.act.into(), &self.widths).unwrap();
         match &self.separate {
             Some(separate) => experts.with_separate(&cast(separate)).unwrap(),
             None => experts,
@@ -98,7 +100,7 @@ impl Layer {
             shells.collect::<Vec<_>>()
         };
         let separate = self.separate.as_ref().map_or(Vec::new(), cut);
-        let experts = ShellExperts::new(cut(&self.dense), Activation::Silu, &self.widths).unwrap();
+        let experts = ShellExperts::new(cut(&self.dense), self.act.into(), &self.widths).unwrap();
         experts.with_separate(separate).unwrap()
     }
 
@@ -108,7 +110,7 @@ impl Layer {
             shells.iter().map(|shell| shell.as_ref().map(pack)).collect()
         };
         let shells = self.shells(DType::F32);
-        let experts = PackedExperts::new(all(shells.shells()), Activation::Silu, &self.widths).unwrap();
+        let experts = PackedExperts::new(all(shells.shells()), self.act.into(), &self.widths).unwrap();
         experts.with_separate(all(shells.separate())).unwrap()
     }
 
@@ -121,6 +123,7 @@ impl Layer {
         let row = |t: Option<&Tensor>| t.unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
         let linear = |l: &Linear| ReferenceLinear { weight: rows(l.weight()), bias: row(l.bias()) };
         ReferenceFfn {
+            hidden_act: self.act,
             gate_proj: rows(&self.dense.gate_proj),
             up_proj: rows(&self.dense.up_proj),
             down_proj: rows(&self.dense.down_proj),
@@ -138,7 +141,8 @@ impl Layer {
     fn dense(&self, x: &Tensor) -> Tensor {
         let [gate, up, down] = self.dense.as_ref().into_array().map(|w| w.t().unwrap());
         let (gate, up) = (x.matmul(&gate).unwrap(), x.matmul(&up).unwrap());
-        (gate.silu().unwrap() * up).unwrap().matmul(&down).unwrap()
+        let h = (Activation::from(self.act).forward(&gate).unwrap() * up).unwrap();
+        h.matmul(&down).unwrap()
     }
 }
 
@@ -279,6 +283,7 @@ fn the_differentiable_forward_yields_every_expert() {
             separate: layer.separate.clone(),
             compensation: Some(layer.compensation.clone()),
             widths: layer.widths.clone(),
+            hidden_act: layer.act,
         };
         let x = random(&mut rng, 11, layer.d, 1.0);
         let outputs = train.expert_outputs(&x).unwrap();
@@ -321,7 +326,7 @@ fn a_layer_is_read_from_a_checkpoint() {
     for separate in [0, 2] {
         let layer = Layer::random(&mut rng, 6, &[4, 8, 12, 16]).with_separate(&mut rng, separate);
         let json = serde_json::json!({ "intermediate_size": 16, "num_hidden_layers": 4, "dynamoe": {
-            "version": 2, "base_architecture": "LlamaForCausalLM", "base_model_type": "llama",
+            "version": 3, "hidden_act": layer.act, "base_architecture": "LlamaForCausalLM", "base_model_type": "llama",
             "expert_widths": layer.widths, "own_shells": separate, "sensitivity": 0.5,
             "router": { "kind": "mlp", "hidden_size": 5, "compensation": true },
         }});
@@ -387,7 +392,7 @@ proptest! {
             down_proj: cut(down_proj, 1),
         };
         let reordered =
-            PrefixExperts::new(reordered, Activation::Silu, &[i]).unwrap();
+            PrefixExperts::new(reordered, layer.act.into(), &[i]).unwrap();
         let x = random(&mut rng, 4, d, 1.0);
         assert_close(&reordered.expert(&x, 0).unwrap(), &flat(&layer.dense(&x)), 1e-4);
     }

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use dynamoe::HiddenAct;
 use dynamoe::train::TrainableFfn;
 use dynamoe_model::Params;
 use dynamoe_model::config::{Architecture, ModelConfig};
@@ -74,6 +75,7 @@ impl Case {
             o_bias: false,
             mlp_bias: false,
             qk_norm: false,
+            hidden_act: HiddenAct::Silu,
             sliding_window: vec![None; self.layers],
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -115,6 +117,7 @@ fn measure(case: &Case, runs: usize) -> Result<()> {
                 separate: None,
                 compensation: None,
                 widths: vec![i],
+                hidden_act: config.hidden_act,
             })
         })
         .collect::<Result<Vec<_>>>()?;

@@ -5,7 +5,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use dynamoe::{DynaMoeConfig, Projections, RouterConfig, RouterKind, TrainableFfn, tensors};
+use dynamoe::{DynaMoeConfig, HiddenAct, Projections, RouterConfig, RouterKind, TrainableFfn, tensors};
 use dynamoe_model::config::{Architecture, ModelConfig};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
@@ -16,6 +16,7 @@ use support::random::normal;
 
 /// A model that uses what the architectures differ in.
 fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfig {
+    let hidden_act = if extras { HiddenAct::GeluTanh } else { HiddenAct::Silu };
     ModelConfig {
         architecture: Architecture::Llama,
         hidden_size: 24,
@@ -34,14 +35,16 @@ fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfi
         o_bias: extras,
         mlp_bias: false,
         qk_norm: extras,
+        hidden_act,
         sliding_window: if extras { vec![None, Some(5)] } else { vec![None; 2] },
         bos_token_id: None,
         eos_token_ids: Vec::new(),
         closing_token_id: None,
         dynamoe: Some(DynaMoeConfig {
-            version: dynamoe::config::version_for(separate_shells),
+            version: dynamoe::config::version_for(separate_shells, hidden_act),
             base_architecture: "LlamaForCausalLM".into(),
             base_model_type: "llama".into(),
+            hidden_act,
             expert_widths: vec![8, 24, 40],
             separate_shells,
             router: RouterConfig { kind: RouterKind::Mlp, hidden_size: 6, compensation: true },
@@ -158,6 +161,7 @@ fn frozen_matrices_get_no_gradient_on_any_device() {
         }),
         compensation: None,
         widths: config.expert_widths(),
+        hidden_act: config.hidden_act,
     };
     let tokens = Tensor::zeros((2, 5), candle_core::DType::U32, &Device::Cpu).unwrap();
     let pass = || {

@@ -256,6 +256,10 @@ pub fn write_checkpoints(
         config["dynamoe"]["version"] = 2.into();
         config["dynamoe"]["own_shells"] = shape.separate_shells.into();
     }
+    if architecture.starts_with("Gemma") {
+        config["dynamoe"]["version"] = 3.into();
+        config["dynamoe"]["hidden_act"] = "gelu_pytorch_tanh".into();
+    }
     write(&folder.join("dynamoe"), &config, &tensors);
     (tensors, config)
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use dynamoe::config::DynaMoeConfig;
 use serde_json::{Value, json};
 
-use super::{Architecture, ModelConfig, RopeScaling};
+use super::{Architecture, ModelConfig, RopeScaling, has_known_activation};
 
 /// What one of the engine's models computes.
 struct Engine {
@@ -126,10 +126,12 @@ pub fn for_engine(json: &Value) -> Result<Value> {
 pub fn dense_for_engine(json: &Value) -> Result<Value> {
     let mut known = json.clone();
     let map = known.as_object_mut().context("config.json: expected an object")?;
-    let quantization = map.shift_remove("quantization_config");
-    let activation = map.shift_remove("hidden_act");
+    let mut kept = vec![("quantization_config", map.shift_remove("quantization_config"))];
+    if !has_known_activation(json) {
+        kept.push(("hidden_act", map.shift_remove("hidden_act")));
+    }
     let mut rewritten = for_engine(&known)?;
-    for (key, found) in [("quantization_config", quantization), ("hidden_act", activation)] {
+    for (key, found) in kept {
         if let Some(found) = found.filter(|found| !found.is_null()) {
             rewritten[key] = found;
         }
@@ -203,7 +205,7 @@ impl Engine {
         json!({
             "architectures": [self.architecture.name()],
             "model_type": self.architecture.model_type(),
-            "hidden_act": "silu",
+            "hidden_act": config.hidden_act.name(),
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "vocab_size": config.vocab_size,

@@ -12,6 +12,7 @@ mod rope;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use dynamoe::HiddenAct;
 use dynamoe::config::DynaMoeConfig;
 use serde_json::Value;
 
@@ -72,6 +73,8 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// RMS norms over the head dimension of q and k (Qwen3).
     pub qk_norm: bool,
+    /// The activation of the FFN's gate.
+    pub hidden_act: HiddenAct,
     /// For each layer: the attention window, none for full attention.
     pub sliding_window: Vec<Option<usize>>,
     /// `bos_token_id`, where the config has one.
@@ -246,6 +249,15 @@ impl ModelConfig {
             None => Architecture::of_dense(&keys)?,
         };
         refuse_unsupported(&keys)?;
+        let hidden_act = hidden_act(&keys)?;
+        if let Some(section) = &dynamoe {
+            ensure!(
+                section.hidden_act == hidden_act,
+                "\"dynamoe\": \"hidden_act\" is {:?}, but the base's is {:?}: expected the same",
+                section.hidden_act.name(),
+                hidden_act.name()
+            );
+        }
         // the other architectures' FFNs have no biases, whatever this key says
         let mlp_bias = architecture == Architecture::Llama && keys.flag("mlp_bias")?.unwrap_or(false);
         ensure!(!(mlp_bias && ours), "\"mlp_bias\": DynaMoE FFNs have no biases, found true");
@@ -285,6 +297,7 @@ impl ModelConfig {
             o_bias: attention_bias,
             mlp_bias,
             qk_norm: architecture == Architecture::Qwen3,
+            hidden_act,
             sliding_window: sliding_window(&keys, architecture, num_hidden_layers)?,
             bos_token_id: keys.token_ids("bos_token_id")?.first().copied(),
             eos_token_ids: keys.token_ids("eos_token_id")?,
@@ -302,13 +315,23 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
             "the weights are quantized (quantization_config, method {method:?}): give the unquantized model (F32, F16 or BF16)"
         );
     }
-    let silu = |found: &&Value| matches!(found.as_str(), Some("silu" | "swish"));
-    if let Some(found) = keys.get("hidden_act").filter(|found| !silu(found)) {
-        bail!("\"hidden_act\": only \"silu\" is supported, found {found}");
-    }
     let rotary = keys.number("partial_rotary_factor")?.unwrap_or(1.0);
     ensure!(rotary == 1.0, "\"partial_rotary_factor\": only 1 is supported, found {rotary}");
     Ok(())
+}
+
+/// The activation of the FFN's gate.
+fn hidden_act(keys: &Keys) -> Result<HiddenAct> {
+    let Some(found) = keys.get("hidden_act") else { return Ok(HiddenAct::Silu) };
+    found.as_str().and_then(HiddenAct::from_name).with_context(|| {
+        let known = HiddenAct::ALL.map(|act| format!("{:?}", act.name()));
+        format!("\"hidden_act\": only {} are supported, found {found}", known.join(" and "))
+    })
+}
+
+/// Whether the activation that config.json names is one of ours.
+fn has_known_activation(json: &Value) -> bool {
+    hidden_act(&Keys(json)).is_ok()
 }
 
 /// `num_attention_heads` and `num_key_value_heads`.
@@ -575,6 +598,28 @@ mod tests {
         let windowless =
             json!({ "use_sliding_window": true, "max_window_layers": 0, "max_position_embeddings": 8 });
         assert_eq!(parse("Qwen2ForCausalLM", windowless).unwrap().sliding_window, [Some(4096); 4]);
+    }
+
+    #[test]
+    fn the_section_names_the_activation_of_the_base() {
+        let section = |version: u32, keys: Value| {
+            let mut section = json!({
+                "version": version, "base_architecture": "LlamaForCausalLM", "base_model_type": "llama",
+                "expert_widths": [48, 96], "router": { "kind": "static", "hidden_size": 0 }, "sensitivity": 0.5,
+            });
+            section.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+            let keys = json!({
+                "architectures": ["DynaMoeForCausalLM"], "dynamoe": section, "hidden_act": "gelu_pytorch_tanh"
+            });
+            parse("DynaMoeForCausalLM", keys)
+        };
+        let error = |found: Result<ModelConfig>| format!("{:#}", found.unwrap_err());
+        let gelu = json!({ "hidden_act": "gelu_pytorch_tanh" });
+        assert_eq!(section(3, gelu.clone()).unwrap().hidden_act, HiddenAct::GeluTanh);
+        let other = error(section(3, json!({})));
+        assert!(other.contains("\"silu\"") && other.contains("\"gelu_pytorch_tanh\""), "{other}");
+        let older = error(section(2, gelu));
+        assert!(older.contains("hidden_act needs version 3") && older.contains("found version 2"), "{older}");
     }
 
     #[test]

@@ -1,9 +1,8 @@
 //! Nested experts for measuring: [`PrefixExperts`], with blocks of rows that stay in the cache for f32 on the CPU.
 
 use candle_core::{Result, Tensor};
-use candle_nn::Activation;
 use dynamoe::experts::rows;
-use dynamoe::{NestedExperts, PrefixExperts, Projections};
+use dynamoe::{HiddenAct, NestedExperts, PrefixExperts, Projections};
 
 use crate::ops::expert_rows;
 
@@ -11,6 +10,7 @@ use crate::ops::expert_rows;
 #[derive(Debug, Clone)]
 pub struct Experts {
     prefixes: PrefixExperts,
+    hidden_act: HiddenAct,
     smaller: Option<Box<Self>>,
 }
 
@@ -19,9 +19,13 @@ impl Experts {
     ///
     /// # Errors
     /// Shapes that do not fit each other, widths that do not fit `I`.
-    pub fn new(matrices: Projections<Tensor>, widths: &[usize]) -> dynamoe::Result<Self> {
-        let prefixes = PrefixExperts::new(matrices, Activation::Silu, widths)?;
-        Ok(Self { prefixes, smaller: None })
+    pub fn new(
+        matrices: Projections<Tensor>,
+        hidden_act: HiddenAct,
+        widths: &[usize],
+    ) -> dynamoe::Result<Self> {
+        let prefixes = PrefixExperts::new(matrices, hidden_act.into(), widths)?;
+        Ok(Self { prefixes, hidden_act, smaller: None })
     }
 
     /// Adds separate weights for the smaller experts, as [`PrefixExperts::with_separate`], which copies.
@@ -29,10 +33,10 @@ impl Experts {
     /// # Errors
     /// Shapes that do not fit.
     pub fn with_separate(self, separate: &Projections<Tensor>) -> dynamoe::Result<Self> {
-        let prefixes = self.prefixes.with_separate(separate)?;
+        let (hidden_act, prefixes) = (self.hidden_act, self.prefixes.with_separate(separate)?);
         let smaller = prefixes.smaller().cloned();
-        let smaller = smaller.map(|prefixes| Box::new(Self { prefixes, smaller: None }));
-        Ok(Self { prefixes, smaller })
+        let smaller = smaller.map(|prefixes| Box::new(Self { prefixes, hidden_act, smaller: None }));
+        Ok(Self { prefixes, hidden_act, smaller })
     }
 }
 
@@ -42,7 +46,7 @@ impl NestedExperts for Experts {
     }
 
     fn forward(&self, x: &Tensor, reach: &[usize]) -> Result<Tensor> {
-        match expert_rows(self.prefixes.matrices(), self.widths(), x, reach)? {
+        match expert_rows(self.prefixes.matrices(), self.hidden_act, self.widths(), x, reach)? {
             Some(y) => Ok(y),
             None => self.prefixes.forward(x, reach),
         }

@@ -145,7 +145,7 @@ fn ffn(
     let (d, widths) = (config.hidden_size, config.expert_widths());
     let mut get = below_mlp(layer, get);
     let dense = tensors::read_projections(&tensors::dense(config.intermediate_size, d), &mut get)?;
-    let mut experts = Experts::new(dense, &widths)?;
+    let mut experts = Experts::new(dense, config.hidden_act, &widths)?;
     let Some(dynamoe) = &config.dynamoe else {
         return Ok(DynaMoeFfn::new(experts, Router::of_widths(&widths), None, 1.0)?);
     };

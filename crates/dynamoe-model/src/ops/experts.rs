@@ -1,8 +1,7 @@
-//! The FFN as it is served: `y = W_down[:, :w] (silu(W_gate[:w] x) ∘ (W_up[:w] x))`, each row with its own width `w`.
+//! The FFN as it is served: `y = W_down[:, :w] (act(W_gate[:w] x) ∘ (W_up[:w] x))`, each row with its own width `w`.
 
 use candle_core::{Result, Tensor, bail};
-use dynamoe::Projections;
-use dynamoe::math::sigmoid;
+use dynamoe::{HiddenAct, Projections};
 use faer::Accum;
 use rayon::prelude::*;
 
@@ -15,6 +14,7 @@ use super::cpu::{fusable, matrix, multiply, read, rows_per_block};
 /// Shapes that do not fit.
 pub(crate) fn expert_rows(
     matrices: &Projections<Tensor>,
+    hidden_act: HiddenAct,
     widths: &[usize],
     x: &Tensor,
     reach: &[usize],
@@ -29,6 +29,7 @@ pub(crate) fn expert_rows(
             "experts: expected rows of {w_d} numbers, {n} that reach the first expert, found {d} and {reach:?}"
         );
     }
+    let act = hidden_act.function();
     let mut y = vec![0f32; n * d];
     read([x, gate, up, down], |[x, gate, up, down]| {
         let block = rows_per_block(n);
@@ -50,7 +51,7 @@ pub(crate) fn expert_rows(
             let mut up_x = vec![0f32; x.nrows() * width];
             multiply(&mut h, Accum::Replace, x, matrix(&gate[..width * d], d).transpose());
             multiply(&mut up_x, Accum::Replace, x, matrix(&up[..width * d], d).transpose());
-            h.iter_mut().zip(&up_x).for_each(|(h, up)| *h = *h * sigmoid(*h) * up);
+            h.iter_mut().zip(&up_x).for_each(|(h, up)| *h = act.value(*h) * up);
             let down = matrix(down, i).subcols(0, width);
             multiply(y, Accum::Replace, matrix(&h, width), down.transpose());
         });

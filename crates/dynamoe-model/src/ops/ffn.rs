@@ -1,6 +1,6 @@
 //! The differentiable FFN in one: [`TrainableFfn::forward`] for f32 on the CPU.
 //!
-//! Each block of rows goes through gate, up, SwiGLU, mask and down while it is in the cache, and likewise
+//! Each block of rows goes through gate, up, activation, mask and down while it is in the cache, and likewise
 //! backwards. Gradients of the three matrices and of the compensation go straight into
 //! [`super::Gradients`].
 
@@ -8,7 +8,8 @@ use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use dynamoe::TrainableFfn;
-use dynamoe::train::swiglu::{NeuronRows, backward_rows, forward_rows};
+use dynamoe::activation::Sigmoidal;
+use dynamoe::train::glu::{NeuronRows, backward_rows, forward_rows};
 use faer::Accum;
 use rayon::prelude::*;
 
@@ -82,6 +83,7 @@ struct Weights<'a> {
     down: Host<'a>,
     compensation: Option<Host<'a>>,
     widths: &'a [usize],
+    act: Sigmoidal,
     d: usize,
     i: usize,
 }
@@ -120,6 +122,7 @@ impl<'a> Weights<'a> {
             down: host(&weights.down_proj)?,
             compensation: weights.compensation.as_ref().map(host).transpose()?,
             widths: &weights.widths,
+            act: weights.hidden_act.function(),
             d,
             i,
         })
@@ -131,7 +134,7 @@ impl<'a> Weights<'a> {
         multiply(gate, Accum::Replace, x, matrix(&self.gate, self.d).transpose());
         multiply(up, Accum::Replace, x, matrix(&self.up, self.d).transpose());
         let mut h = vec![0f32; gate.len()];
-        forward_rows(gate, up, reach, self.widths, &mut h);
+        forward_rows(self.act, [gate, up], reach, self.widths, &mut h);
         multiply(y, Accum::Replace, matrix(&h, self.i), matrix(&self.down, self.i).transpose());
         if let Some(compensation) = &self.compensation {
             let e = self.widths.len();
@@ -147,7 +150,8 @@ impl<'a> Weights<'a> {
     fn backward(&self, rows: BackwardRows<'_>) -> Vec<f32> {
         let BackwardRows { reach, g, gate, up, h, d_reach, dx } = rows;
         multiply(h, Accum::Replace, matrix(g, self.d), matrix(&self.down, self.i));
-        backward_rows(NeuronRows { gate: &mut *gate, up: &mut *up, h }, reach, self.widths, d_reach);
+        let neurons = NeuronRows { gate: &mut *gate, up: &mut *up, h };
+        backward_rows(self.act, neurons, reach, self.widths, d_reach);
         multiply(dx, Accum::Replace, matrix(gate, self.i), matrix(&self.gate, self.d));
         multiply(dx, Accum::Add, matrix(up, self.i), matrix(&self.up, self.d));
         let Some(compensation) = &self.compensation else { return Vec::new() };

@@ -4,7 +4,7 @@ import functools
 
 from transformers import AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 2  # the newest version of the checkpoint format that this file reads
+FORMAT_VERSION = 3  # the newest version of the checkpoint format that this file reads
 
 
 class DynaMoeConfig(PreTrainedConfig):

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from .configuration_dynamoe import DynaMoeConfig
 
@@ -60,7 +61,7 @@ class DynaMoeFfn(nn.Module):
         super().__init__()
         section = config.dynamoe
         self.gate_proj, self.up_proj, self.down_proj = dense.gate_proj, dense.up_proj, dense.down_proj
-        self.act_fn = dense.act_fn
+        self.act_fn = ACT2FN[section.get("hidden_act", "silu")]
         self.widths = section["expert_widths"]
         self.router = Router(config)
         separate = section.get("own_shells", 0)

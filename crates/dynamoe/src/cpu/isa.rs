@@ -8,6 +8,7 @@ use super::lanes::{LANES, Portable};
 use super::loops::{Group, compile};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
+use crate::activation::HiddenAct;
 
 /// A variant of the kernels that this processor can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,9 +149,9 @@ impl Isa {
         unsafe { on_variant!(self, dot(a, b)) }
     }
 
-    /// `silu(gate) ∘ up` into `gate`.
-    pub fn swiglu(self, gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
-        // SAFETY: `swiglu` asks for nothing but the processor's features
-        unsafe { on_variant!(self, swiglu(gate, up)) }
+    /// `act(gate) ∘ up` into `gate`.
+    pub fn glu(self, act: HiddenAct, gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
+        // SAFETY: `glu` asks for nothing but the processor's features
+        unsafe { on_variant!(self, glu(act.function(), gate, up)) }
     }
 }

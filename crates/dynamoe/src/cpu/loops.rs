@@ -1,11 +1,12 @@
 //! The loops of the kernels, generic over the vectors of a processor: products of one packed group of 16 rows with a
-//! few tokens, dot products, SwiGLU.
+//! few tokens, dot products, `act(gate) ∘ up`.
 //!
 //! [`super::isa`] chooses the variant that runs.
 
 use super::format::{Blocks, Format, LINE};
 use super::input::{Panel, TILE};
 use super::lanes::{LANES, Lanes};
+use crate::activation::Sigmoidal;
 
 /// Sums of 16 rows for each token of a tile.
 pub(crate) type Sums = [[f32; LANES]; TILE];
@@ -203,12 +204,12 @@ pub(super) unsafe fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-/// `silu(gate) ∘ up` into `gate`.
+/// `act(gate) ∘ up` into `gate`.
 #[inline(always)]
-pub(super) fn swiglu(gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
+pub(super) fn glu(act: Sigmoidal, gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
     for (gate, up) in gate.iter_mut().zip(up) {
         for (gate, &up) in gate.iter_mut().zip(up) {
-            *gate *= crate::math::sigmoid(*gate) * up;
+            *gate = act.value(*gate) * up;
         }
     }
 }
@@ -218,6 +219,7 @@ macro_rules! compile {
     ($(#[$doc:meta])* $name:ident, $lanes:ty, $attribute:meta) => {
         $(#[$doc])*
         pub(super) mod $name {
+            use $crate::activation::Sigmoidal;
             use $crate::cpu::format::{Blocks, Encoding};
             use $crate::cpu::input::{Panel, PanelMut};
             use $crate::cpu::lanes::LANES;
@@ -262,8 +264,8 @@ macro_rules! compile {
             /// # Safety
             /// The processor must have the features.
             #[$attribute]
-            pub unsafe fn swiglu(gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
-                loops::swiglu(gate, up);
+            pub unsafe fn glu(act: Sigmoidal, gate: &mut [[f32; LANES]], up: &[[f32; LANES]]) {
+                loops::glu(act, gate, up);
             }
         }
     };

@@ -1,6 +1,6 @@
 //! The three projections of an FFN, or of a part of it.
 
-/// Something for each of a SwiGLU FFN's projections: a matrix, a layer, a name. The part may be the whole FFN, or one
+/// Something for each of a gated FFN's projections: a matrix, a layer, a name. The part may be the whole FFN, or one
 /// shell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Projections<P> {

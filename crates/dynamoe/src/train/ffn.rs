@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::swiglu::{masked_swiglu, shell_ranges};
+use super::glu::{glu, masked_glu, shell_ranges};
+use crate::activation::HiddenAct;
 use crate::experts::Projections;
 
 /// The weights of one FFN while it is trained.
@@ -21,6 +22,8 @@ pub struct TrainableFfn {
     pub compensation: Option<Tensor>,
     /// `H_e`, ending at `I`.
     pub widths: Vec<usize>,
+    /// The activation of the gate.
+    pub hidden_act: HiddenAct,
 }
 
 impl TrainableFfn {
@@ -42,7 +45,7 @@ impl TrainableFfn {
     ) -> Result<Tensor> {
         let product = |ffn: &Self, reach: &Tensor| {
             let (gate, up) = (linear(x, &ffn.gate_proj)?, linear(x, &ffn.up_proj)?); // (N, I)
-            let h = masked_swiglu(&gate, &up, reach, &ffn.widths)?;
+            let h = masked_glu(ffn.hidden_act, &gate, &up, reach, &ffn.widths)?;
             linear(&h, &ffn.down_proj) // (N, D)
         };
         let y = match self.split(reach)? {
@@ -81,6 +84,7 @@ impl TrainableFfn {
             separate: None,
             compensation: None,
             widths: self.widths[..shells].to_vec(),
+            hidden_act: self.hidden_act,
         };
         let shared = Self { separate: None, compensation: None, ..self.clone() };
         Ok(Some([(shared, Tensor::cat(&of_shared, 1)?), (separate, of_separate)]))
@@ -103,7 +107,7 @@ impl TrainableFfn {
     /// all of them; detach where they only label.
     pub fn expert_outputs(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let shells = |[gate, up, down]: [&Tensor; 3]| -> Result<Vec<Tensor>> {
-            let h = (x.matmul(&gate.t()?)?.silu()? * x.matmul(&up.t()?)?)?; // (N, I)
+            let h = glu(self.hidden_act, &x.matmul(&gate.t()?)?, &x.matmul(&up.t()?)?)?; // (N, I)
             let within = shell_ranges(&self.widths).filter(|shell| shell.end <= h.dims()[1]);
             let part = |shell: std::ops::Range<usize>| {
                 let down = down.narrow(1, shell.start, shell.len())?.t()?;

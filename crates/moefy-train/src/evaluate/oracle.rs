@@ -13,7 +13,7 @@
 
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
-use dynamoe::train::swiglu::shell_ranges;
+use dynamoe::train::glu::shell_ranges;
 use dynamoe::{Routes, TrainableFfn};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;

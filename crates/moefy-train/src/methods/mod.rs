@@ -236,6 +236,7 @@ fn routed_places(probe: &Probe<'_>) -> Vec<Place> {
 mod tests {
     use super::*;
     use crate::testing::normal;
+    use dynamoe::HiddenAct;
 
     /// A training of `shares` with everything else at its default.
     pub(super) fn routing(width_shares: &[f64]) -> Routing {
@@ -261,6 +262,7 @@ mod tests {
             separate: None,
             compensation: None,
             widths: widths.to_vec(),
+            hidden_act: HiddenAct::default(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
+use dynamoe::train::glu::glu;
 
 use crate::data::PaddedBatch;
 use crate::machine::Machine;
@@ -33,7 +34,7 @@ pub fn sample_limit() -> u64 {
     Machine::read().map_or(SAMPLE_BYTES, |machine| machine.limit / SAMPLE_SHARE)
 }
 
-/// The activations `h = silu(gate) ∘ up` of one layer's neurons.
+/// The activations `h = act(gate) ∘ up` of one layer's neurons.
 #[derive(Debug, Clone)]
 pub struct Activations {
     /// `mean h_j` over all tokens: (I).
@@ -51,7 +52,7 @@ pub fn measure(
     ffns: &[DenseFfn],
     batches: &[PaddedBatch],
 ) -> Result<(Vec<Activations>, usize)> {
-    let device = backbone.output_matrix().device();
+    let (device, act) = (backbone.output_matrix().device(), backbone.config().hidden_act);
     let count: usize = batches.iter().map(PaddedBatch::scored).sum();
     ensure!(count > 0, "no tokens to calibrate on: expected at least one document of two tokens");
     let width: usize = ffns.iter().map(|ffn| ffn.gate_proj.dim(0)).sum::<candle_core::Result<usize>>()?;
@@ -68,7 +69,7 @@ pub fn measure(
         let kept = Tensor::new(kept, device)?;
         backbone.forward(&tokens, &mut |layer, x| {
             let DenseFfn { gate_proj, up_proj, down_proj } = &ffns[layer];
-            let h = (linear(x, gate_proj)?.silu()? * linear(x, up_proj)?)?; // (N, I)
+            let h = glu(act, &linear(x, gate_proj)?, &linear(x, up_proj)?)?; // (N, I)
             let sum = weights.matmul(&h)?; // (1, I)
             sums[layer] = Some(match &sums[layer] {
                 Some(before) => (before + sum)?,

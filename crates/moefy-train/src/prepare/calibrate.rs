@@ -1,6 +1,6 @@
 //! Statistics of a dense model's FFN neurons on calibration text.
 //!
-//! `h = silu(W_gate x) ∘ (W_up x)` is what the neurons put out. [`super::convert()`] orders neurons by their importance
+//! `h = act(W_gate x) ∘ (W_up x)` is what the neurons put out. [`super::convert()`] orders neurons by their importance
 //! and estimates from `mean h_j` what left-out neurons would add.
 
 use std::collections::{BTreeMap, HashMap};

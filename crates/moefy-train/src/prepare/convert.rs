@@ -2,7 +2,7 @@
 //! that each prefix is an expert, and a fresh router.
 //!
 //! ```text
-//! y = W_down (silu(W_gate x) ∘ (W_up x)) = W_down[:, p] (silu(W_gate[p] x) ∘ (W_up[p] x))   for any order p
+//! y = W_down (act(W_gate x) ∘ (W_up x)) = W_down[:, p] (act(W_gate[p] x) ∘ (W_up[p] x))   for any order p
 //! ```
 //!
 //! Tensors stream through in chunks; the largest thing in memory is one of an FFN's matrices.
@@ -52,9 +52,10 @@ impl ConvertOptions {
     /// The `dynamoe` section of the converted model's config.json; `config` is the dense model's.
     pub fn section(&self, config: &ModelConfig) -> DynaMoeConfig {
         DynaMoeConfig {
-            version: version_for(self.separate_shells),
+            version: version_for(self.separate_shells, config.hidden_act),
             base_architecture: config.architecture.name().to_owned(),
             base_model_type: config.architecture.model_type().to_owned(),
+            hidden_act: config.hidden_act,
             expert_widths: self.expert_widths.clone(),
             separate_shells: self.separate_shells,
             router: self.router.clone(),

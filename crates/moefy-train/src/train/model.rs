@@ -140,7 +140,7 @@ impl TrainModel {
     pub(super) fn shell_shares(&self) -> Vec<f32> {
         let widths = self.config.expert_widths();
         let full = self.config.intermediate_size as f32;
-        dynamoe::train::swiglu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect()
+        dynamoe::train::glu::shell_ranges(&widths).map(|shell| shell.len() as f32 / full).collect()
     }
 }
 
@@ -175,6 +175,7 @@ fn layer_weights(
         separate,
         compensation,
         widths: config.expert_widths(),
+        hidden_act: config.hidden_act,
     };
     let Some(table) = section.and_then(|section| tensors::router(section, d)) else {
         return Ok((ffn, None));

@@ -93,7 +93,7 @@ fn broken_configs_are_refused() {
         &["architectures", "model_type"],
     );
     says(&|c| c["architectures"] = json!(["DynaMoeForCausalLM"]), &["dynamoe", "not found"]);
-    says(&|c| c["hidden_act"] = json!("gelu"), &["hidden_act", "silu", "gelu"]);
+    says(&|c| c["hidden_act"] = json!("gelu"), &["hidden_act", "silu", "gelu_pytorch_tanh", "\"gelu\""]);
     says(&|c| c["mlp_bias"] = json!(true), &["gate_proj.bias", "missing"]);
     says(&|c| c["quantization_config"] = json!({ "quant_method": "gptq" }), &["gptq", "unquantized"]);
     says(&|c| c["rope_scaling"] = json!({ "rope_type": "longrope", "factor": 4 }), &["longrope", "llama3"]);
@@ -128,7 +128,7 @@ fn broken_sections_are_refused() {
     };
     says(&|d| d["colour"] = json!("red"), &["unknown field", "colour"]);
     says(&|d| d["router"]["colour"] = json!("red"), &["unknown field", "colour"]);
-    says(&|d| d["version"] = json!(3), &["version 3", "update"]);
+    says(&|d| d["version"] = json!(4), &["version 4", "update"]);
     says(&|d| d["own_shells"] = json!(1), &["own_shells", "version 2", "version 1"]);
     says(&|d| d["version"] = json!(0), &["version"]);
     says(&|d| d["expert_widths"] = json!([12, 8, WIDTH]), &["expert_widths", "strictly increasing"]);

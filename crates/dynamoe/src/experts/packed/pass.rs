@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::Activation;
 
+use crate::HiddenAct;
 use crate::cpu::{
     Encoding, Input, Isa, LANES, Output, PackedMatrix, Phase, Sums, TILE, Writer, groups_each, lock, run,
     unset,
@@ -91,8 +92,9 @@ impl Task<'_> {
         self.widths[shell] - self.shell_width(shell)
     }
 
-    fn is_silu(&self) -> bool {
-        self.activation == Activation::Silu
+    /// The activation, if there is a kernel for it.
+    fn act(&self) -> Option<HiddenAct> {
+        HiddenAct::of(self.activation)
     }
 
     /// All shells' neurons in pieces of at most `size`.
@@ -122,9 +124,9 @@ struct Pass<'a> {
     inputs: Vec<Writer<'a>>,
     /// Each shell's `h`.
     hidden: Vec<Writer<'a>>,
-    /// For few tokens, `act(gate) ∘ up` if the activation is SiLU, else `gate`.
+    /// For few tokens, `act(gate) ∘ up` if there is a kernel for the activation, else `gate`.
     gate: Output<'a>,
-    /// For few tokens and another activation, `up`.
+    /// For few tokens and an activation without a kernel, `up`.
     up: Output<'a>,
     y: Output<'a>,
     error: Mutex<Option<candle_core::Error>>,
@@ -193,8 +195,8 @@ impl Pass<'_> {
                 matrix.multiply(isa, group, self.input_of(matrix), item.tokens.clone(), sums);
             }
         }
-        if self.task.is_silu() {
-            isa.swiglu(&mut gate[..groups.len() * tokens], &up[..groups.len() * tokens]);
+        if let Some(act) = self.task.act() {
+            isa.glu(act, &mut gate[..groups.len() * tokens], &up[..groups.len() * tokens]);
         }
         for (group, (gate, up)) in groups.zip(gate.chunks_exact(tokens).zip(up.chunks_exact(tokens))) {
             let count = LANES.min(item.neurons.end - group * LANES);
@@ -202,7 +204,7 @@ impl Pass<'_> {
                 // SAFETY: each neuron is in one item
                 unsafe {
                     self.gate.store(token, start + group * LANES, gate, count);
-                    if !self.task.is_silu() {
+                    if self.task.act().is_none() {
                         self.up.store(token, start + group * LANES, up, count);
                     }
                 }
@@ -244,7 +246,8 @@ impl Pass<'_> {
         }
     }
 
-    /// Gate and up of one group for tokens of one panel. With SiLU, the first becomes `h`.
+    /// Gate and up of one group for tokens of one panel. Where there is a kernel for the activation, the first becomes
+    /// `h`.
     fn compute_group(&self, shell: usize, group: usize, tokens: Range<usize>, [gate, up]: &mut [Sums; 2]) {
         let Projections { gate_proj, up_proj, .. } = &self.task.shells[shell];
         let (gate, up) = (&mut gate[..tokens.len()], &mut up[..tokens.len()]);
@@ -252,8 +255,8 @@ impl Pass<'_> {
         up.fill([0.0; LANES]);
         gate_proj.multiply(self.task.isa, group, self.input_of(gate_proj), tokens.clone(), gate);
         up_proj.multiply(self.task.isa, group, self.input_of(up_proj), tokens, up);
-        if self.task.is_silu() {
-            self.task.isa.swiglu(gate, up);
+        if let Some(act) = self.task.act() {
+            self.task.isa.glu(act, gate, up);
         }
     }
 
@@ -261,7 +264,7 @@ impl Pass<'_> {
     fn encode_h(&self, item: &Item, token: usize, gate: &[f32], up: &[f32]) {
         let (isa, hidden) = (self.task.isa, &self.hidden[item.shell]);
         let block = item.neurons.start / hidden.input().encoding().block();
-        if self.task.is_silu() {
+        if self.task.act().is_some() {
             // SAFETY: each chunk is in one item, and read in the next phase only
             return unsafe { hidden.encode(isa, token, block, gate) };
         }
