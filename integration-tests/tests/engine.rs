@@ -84,27 +84,35 @@ async fn qwen3() {
 }
 
 #[tokio::test]
-async fn smaller_experts_with_separate_shells() {
-    for separate_shells in [1, 3] {
-        routed_equals_the_trainers("LlamaForCausalLM", Shape { separate_shells, ..SMALL }).await;
-    }
-}
-
-// the trainer does not know these
-
-#[tokio::test]
 async fn smollm3() {
-    full_width_equals_dense("SmolLM3ForCausalLM", SMALL).await;
+    routed_equals_the_trainers("SmolLM3ForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn gemma() {
-    full_width_equals_dense("GemmaForCausalLM", SMALL).await;
+    routed_equals_the_trainers("GemmaForCausalLM", SMALL).await;
 }
 
 #[tokio::test]
 async fn gemma2() {
-    full_width_equals_dense("Gemma2ForCausalLM", SMALL).await;
+    routed_equals_the_trainers("Gemma2ForCausalLM", SMALL).await;
+}
+
+#[tokio::test]
+async fn gemma3() {
+    routed_equals_the_trainers("Gemma3ForCausalLM", SMALL).await;
+}
+
+#[tokio::test]
+async fn granite() {
+    routed_equals_the_trainers("GraniteForCausalLM", SMALL).await;
+}
+
+#[tokio::test]
+async fn smaller_experts_with_separate_shells() {
+    for separate_shells in [1, 3] {
+        routed_equals_the_trainers("LlamaForCausalLM", Shape { separate_shells, ..SMALL }).await;
+    }
 }
 
 /// Shell widths that fit the blocks of a quantization give the very blocks of the dense matrices. What is left between

@@ -19,8 +19,24 @@ use serde_json::{Value, json};
 use support::{SMALL, Shape, VOCAB_SIZE, largest_difference, numbers, random, write, write_checkpoints};
 use tempfile::TempDir;
 
-const ARCHITECTURES: [&str; 4] =
-    ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+const ARCHITECTURES: [&str; 9] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+];
+
+/// Those whose windows the engine computes.
+const WINDOWED: [&str; 5] =
+    ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"];
+
+/// Those that do not know `attention_bias`.
+const UNBIASED: [&str; 2] = ["MistralForCausalLM", "Qwen2ForCausalLM"];
 
 const SHAPE: Shape = Shape { layers: 3, expert_widths: [32, 64, 96, 128], ..SMALL };
 
@@ -59,7 +75,7 @@ fn variants() -> Vec<Variant> {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32
     });
-    let newer = json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0});
+    let newer = json!({"rope_type": "default", "rope_theta": 500.0});
     let sliding = |from: usize| json!({"use_sliding_window": true, "sliding_window": WINDOW, "max_window_layers": from});
     let mut off = sliding(0);
     off["use_sliding_window"] = false.into();
@@ -123,13 +139,27 @@ fn variants() -> Vec<Variant> {
             ))
         },
         variant("`sliding_window`", "sliding_window", sliding(0)),
-        variant("`sliding_window` and yarn", "sliding_window", both(sliding(0), &rope(yarn))),
+        variant("`sliding_window` and yarn", "rope_scaling", both(sliding(0), &rope(yarn))),
         variant("`sliding_window` from `max_window_layers` on", "sliding_window", sliding(1)),
         variant("`sliding_window` by `layer_types`", "sliding_window", listed),
         variant("`sliding_window`, `use_sliding_window` false", "sliding_window", off),
         same(variant("`tie_word_embeddings`", "tie_word_embeddings", json!({"tie_word_embeddings": true}))),
         variant("`rms_norm_eps`", "rms_norm_eps", json!({"rms_norm_eps": 0.1})),
         variant("`hidden_act`: gelu", "hidden_act", json!({"hidden_act": "gelu"})),
+        variant("`hidden_act`: gelu_pytorch_tanh", "hidden_act", json!({"hidden_act": "gelu_pytorch_tanh"})),
+        variant("`no_rope_layers`", "no_rope_layers", json!({"no_rope_layers": [0, 1, 1]})),
+        variant("`query_pre_attn_scalar`", "query_pre_attn_scalar", json!({"query_pre_attn_scalar": 64})),
+        variant("`attn_logit_softcapping`", "attn_logit_softcapping", json!({"attn_logit_softcapping": 2.0})),
+        variant(
+            "`final_logit_softcapping`",
+            "final_logit_softcapping",
+            json!({"final_logit_softcapping": 2.0}),
+        ),
+        variant("`rope_local_base_freq`", "rope_local_base_freq", json!({"rope_local_base_freq": 700.0})),
+        variant("`embedding_multiplier`", "embedding_multiplier", json!({"embedding_multiplier": 2.5})),
+        variant("`attention_multiplier`", "attention_multiplier", json!({"attention_multiplier": 0.5})),
+        variant("`residual_multiplier`", "residual_multiplier", json!({"residual_multiplier": 0.3})),
+        variant("`logits_scaling`", "logits_scaling", json!({"logits_scaling": 3.0})),
         variant("`mlp_bias`", "mlp_bias", json!({"mlp_bias": true})),
         variant("`partial_rotary_factor`", "partial_rotary_factor", json!({"partial_rotary_factor": 0.5})),
     ]
@@ -148,8 +178,7 @@ fn checkpoints(architecture: &str, variant: &Variant) -> TempDir {
         }
     }
     let (mut tensors, config) = write_checkpoints(folder.path(), architecture, shape, 7);
-    let biased = ["LlamaForCausalLM", "Qwen3ForCausalLM"].contains(&architecture);
-    if biased && set("attention_bias") == Some(&true.into()) {
+    if !UNBIASED.contains(&architecture) && set("attention_bias") == Some(&true.into()) {
         let [heads, kv_heads, head_dim] = shape.heads;
         let sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, shape.hidden_size];
         for layer in 0..shape.layers {
@@ -175,6 +204,12 @@ fn checkpoints(architecture: &str, variant: &Variant) -> TempDir {
         }
         if shape.heads[2] == 128 {
             map.shift_remove("head_dim");
+        }
+        if let Some(section) =
+            map.get_mut("dynamoe").filter(|_| set("hidden_act") == Some(&"gelu_pytorch_tanh".into()))
+        {
+            section["version"] = 3.into();
+            section["hidden_act"] = "gelu_pytorch_tanh".into();
         }
         write(&folder.path().join(kind), &config, &tensors);
     }
@@ -234,7 +269,7 @@ async fn every_option_is_served_or_refused_as_the_table_says() {
     for architecture in ARCHITECTURES {
         table += &format!(" {} |", architecture.trim_end_matches("ForCausalLM"));
     }
-    table += "\n| --- | --- | --- | --- | --- |\n";
+    table += &format!("\n| --- |{}\n", " --- |".repeat(ARCHITECTURES.len()));
     for variant in variants() {
         table += &format!("| {} |", variant.name);
         for architecture in ARCHITECTURES {
@@ -278,7 +313,7 @@ const TEXT: &str = "Once upon a time there was a window.";
 
 #[tokio::test]
 async fn windows_hold_while_an_answer_is_written() {
-    for architecture in &ARCHITECTURES[1..] {
+    for architecture in WINDOWED {
         let folder = windowed(architecture);
         let model = trainers(&folder.path().join("dynamoe"));
         let engine = load(&folder.path().join("dynamoe")).await.unwrap();
@@ -316,7 +351,7 @@ async fn windows_hold_while_an_answer_is_written() {
 
 #[tokio::test]
 async fn windows_hold_after_a_cached_prefix() {
-    for architecture in &ARCHITECTURES[1..] {
+    for architecture in WINDOWED {
         let folder = windowed(architecture);
         let dynamoe = folder.path().join("dynamoe").display().to_string();
         let without = try_build(plain(&dynamoe)).await.unwrap();

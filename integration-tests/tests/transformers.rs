@@ -19,8 +19,17 @@ use serde_json::{Value, json};
 use support::{Checkpoints, SMALL, Shape, checkpoints, edit_json, largest_difference, numbers};
 
 /// Of the trainer, and so of the base models that transformers has too.
-const ARCHITECTURES: [&str; 4] =
-    ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+const ARCHITECTURES: [&str; 9] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+];
 const TOLERANCE: f32 = 1e-4;
 
 fn python() -> Option<PathBuf> {

@@ -1,19 +1,26 @@
 //! config.json of a checkpoint, rewritten for mistral.rs's own loaders.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use dynamoe::{DynaMoeConfig, config::ARCHITECTURE, tensors};
-use dynamoe_model::config::{self, engine};
+use dynamoe_model::config::{self, Architecture, engine};
 use mistralrs_core::{
-    LlamaLoader, MistralLoader, Qwen2Loader,
-    plugin::{AutoNormalLoader, NormalModelLoader, Qwen3Loader},
+    GemmaLoader, LlamaLoader, MistralLoader, Qwen2Loader,
+    plugin::{Gemma2Loader, NormalModelLoader, Qwen3Loader, SmolLm3Loader},
 };
 use serde_json::Value;
 
-use crate::moe::{self, MoeExperts};
+use crate::moe::{self, MoeExperts, MoeLoader};
 
-/// The dense model of a checkpoint, as mistral.rs understands its config.json.
+/// The engine's model that computes a checkpoint's.
+enum Engine {
+    Dense(Architecture),
+    Moe(MoeLoader),
+}
+
+/// The dense or MoE model of a checkpoint, as mistral.rs understands its config.json.
 pub(crate) struct BaseConfig {
     json: Value,
+    engine: Engine,
     /// The `dynamoe` section; none in a dense checkpoint.
     pub dynamoe: Option<DynaMoeConfig>,
     /// The experts of an MoE model, whose config.json the engine gets as it is.
@@ -32,10 +39,15 @@ impl BaseConfig {
             Some(name) if moe::loader(name).is_some() => (moe::for_engine(json), None),
             _ => (engine::dense_for_engine(&json)?, None),
         };
+        let engine = json.pointer("/architectures/0").and_then(Value::as_str).unwrap_or_default();
+        let engine = match moe::loader(engine) {
+            Some(loader) => Engine::Moe(loader),
+            None => Engine::Dense(Architecture::from_name(engine)?),
+        };
         let hidden_size =
             json.get("hidden_size").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
         let hidden_size = hidden_size.context("config.json needs \"hidden_size\", a whole number")?;
-        Ok(Self { json, dynamoe, moe, hidden_size })
+        Ok(Self { json, engine, dynamoe, moe, hidden_size })
     }
 
     /// The text of the dense model's config.json.
@@ -62,17 +74,24 @@ impl BaseConfig {
 
     /// Whether the engine's model hands out its MLPs.
     pub fn has_mlps(&self) -> bool {
-        self.json["architectures"][0].as_str().is_some_and(|name| moe::loader(name).is_none())
+        matches!(self.engine, Engine::Dense(_))
     }
 
     /// mistral.rs's own loader of the dense model.
     pub fn loader(&self) -> Box<dyn NormalModelLoader> {
-        match self.json["architectures"][0].as_str() {
-            Some("LlamaForCausalLM") => Box::new(LlamaLoader),
-            Some("MistralForCausalLM") => Box::new(MistralLoader),
-            Some("Qwen2ForCausalLM") => Box::new(Qwen2Loader),
-            Some("Qwen3ForCausalLM") => Box::new(Qwen3Loader),
-            name => name.and_then(moe::loader).unwrap_or_else(|| Box::new(AutoNormalLoader)),
+        let architecture = match self.engine {
+            Engine::Dense(architecture) => architecture,
+            Engine::Moe(loader) => return loader(),
+        };
+        match architecture {
+            // the engine's Llama is a Granite, too, and its Gemma 2 a Gemma 3
+            Architecture::Llama | Architecture::Granite => Box::new(LlamaLoader),
+            Architecture::Mistral => Box::new(MistralLoader),
+            Architecture::Qwen2 => Box::new(Qwen2Loader),
+            Architecture::Qwen3 => Box::new(Qwen3Loader),
+            Architecture::SmolLm3 => Box::new(SmolLm3Loader),
+            Architecture::Gemma => Box::new(GemmaLoader),
+            Architecture::Gemma2 | Architecture::Gemma3 => Box::new(Gemma2Loader),
         }
     }
 
@@ -91,13 +110,6 @@ fn is_quantized(json: &Value) -> bool {
 
 /// The dense model's config.json, from a DynaMoE checkpoint's.
 fn dense_part(json: &Value) -> Result<Value> {
-    let base = DynaMoeConfig::from_config_json(json)?.base_architecture;
-    let known = engine::bases();
-    ensure!(
-        known.contains(&base.as_str()),
-        "config.json: base_architecture must be one of {}, found {base}",
-        known.join(", ")
-    );
     if is_quantized(json) {
         bail!(
             "config.json has a quantization_config: a checkpoint that is quantized already is not supported; \
@@ -110,6 +122,7 @@ fn dense_part(json: &Value) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mistralrs_core::plugin::{ModelPlugin, inventory};
     use serde_json::json;
 
     fn config_json() -> Value {
@@ -136,6 +149,18 @@ mod tests {
         assert_eq!(stub["intermediate_size"], 1);
         // fc1 4·16 + 4, fc2 1·4 + 1, compensation 1·16
         assert_eq!(config.router_elements(), 68 + 5 + 16);
+    }
+
+    #[test]
+    fn every_architecture_is_registered() {
+        let registered: Vec<_> = inventory::iter::<ModelPlugin>
+            .into_iter()
+            .filter(|plugin| plugin.architecture != ARCHITECTURE)
+            .map(|plugin| (plugin.name, plugin.architecture))
+            .collect();
+        let all = Architecture::all().map(|architecture| (architecture.model_type(), architecture.name()));
+        assert!(all.clone().all(|names| registered.contains(&names)), "{registered:?}");
+        assert_eq!(registered.len(), all.count());
     }
 
     #[test]

@@ -2,9 +2,9 @@
 //!
 //! Linking this crate is enough: mistral.rs then loads a checkpoint whose config.json says
 //! `"architectures": ["DynaMoeForCausalLM"]`, and knows `--arch dynamoe` and, in a TOML file, `arch = "dynamoe"`. Dense
-//! Llama, Mistral, Qwen2 and Qwen3 models are then loaded through this crate too: it rewrites their config.json to what
-//! the engine understands, and refuses what the engine would ignore. MoE models are loaded through it as well, and get
-//! the same dial for the number of experts that a token runs ([`moe`]).
+//! models of the same architectures are then loaded through this crate too: it rewrites their config.json to what the
+//! engine understands, and refuses what the engine would ignore. MoE models are loaded through it as well, and get the
+//! same dial for the number of experts that a token runs ([`moe`]).
 //!
 //! ```
 //! use dynamoe_mistralrs as _; // linked only if something refers to it
@@ -65,6 +65,11 @@ register! {
     "mistral" => "MistralForCausalLM",
     "qwen2" => "Qwen2ForCausalLM",
     "qwen3" => "Qwen3ForCausalLM",
+    "smollm3" => "SmolLM3ForCausalLM",
+    "gemma" => "GemmaForCausalLM",
+    "gemma2" => "Gemma2ForCausalLM",
+    "gemma3_text" => "Gemma3ForCausalLM",
+    "granite" => "GraniteForCausalLM",
     "qwen3moe" => "Qwen3MoeForCausalLM",
     "qwen3next" => "Qwen3NextForCausalLM",
     "deepseekv2" => "DeepseekV2ForCausalLM",

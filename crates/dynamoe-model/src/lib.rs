@@ -1,4 +1,4 @@
-//! A language model with DynaMoE FFNs: a Llama, Mistral, Qwen2 or Qwen3 whose every FFN is nested experts and a router.
+//! A language model with DynaMoE FFNs: a Llama or one of its relatives whose every FFN is nested experts and a router.
 //!
 //! | concept | module |
 //! | --- | --- |

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! At the width of an expert this is what the expert computes. `c` is the compensation: a bias of `down_proj`, which
-//! Llama's FFN may have and the other architectures' may not.
+//! the FFNs of some architectures may have, Llama's among them.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::checkpoint::copy::{copy_tensor, write_folder};
 use crate::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards, remove_section};
-use crate::config::{Architecture, ModelConfig};
+use crate::config::ModelConfig;
 use crate::export::{ExportOptions, set_dtype};
 use crate::tensors::{FFN_BIASES, ffn_biases};
 
@@ -76,7 +76,7 @@ impl Slice {
         let width = rounded.clamp(multiple, full);
         let compensation = match config.architecture {
             _ if width == full || !section.router.compensation => Compensation::Nothing,
-            Architecture::Llama => Compensation::Bias,
+            architecture if architecture.has_ffn_biases() => Compensation::Bias,
             _ => Compensation::LeftOut,
         };
         let separate = if width == full { 0 } else { section.separate_width().min(width) };

@@ -37,7 +37,9 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             add("self_attn.q_norm.weight", &[config.head_dim]);
             add("self_attn.k_norm.weight", &[config.head_dim]);
         }
-        add("post_attention_layernorm.weight", &[d]);
+        for name in norms_of_layer(config).into_array().into_iter().flatten() {
+            add(&format!("{name}.weight"), &[d]);
+        }
         tensors.extend(of_layer(layer, dense(config.intermediate_size, d).into_array()));
         tensors.extend(of_layer(layer, ffn_biases(config).into_iter().flatten()));
     }
@@ -47,6 +49,32 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     }
     tensors.extend(added_tensors(config));
     tensors
+}
+
+/// The names of a layer's norms, but for that of attention's input, which is `input_layernorm`.
+pub(crate) struct NormsOfLayer {
+    /// Of what attention puts out, if that is normed.
+    pub attention_output: Option<&'static str>,
+    /// Of the FFN's input.
+    pub ffn_input: &'static str,
+    /// Of what the FFN puts out, if that is normed.
+    pub ffn_output: Option<&'static str>,
+}
+
+impl NormsOfLayer {
+    fn into_array(self) -> [Option<&'static str>; 3] {
+        [self.attention_output, Some(self.ffn_input), self.ffn_output]
+    }
+}
+
+/// The norms of each layer of a model: the second one's name means another place where outputs are normed.
+pub(crate) fn norms_of_layer(config: &ModelConfig) -> NormsOfLayer {
+    let second = "post_attention_layernorm";
+    if config.output_norms {
+        let [input, output] = ["pre_feedforward_layernorm", "post_feedforward_layernorm"];
+        return NormsOfLayer { attention_output: Some(second), ffn_input: input, ffn_output: Some(output) };
+    }
+    NormsOfLayer { attention_output: None, ffn_input: second, ffn_output: None }
 }
 
 /// Names below `mlp.` of the biases of gate, up and down.

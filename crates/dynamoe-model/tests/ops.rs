@@ -5,9 +5,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use dynamoe::{HiddenAct, Projections, TrainableFfn};
 use dynamoe_model::Params;
 use dynamoe_model::ops::{
-    AttentionShape, Gradient, Gradients, Projection, Rotary, RouterWeights, SelfAttention, attention,
+    AttentionShape, Gradient, Gradients, Norm, Projection, Rotary, RouterWeights, SelfAttention, attention,
     attention_composed, cross_entropy, cross_entropy_composed, embedding, ffn, linear, linear_cross_entropy,
-    rms_norm, rms_norm_composed, rope, rope_composed,
+    rms_norm, rms_norm_composed, rope, rope_composed, softcap,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -53,6 +53,20 @@ fn assert_same(
     }
     Ok(())
 }
+
+const NORM: Norm = Norm { eps: 1e-5, offset: 0.0 };
+
+/// An attention of one sequence whose heads do not share keys; scores are neither scaled nor capped.
+const SHAPE: AttentionShape = AttentionShape {
+    sequences: 1,
+    positions: 1,
+    heads: 1,
+    kv_heads: 1,
+    head_dim: 2,
+    window: None,
+    scale: 1.0,
+    cap: None,
+};
 
 /// Parameters that are made and registered one by one.
 struct Weights<'a> {
@@ -153,18 +167,14 @@ fn rms_norm_equals_its_composition() -> Result<()> {
     let mut random = Random::new();
     for (n, d) in [(1, 1), (1, 8), (5, 31), (3, 64), (1000, 33), (300, 288)] {
         let (x, w) = (random.normal(&[n, d], 2.0)?, random.normal(&[d], 1.0)?);
-        let fused = || rms_norm(&x, &w, 1e-5);
-        assert_same(
-            &mut random,
-            &format!("{n} {d}"),
-            &[&x, &w],
-            fused,
-            || rms_norm_composed(&x, &w, 1e-5),
-            1e-5,
-        )?;
+        for norm in [NORM, Norm { offset: 1.0, ..NORM }] {
+            let composed = || rms_norm_composed(&x, &w, norm);
+            let what = format!("{n} {d} {norm:?}");
+            assert_same(&mut random, &what, &[&x, &w], || rms_norm(&x, &w, norm), composed, 1e-5)?;
+        }
     }
     let (x, w) = (random.normal(&[3, 4], 1.0)?, random.normal(&[5], 1.0)?);
-    assert!(rms_norm(&x, &w, 1e-5).is_err());
+    assert!(rms_norm(&x, &w, NORM).is_err());
     Ok(())
 }
 
@@ -187,20 +197,21 @@ fn rope_equals_its_composition() -> Result<()> {
 fn attention_equals_its_composition() -> Result<()> {
     let mut random = Random::new();
     let shapes = [
-        (1, 1, 1, 1, 2, None),
-        (2, 1, 4, 2, 8, Some(1)),
-        (1, 7, 3, 1, 6, None),
-        (2, 31, 4, 4, 4, Some(1)),
-        (2, 32, 4, 2, 8, None),
-        (2, 33, 4, 2, 8, Some(7)),
-        (1, 100, 2, 1, 48, Some(33)),
-        (3, 130, 6, 3, 16, Some(64)),
-        (1, 65, 8, 4, 10, Some(1000)),
-        (2, 97, 2, 1, 8, Some(3)),
-        (1, 128, 1, 1, 24, Some(33)),
+        (1, 1, 1, 1, 2, None, None),
+        (2, 1, 4, 2, 8, Some(1), None),
+        (1, 7, 3, 1, 6, None, Some(4.0)),
+        (2, 31, 4, 4, 4, Some(1), None),
+        (2, 32, 4, 2, 8, None, None),
+        (2, 33, 4, 2, 8, Some(7), Some(0.5)),
+        (1, 100, 2, 1, 48, Some(33), None),
+        (3, 130, 6, 3, 16, Some(64), Some(3.0)),
+        (1, 65, 8, 4, 10, Some(1000), None),
+        (2, 97, 2, 1, 8, Some(3), Some(50.0)),
+        (1, 128, 1, 1, 24, Some(33), None),
     ];
-    for (sequences, positions, heads, kv_heads, head_dim, window) in shapes {
-        let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window };
+    for (sequences, positions, heads, kv_heads, head_dim, window, cap) in shapes {
+        let scale = if cap.is_some() { 0.4 } else { (head_dim as f32).powf(-0.5) };
+        let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window, scale, cap };
         let n = sequences * positions;
         let q = random.normal(&[n, heads * head_dim], 2.0)?;
         let k = random.normal(&[n, kv_heads * head_dim], 2.0)?;
@@ -220,8 +231,7 @@ fn attention_equals_its_composition() -> Result<()> {
 #[test]
 fn attention_survives_large_scores_and_hides_what_comes_later() -> Result<()> {
     let mut random = Random::new();
-    let shape =
-        AttentionShape { sequences: 1, positions: 40, heads: 1, kv_heads: 1, head_dim: 4, window: Some(9) };
+    let shape = AttentionShape { positions: 40, head_dim: 4, window: Some(9), scale: 0.5, ..SHAPE };
     let (q, k) = (random.normal(&[40, 4], 60.0)?, random.normal(&[40, 4], 60.0)?);
     let v = random.normal(&[40, 4], 1.0)?;
     let run = |k: &Tensor, v: &Tensor| attention(&q, k, v, shape);
@@ -239,8 +249,7 @@ fn attention_survives_large_scores_and_hides_what_comes_later() -> Result<()> {
 
 #[test]
 fn attention_refuses_shapes_that_do_not_fit() -> Result<()> {
-    let shape =
-        AttentionShape { sequences: 2, positions: 3, heads: 3, kv_heads: 2, head_dim: 4, window: None };
+    let shape = AttentionShape { sequences: 2, positions: 3, heads: 3, kv_heads: 2, head_dim: 4, ..SHAPE };
     let zeros = |rows, columns| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu);
     let (q, k) = (zeros(6, 12)?, zeros(6, 8)?);
     assert!(attention(&q, &k, &k, shape).is_err());
@@ -279,16 +288,18 @@ fn linear_cross_entropy_equals_its_composition() -> Result<()> {
         let targets: Vec<u32> = (0..n).map(|n| (n * 7919 % v) as u32).collect();
         let targets = Tensor::new(targets, &Device::Cpu)?;
         let weights = random.normal(&[n], 1.0)?.detach();
-        assert_same(
-            &mut random,
-            &format!("{n} {d} {v}"),
-            &[&x, &w],
-            || linear_cross_entropy(&x, &w, &targets, &weights),
-            || cross_entropy_composed(&x.matmul(&w.t()?)?, &targets, &weights),
-            1e-5,
-        )?;
+        for cap in [None, Some(4.0)] {
+            assert_same(
+                &mut random,
+                &format!("{n} {d} {v} {cap:?}"),
+                &[&x, &w],
+                || linear_cross_entropy(&x, &w, &targets, &weights, cap),
+                || cross_entropy_composed(&softcap(x.matmul(&w.t()?)?, cap)?, &targets, &weights),
+                1e-5,
+            )?;
+        }
         let outside = Tensor::full(v as u32, n, &Device::Cpu)?;
-        assert!(linear_cross_entropy(&x, &w, &outside, &weights).is_err());
+        assert!(linear_cross_entropy(&x, &w, &outside, &weights, None).is_err());
     }
     Ok(())
 }
@@ -340,7 +351,8 @@ fn self_attention_equals_its_composition() -> Result<()> {
         (1, 300, 2, 1, 48, Some(130), 24, true),
     ];
     for (sequences, positions, heads, kv_heads, head_dim, window, d, extras) in shapes {
-        let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window };
+        let (scale, cap) = (0.3, extras.then_some(2.0));
+        let shape = AttentionShape { sequences, positions, heads, kv_heads, head_dim, window, scale, cap };
         let angles = random.normal(&[positions, head_dim / 2], 3.0)?.detach();
         let rotary = Rotary { cos: angles.cos()?, sin: angles.sin()? };
         let mut weights = Weights::new(&mut random);
@@ -352,18 +364,23 @@ fn self_attention_equals_its_composition() -> Result<()> {
         };
         let [q, k, v, o] = [(q, d), (k, d), (k, d), (d, q)].map(|(to, from)| projection(to, from));
         let [q_norm, k_norm] = [(); 2].map(|()| extras.then(|| weights.add(&[head_dim], 1.0)));
-        let layer = SelfAttention { norm: weights.add(&[d], 1.0), q, k, v, o, q_norm, k_norm, eps: 1e-5 };
-        assert_same_sums(
-            &mut weights,
-            &format!("{shape:?}"),
-            || layer.forward(&x, &rotary, shape),
-            || layer.forward_composed(&x, &rotary, shape),
-            5e-5,
-        )?;
+        let norms = Norm { offset: if extras { 1.0 } else { 0.0 }, ..NORM };
+        let (norm, residual) = (weights.add(&[d], 1.0), !extras);
+        let layer = SelfAttention { norm, q, k, v, o, q_norm, k_norm, norms, residual };
+        for rotary in [Some(&rotary), None] {
+            assert_same_sums(
+                &mut weights,
+                &format!("{shape:?}, {}", if rotary.is_some() { "turned" } else { "not turned" }),
+                || layer.forward(&x, rotary, shape),
+                || layer.forward_composed(&x, rotary, shape),
+                5e-5,
+            )?;
+        }
         // Without Gradients the weights' gradients would be lost.
-        assert!(layer.forward(&x, &rotary, shape)?.sum_all()?.backward().is_err());
-        assert!(layer.forward(&x, &rotary, AttentionShape { heads: heads + 1, ..shape }).is_err());
-        assert!(layer.forward(&x, &rotary, AttentionShape { positions: positions + 1, ..shape }).is_err());
+        let run = |shape| layer.forward(&x, Some(&rotary), shape);
+        assert!(run(shape)?.sum_all()?.backward().is_err());
+        assert!(run(AttentionShape { heads: heads + 1, ..shape }).is_err());
+        assert!(run(AttentionShape { positions: positions + 1, ..shape }).is_err());
     }
     Ok(())
 }
@@ -429,12 +446,11 @@ fn router_logits_equal_their_composition() -> Result<()> {
 #[test]
 fn gradients_repeat_bit_for_bit() -> Result<()> {
     let mut random = Random::new();
-    let shape =
-        AttentionShape { sequences: 3, positions: 70, heads: 4, kv_heads: 2, head_dim: 8, window: None };
+    let shape = AttentionShape { sequences: 3, positions: 70, heads: 4, kv_heads: 2, head_dim: 8, ..SHAPE };
     let (q, w) = (random.normal(&[210, 32], 1.0)?, random.normal(&[32], 1.0)?);
     let kv = random.normal(&[16, 32], 1.0)?;
     let run = || -> Result<Vec<Vec<f32>>> {
-        let x = rms_norm(&q, &w, 1e-5)?;
+        let x = rms_norm(&q, &w, NORM)?;
         let kv = linear(&x, &kv)?;
         let loss = attention(&x, &kv, &kv, shape)?.sqr()?.sum_all()?;
         let gradients = loss.backward()?;

@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use dynamoe::HiddenAct;
 use dynamoe::train::TrainableFfn;
 use dynamoe_model::Params;
-use dynamoe_model::config::{Architecture, ModelConfig};
+use dynamoe_model::config::{Architecture, ModelConfig, Scales};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{Gradients, ffn, linear};
 use moefy_train::train::optimizer::{AdamW, Update};
@@ -70,12 +70,17 @@ impl Case {
             rms_norm_eps: 1e-5,
             rope_theta: 10000.0,
             rope_scaling: None,
+            local_rope_theta: None,
             tie_word_embeddings: true,
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
             qk_norm: false,
+            norm_offset: 0.0,
+            output_norms: false,
             hidden_act: HiddenAct::Silu,
+            scales: Scales::plain(self.hidden_size / self.heads),
+            rotary_layers: vec![true; self.layers],
             sliding_window: vec![None; self.layers],
             bos_token_id: None,
             eos_token_ids: Vec::new(),

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use dynamoe::{DynaMoeConfig, HiddenAct, Projections, RouterConfig, RouterKind, TrainableFfn, tensors};
-use dynamoe_model::config::{Architecture, ModelConfig};
+use dynamoe_model::config::{Architecture, ModelConfig, Scales};
 use dynamoe_model::model::Backbone;
 use dynamoe_model::ops::{self, Gradient, Gradients};
 use moefy_train::methods::Method;
@@ -17,6 +17,14 @@ use support::random::normal;
 /// A model that uses what the architectures differ in.
 fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfig {
     let hidden_act = if extras { HiddenAct::GeluTanh } else { HiddenAct::Silu };
+    let factors = Scales {
+        embedding: 4.0,
+        attention: 0.2,
+        residual: 0.7,
+        logits: 0.8,
+        attention_cap: Some(2.0),
+        logit_cap: Some(3.0),
+    };
     ModelConfig {
         architecture: Architecture::Llama,
         hidden_size: 24,
@@ -30,13 +38,18 @@ fn config(vocab_size: usize, extras: bool, separate_shells: usize) -> ModelConfi
         rms_norm_eps: 1e-5,
         rope_theta: 10000.0,
         rope_scaling: None,
+        local_rope_theta: extras.then_some(100.0),
         tie_word_embeddings: !extras,
         qkv_bias: extras,
         o_bias: extras,
         mlp_bias: false,
         qk_norm: extras,
+        norm_offset: if extras { 1.0 } else { 0.0 },
+        output_norms: extras,
         hidden_act,
-        sliding_window: if extras { vec![None, Some(5)] } else { vec![None; 2] },
+        scales: if extras { factors } else { Scales::plain(8) },
+        rotary_layers: vec![true, !extras],
+        sliding_window: if extras { vec![Some(5), None] } else { vec![None; 2] },
         bos_token_id: None,
         eos_token_ids: Vec::new(),
         closing_token_id: None,

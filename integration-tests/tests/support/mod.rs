@@ -96,7 +96,7 @@ struct Base {
     qk_norm: bool,
     /// Gemma's norms scale by `1 + w`.
     norm_offset: f64,
-    /// Gemma 2's norms around the FFN.
+    /// Norms around the FFN, of Gemma 2 and 3.
     ffn_norms: bool,
     tied: bool,
     config: Value,
@@ -131,15 +131,14 @@ fn base(architecture: &str) -> Base {
         },
         "SmolLM3ForCausalLM" => Base {
             tied: true,
-            config: json!({"hidden_act": "silu", "no_rope_layers": [1, 1], "no_rope_layer_interval": 4,
-                           "attention_bias": false}),
+            config: json!({"hidden_act": "silu", "no_rope_layer_interval": 2, "attention_bias": false,
+                           "pad_token_id": 256}),
             ..plain("smollm3")
         },
         "GemmaForCausalLM" => Base {
             norm_offset: -1.0,
             tied: true,
-            config: json!({"hidden_activation": "gelu_pytorch_tanh",
-                           "attention_bias": false}),
+            config: json!({"hidden_act": "gelu_pytorch_tanh", "attention_bias": false}),
             ..plain("gemma")
         },
         "Gemma2ForCausalLM" => Base {
@@ -150,6 +149,21 @@ fn base(architecture: &str) -> Base {
                            "attention_bias": false, "attn_logit_softcapping": 50.0,
                            "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16, "sliding_window": 4096}),
             ..plain("gemma2")
+        },
+        "Gemma3ForCausalLM" => Base {
+            norm_offset: -1.0,
+            qk_norm: true,
+            ffn_norms: true,
+            tied: true,
+            config: json!({"hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
+                           "query_pre_attn_scalar": 20, "sliding_window": 4096, "sliding_window_pattern": 2,
+                           "rope_local_base_freq": 100.0}),
+            ..plain("gemma3_text")
+        },
+        "GraniteForCausalLM" => Base {
+            config: json!({"hidden_act": "silu", "attention_bias": false, "embedding_multiplier": 6.0,
+                           "attention_multiplier": 0.125, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+            ..plain("granite")
         },
         other => panic!("no fixture for {other}"),
     }

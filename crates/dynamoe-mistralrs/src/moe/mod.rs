@@ -102,16 +102,19 @@ pub(crate) fn for_engine(mut config: Value) -> Value {
     config
 }
 
+/// Makes one of mistral.rs's own loaders.
+pub(crate) type MoeLoader = fn() -> Box<dyn NormalModelLoader>;
+
 /// mistral.rs's own loader of an architecture whose experts have a dial.
-pub(crate) fn loader(architecture: &str) -> Option<Box<dyn NormalModelLoader>> {
+pub(crate) fn loader(architecture: &str) -> Option<MoeLoader> {
     Some(match architecture {
-        "Qwen3MoeForCausalLM" => Box::new(Qwen3MoELoader),
-        "Qwen3NextForCausalLM" => Box::new(Qwen3NextLoader),
-        "DeepseekV2ForCausalLM" => Box::new(DeepSeekV2Loader),
-        "DeepseekV3ForCausalLM" => Box::new(DeepSeekV3Loader),
-        "Glm4MoeForCausalLM" => Box::new(GLM4MoeLoader),
-        "Glm4MoeLiteForCausalLM" => Box::new(GLM4MoeLiteLoader),
-        "MixtralForCausalLM" => Box::new(MixtralLoader),
+        "Qwen3MoeForCausalLM" => || Box::new(Qwen3MoELoader),
+        "Qwen3NextForCausalLM" => || Box::new(Qwen3NextLoader),
+        "DeepseekV2ForCausalLM" => || Box::new(DeepSeekV2Loader),
+        "DeepseekV3ForCausalLM" => || Box::new(DeepSeekV3Loader),
+        "Glm4MoeForCausalLM" => || Box::new(GLM4MoeLoader),
+        "Glm4MoeLiteForCausalLM" => || Box::new(GLM4MoeLiteLoader),
+        "MixtralForCausalLM" => || Box::new(MixtralLoader),
         _ => return None,
     })
 }

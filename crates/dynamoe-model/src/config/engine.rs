@@ -7,11 +7,10 @@
 
 use std::fmt;
 
-use anyhow::{Context, Result, bail, ensure};
-use dynamoe::config::DynaMoeConfig;
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{Architecture, ModelConfig, RopeScaling, has_known_activation};
+use super::{Architecture, ModelConfig, RopeScaling, Scales, has_known_activation};
 
 /// What one of the engine's models computes.
 struct Engine {
@@ -22,8 +21,9 @@ struct Engine {
     head_dim: bool,
     /// Biases of q, k and v, and of the output projection: all that it can do.
     biases: &'static [[bool; 2]],
-    qk_norm: bool,
     windows: Windows,
+    /// Whether layers may leave q and k as they are.
+    without_rope: bool,
 }
 
 /// Which layers may have a window.
@@ -34,44 +34,66 @@ enum Windows {
     Any,
 }
 
-/// The table: one row for each of the engine's models.
-const ENGINES: [Engine; 4] = [
+/// The table: one row for each of the engine's models. Norms are those of the architecture. With our patches, Llama
+/// computes Granite, too, and Gemma 2 computes Gemma 3.
+const ENGINES: [Engine; 7] = [
     Engine {
         architecture: Architecture::Llama,
         rope: &["linear", "llama3"],
         head_dim: false,
         biases: &[[false, false], [true, true]],
-        qk_norm: false,
         windows: Windows::None,
+        without_rope: false,
     },
     Engine {
         architecture: Architecture::Mistral,
         rope: &["linear", "llama3", "yarn"],
         head_dim: true,
         biases: &[[false, false]],
-        qk_norm: false,
         windows: Windows::All,
+        without_rope: false,
     },
     Engine {
         architecture: Architecture::Qwen2,
         rope: &["linear", "llama3", "yarn"],
         head_dim: false,
         biases: &[[true, false]],
-        qk_norm: false,
         windows: Windows::Any,
+        without_rope: false,
     },
     Engine {
         architecture: Architecture::Qwen3,
         rope: &["linear", "llama3", "yarn"],
         head_dim: true,
         biases: &[[false, false], [true, true]],
-        qk_norm: true,
         windows: Windows::Any,
+        without_rope: false,
+    },
+    Engine {
+        architecture: Architecture::SmolLm3,
+        rope: &["linear", "llama3"],
+        head_dim: false,
+        biases: &[[false, false]],
+        windows: Windows::None,
+        without_rope: true,
+    },
+    Engine {
+        architecture: Architecture::Gemma,
+        rope: &["linear", "llama3", "yarn"],
+        head_dim: true,
+        biases: &[[false, false], [true, true]],
+        windows: Windows::None,
+        without_rope: false,
+    },
+    Engine {
+        architecture: Architecture::Gemma2,
+        rope: &["linear", "llama3", "yarn"],
+        head_dim: true,
+        biases: &[[false, false], [true, true]],
+        windows: Windows::Any,
+        without_rope: false,
     },
 ];
-
-/// Bases that the engine's plugin loads and the trainer does not know.
-const ENGINE_ONLY: [&str; 3] = ["GemmaForCausalLM", "Gemma2ForCausalLM", "SmolLM3ForCausalLM"];
 
 /// A key of config.json that changes what the model computes, and that the engine does not honour.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,11 +112,6 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// The architectures, by their names in `architectures`, whose DynaMoE models the engine's plugin loads.
-pub fn bases() -> Vec<&'static str> {
-    Architecture::all().map(Architecture::name).chain(ENGINE_ONLY).collect()
-}
-
 /// What keeps the engine from computing this model, as far as config.json tells; nothing if it can be served.
 pub fn refusals(config: &ModelConfig) -> Vec<Refusal> {
     match choose(config) {
@@ -108,9 +125,6 @@ pub fn refusals(config: &ModelConfig) -> Vec<Refusal> {
 /// # Errors
 /// As [`ModelConfig::from_json`]; the keys that the engine does not honour, by name and value.
 pub fn for_engine(json: &Value) -> Result<Value> {
-    if let Some(name) = engine_only(json) {
-        return pass_on(json, name);
-    }
     let config = ModelConfig::from_json(json)?;
     match choose(&config) {
         Ok(engine) => Ok(engine.config(&config)),
@@ -128,7 +142,7 @@ pub fn dense_for_engine(json: &Value) -> Result<Value> {
     let map = known.as_object_mut().context("config.json: expected an object")?;
     let mut kept = vec![("quantization_config", map.shift_remove("quantization_config"))];
     if !has_known_activation(json) {
-        kept.push(("hidden_act", map.shift_remove("hidden_act")));
+        kept.extend(["hidden_act", "hidden_activation"].map(|key| (key, map.shift_remove(key))));
     }
     let mut rewritten = for_engine(&known)?;
     for (key, found) in kept {
@@ -147,8 +161,13 @@ pub fn describe(refusals: &[Refusal]) -> String {
 
 /// The engine's model that computes this one: that of its own architecture, or another one with the same tensors.
 fn choose(config: &ModelConfig) -> Result<&'static Engine, Vec<Refusal>> {
-    let own = ENGINES.iter().find(|engine| engine.architecture == config.architecture);
-    let refusals = own.expect("the table has a row for each architecture").refusals(config);
+    let meant = match config.architecture {
+        Architecture::Granite => Architecture::Llama,
+        Architecture::Gemma3 => Architecture::Gemma2,
+        own => own,
+    };
+    let own = ENGINES.iter().find(|engine| engine.architecture == meant);
+    let refusals = own.expect("the table has a row for each of these").refusals(config);
     let able = |engine: &&Engine| engine.refusals(config).is_empty();
     if refusals.is_empty() { own } else { ENGINES.iter().find(able) }.ok_or(refusals)
 }
@@ -166,8 +185,18 @@ impl Engine {
         if config.mlp_bias {
             refuse("mlp_bias", "true".to_owned(), "has no biases in its FFNs");
         }
-        if config.qk_norm != self.qk_norm {
-            refuse("model_type", config.architecture.model_type().to_owned(), "norms q and k differently");
+        let (model, own) = (config.architecture, self.architecture.family());
+        let gemma3 = self.architecture == Architecture::Gemma2 && config.local_rope_theta.is_some();
+        if [config.qk_norm, config.output_norms] != [own.qk_norm || gemma3, own.output_norms]
+            || config.norm_offset != own.norm_offset
+        {
+            refuse("model_type", model.model_type().to_owned(), "has other norms");
+        }
+        if own.tied && own.norm_offset != 0.0 && !config.tie_word_embeddings {
+            refuse("tie_word_embeddings", "false".to_owned(), "takes the embedding for the output matrix");
+        }
+        if !self.without_rope && config.rotary_layers.contains(&false) {
+            refuse("no_rope_layers", "with a 0".to_owned(), "turns q and k in all layers");
         }
         let head_dim = config.head_dim * config.num_attention_heads == config.hidden_size;
         if !(self.head_dim || head_dim) {
@@ -177,7 +206,8 @@ impl Engine {
         if let Some(scaling) = &config.rope_scaling
             && !self.rope.contains(&scaling.name())
         {
-            let reason = format!("knows the types default, dynamic, {} only", self.rope.join(", "));
+            let known = [&["default", "dynamic"][..], self.rope].concat().join(", ");
+            let reason = format!("knows the types {known} only");
             refuse("rope_scaling", format!("of type {:?}", scaling.name()), &reason);
         }
         let windows = windows(config);
@@ -191,7 +221,42 @@ impl Engine {
         {
             refuse("sliding_window", window.to_string(), "has no window in these layers");
         }
+        refusals.extend(self.scales(config));
         refusals
+    }
+
+    /// Factors and caps that this model does not have.
+    fn scales(&self, config: &ModelConfig) -> Vec<Refusal> {
+        let (found, name) = (config.scales, self.architecture.name());
+        let plain = Scales::plain(config.head_dim);
+        let embedding = (config.hidden_size as f64).sqrt();
+        let own = match self.architecture {
+            Architecture::Llama => Scales { attention_cap: None, logit_cap: None, ..found },
+            Architecture::Gemma => Scales { embedding, ..plain },
+            Architecture::Gemma2 => {
+                let attention = query_scalar(found).map_or(plain.attention, |_| found.attention);
+                Scales { embedding, attention, residual: 1.0, logits: 1.0, ..found }
+            }
+            _ => plain,
+        };
+        let cap = |cap: Option<f64>| cap.map_or("null".to_owned(), |cap| cap.to_string());
+        let granite = config.architecture == Architecture::Granite;
+        let (embedding, attention) = match granite {
+            true => ("embedding_multiplier", ("attention_multiplier", found.attention)),
+            false => ("model_type", ("query_pre_attn_scalar", found.attention.powi(-2))),
+        };
+        let all = [
+            (embedding, own.embedding == found.embedding, found.embedding.to_string()),
+            (attention.0, own.attention == found.attention, attention.1.to_string()),
+            ("residual_multiplier", own.residual == found.residual, found.residual.to_string()),
+            ("logits_scaling", own.logits == found.logits, found.logits.recip().to_string()),
+            ("attn_logit_softcapping", own.attention_cap == found.attention_cap, cap(found.attention_cap)),
+            ("final_logit_softcapping", own.logit_cap == found.logit_cap, cap(found.logit_cap)),
+        ];
+        let refused = all.into_iter().filter(|(_, same, _)| !same);
+        refused
+            .map(|(key, _, found)| Refusal { key, found, reason: format!("its {name} scales differently") })
+            .collect()
     }
 
     /// A config.json that says all that this model's struct reads.
@@ -202,10 +267,9 @@ impl Engine {
             None => "full_attention",
         };
         let window = windows.iter().flatten().next();
-        json!({
+        let mut json = json!({
             "architectures": [self.architecture.name()],
             "model_type": self.architecture.model_type(),
-            "hidden_act": config.hidden_act.name(),
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "vocab_size": config.vocab_size,
@@ -223,12 +287,44 @@ impl Engine {
             "max_window_layers": config.num_hidden_layers,
             "layer_types": windows.iter().map(kind).collect::<Vec<_>>(),
             "attention_bias": config.o_bias,
-        })
+        });
+        json[self.architecture.family().activation.0] = config.hidden_act.name().into();
+        match self.architecture {
+            Architecture::Llama if config.architecture == Architecture::Granite => {
+                json["embedding_multiplier"] = config.scales.embedding.into();
+                json["attention_multiplier"] = config.scales.attention.into();
+                json["residual_multiplier"] = config.scales.residual.into();
+                json["logits_scaling"] = config.scales.logits.recip().into();
+            }
+            Architecture::SmolLm3 => {
+                let turned: Vec<u8> = config.rotary_layers.iter().map(|&turned| turned.into()).collect();
+                json["no_rope_layers"] = turned.into();
+                json["no_rope_layer_interval"] = 4.into(); // the engine needs one, and does not look at it
+            }
+            Architecture::Gemma2 => {
+                json["sliding_window"] = window.copied().unwrap_or(config.max_position_embeddings).into();
+                json["query_pre_attn_scalar"] = query_scalar(config.scales).into();
+                json["attn_logit_softcapping"] = config.scales.attention_cap.into();
+                json["final_logit_softcapping"] = config.scales.logit_cap.into();
+                json["rope_local_base_freq"] = config.local_rope_theta.into();
+            }
+            _ => {}
+        }
+        json
     }
 }
 
-/// The windows of the layers, without those that are never full.
+/// `query_pre_attn_scalar`, if it is a whole number.
+fn query_scalar(scales: Scales) -> Option<usize> {
+    let scalar = scales.attention.powi(-2);
+    ((scalar - scalar.round()).abs() < 1e-6 * scalar).then(|| scalar.round() as usize)
+}
+
+/// The windows of the layers, without those that are never full, unless layers with one are turned by other angles.
 fn windows(config: &ModelConfig) -> Vec<Option<usize>> {
+    if config.local_rope_theta.is_some() {
+        return config.sliding_window.clone();
+    }
     let positions = config.max_position_embeddings;
     config.sliding_window.iter().map(|window| window.filter(|&window| window < positions)).collect()
 }
@@ -256,49 +352,6 @@ fn rope_scaling(scaling: &RopeScaling) -> Value {
     }
 }
 
-/// The base architecture of a DynaMoE model, if the trainer does not know it.
-fn engine_only(json: &Value) -> Option<&'static str> {
-    let name = json.pointer("/dynamoe/base_architecture").and_then(Value::as_str)?;
-    ENGINE_ONLY.into_iter().find(|known| *known == name)
-}
-
-/// The config.json of a base that the trainer does not know: the checkpoint's own, without the `dynamoe` section and
-/// with rotary embeddings where the engine looks for them.
-fn pass_on(json: &Value, name: &str) -> Result<Value> {
-    let section = DynaMoeConfig::from_config_json(json)?;
-    let mut json = json.clone();
-    json["architectures"] = json!([name]);
-    json["model_type"] = section.base_model_type.into();
-    let map = json.as_object_mut().context("config.json: expected an object")?;
-    map.shift_remove("dynamoe");
-    if let Some(mut rope) = map.shift_remove("rope_parameters").filter(Value::is_object) {
-        if let Some(theta) = rope.as_object_mut().and_then(|rope| rope.shift_remove("rope_theta")) {
-            map.insert("rope_theta".into(), theta);
-        }
-        map.entry("rope_scaling").or_insert(rope);
-    }
-    let kind = |rope: &Value| rope.get("rope_type").or(rope.get("type")).cloned().unwrap_or_default();
-    let kind = map.get("rope_scaling").filter(|rope| !rope.is_null()).map(kind);
-    let known: &[&str] =
-        if name == "SmolLM3ForCausalLM" { &["default", "linear", "llama3"] } else { &["default"] };
-    if let Some(kind) = kind {
-        ensure!(
-            kind.as_str().is_some_and(|kind| known.contains(&kind)),
-            "config.json: \"rope_scaling\" of type {kind}: mistral.rs's {name} knows the types {} only",
-            known.join(", ")
-        );
-    }
-    let unread: &[&str] = if name == "SmolLM3ForCausalLM" {
-        &["attention_bias", "mlp_bias", "use_sliding_window"]
-    } else {
-        &[]
-    };
-    if let Some(key) = unread.iter().find(|key| map.get(**key) == Some(&Value::Bool(true))) {
-        bail!("config.json: \"{key}\" true: mistral.rs's {name} does not know it");
-    }
-    Ok(json)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,7 +372,8 @@ mod tests {
         for engine in &ENGINES {
             let rewritten = for_engine(&model(engine.architecture, json!({}))).unwrap();
             assert_eq!(rewritten["architectures"], json!([engine.architecture.name()]));
-            assert_eq!((&rewritten["rope_theta"], &rewritten["rms_norm_eps"]), (&json!(1e4), &json!(1e-6)));
+            let theta = json!(engine.architecture.family().rope_theta);
+            assert_eq!((&rewritten["rope_theta"], &rewritten["rms_norm_eps"]), (&theta, &json!(1e-6)));
             assert_eq!(for_engine(&rewritten).unwrap(), rewritten, "rewriting is done once");
         }
         let newer = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}});
@@ -364,10 +418,72 @@ mod tests {
                 "rope_scaling",
                 "yarn",
             ),
+            (
+                Architecture::Granite,
+                json!({"logits_scaling": 8, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+                "rope_scaling",
+                "yarn",
+            ),
+            (Architecture::SmolLm3, json!({"attention_bias": true}), "attention_bias", "true"),
+            (
+                Architecture::SmolLm3,
+                json!({"use_sliding_window": true, "sliding_window": 64}),
+                "sliding_window",
+                "64",
+            ),
+            (Architecture::Gemma, json!({"tie_word_embeddings": false}), "tie_word_embeddings", "false"),
+            (Architecture::Gemma2, json!({"query_pre_attn_scalar": 2.5}), "query_pre_attn_scalar", "2.5"),
         ] {
             let error = for_engine(&model(architecture, keys)).unwrap_err().to_string();
             assert!(error.contains(&format!("\"{key}\"")) && error.contains(value), "{error}");
         }
+    }
+
+    #[test]
+    fn what_smollm3_and_gemma_2_have_besides_is_said() {
+        let rewritten = for_engine(&model(Architecture::SmolLm3, json!({"hidden_act": "gelu_new"}))).unwrap();
+        assert_eq!(rewritten["no_rope_layers"], json!([1, 1, 1, 0]));
+        assert_eq!(
+            (&rewritten["hidden_act"], rewritten["no_rope_layer_interval"].is_u64()),
+            (&json!("gelu_pytorch_tanh"), true)
+        );
+        let keys =
+            json!({"query_pre_attn_scalar": 144, "attn_logit_softcapping": null, "sliding_window": 64});
+        let rewritten = for_engine(&model(Architecture::Gemma2, keys)).unwrap();
+        assert_eq!(
+            (&rewritten["query_pre_attn_scalar"], &rewritten["sliding_window"]),
+            (&json!(144), &json!(64))
+        );
+        let caps = [&rewritten["attn_logit_softcapping"], &rewritten["final_logit_softcapping"]];
+        assert_eq!(caps, [&Value::Null, &json!(30.0)]);
+        // the engine wants a window, and one that is never full changes nothing
+        let rewritten = for_engine(&model(Architecture::Gemma2, json!({}))).unwrap();
+        assert_eq!(rewritten["sliding_window"], 512);
+        assert_eq!(rewritten["hidden_activation"], "gelu_pytorch_tanh");
+        assert!(rewritten.get("hidden_act").is_none());
+    }
+
+    #[test]
+    fn granite_is_a_llama_with_factors_and_gemma_3_a_gemma_2_with_more_keys() {
+        let rewritten = for_engine(&model(Architecture::Granite, json!({"logits_scaling": 8}))).unwrap();
+        assert_eq!(rewritten["architectures"], json!(["LlamaForCausalLM"]));
+        let factors =
+            ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"];
+        assert_eq!(factors.map(|key| rewritten[key].as_f64()), [1.0, 1.0, 1.0, 8.0].map(Some));
+        let llama = for_engine(&model(Architecture::Llama, json!({"logits_scaling": 8}))).unwrap();
+        assert!(factors.iter().all(|key| llama.get(key).is_none()), "keys that a Llama does not read");
+
+        let keys = json!({"sliding_window_pattern": 2, "rope_local_base_freq": 500.0});
+        let rewritten = for_engine(&model(Architecture::Gemma3, keys)).unwrap();
+        assert_eq!(rewritten["architectures"], json!(["Gemma2ForCausalLM"]));
+        let thetas = [&rewritten["rope_theta"], &rewritten["rope_local_base_freq"]];
+        assert_eq!(thetas, [&json!(1e6), &json!(500.0)]);
+        // no window is ever full here, but the angles are those of layers with one
+        let [sliding, full] = ["sliding_attention", "full_attention"];
+        assert_eq!(rewritten["layer_types"], json!([sliding, full, sliding, full]));
+        let turned = json!({"no_rope_layers": [1, 1, 1, 1], "attention_bias": true});
+        let rewritten = for_engine(&model(Architecture::SmolLm3, turned)).unwrap();
+        assert_eq!(rewritten["architectures"], json!(["LlamaForCausalLM"]));
     }
 
     #[test]

@@ -126,14 +126,15 @@ impl YarnRope {
 
 /// `rope_theta` and the scaling. As in transformers, `rope_scaling` wins over `rope_parameters` where both are there
 /// and not empty, and a `rope_theta` in the section wins over the one beside it.
-pub(super) fn read(keys: &Keys, positions: usize) -> Result<(f64, Option<RopeScaling>)> {
+/// `default` is the theta of a model that names none.
+pub(super) fn read(keys: &Keys, positions: usize, default: f64) -> Result<(f64, Option<RopeScaling>)> {
     let theta = keys.number("rope_theta")?;
     let section = |key: &'static str| {
         let found = keys.get(key).filter(|found| found.as_object().is_none_or(|map| !map.is_empty()));
         found.map(|found| (key, found))
     };
     let Some((name, found)) = section("rope_scaling").or_else(|| section("rope_parameters")) else {
-        return Ok((theta.unwrap_or(10_000.0), None));
+        return Ok((theta.unwrap_or(default), None));
     };
     ensure!(found.is_object(), "\"{name}\": expected an object, found {found}");
     let rope = Keys(found);
@@ -143,7 +144,34 @@ pub(super) fn read(keys: &Keys, positions: usize) -> Result<(f64, Option<RopeSca
         Ok((rope.number("rope_theta")?, scaling(keys, &rope, positions)?))
     };
     let (own_theta, scaling) = parse().with_context(|| format!("\"{name}\""))?;
-    Ok((own_theta.or(theta).unwrap_or(10_000.0), scaling))
+    Ok((own_theta.or(theta).unwrap_or(default), scaling))
+}
+
+/// [`read`], and the theta of the layers with a window, which are not rescaled (Gemma 3): `rope_local_base_freq`, or in
+/// transformers 5 a section for each kind of layer in `rope_parameters`.
+pub(super) fn read_both(
+    keys: &Keys,
+    positions: usize,
+    default: f64,
+) -> Result<(f64, Option<RopeScaling>, f64)> {
+    let local = keys.number("rope_local_base_freq")?.unwrap_or(10_000.0);
+    let kinds = keys
+        .get("rope_parameters")
+        .map(|found| (found.get("full_attention"), found.get("sliding_attention")));
+    let Some((full, sliding)) = kinds.filter(|kinds| *kinds != (None, None)) else {
+        let (theta, scaling) = read(keys, positions, default)?;
+        return Ok((theta, scaling, local));
+    };
+    let mut flat = keys.0.clone();
+    flat["rope_parameters"] = full.cloned().unwrap_or_default();
+    let (theta, scaling) = read(&Keys(&flat), positions, default)?;
+    let of_sliding = || -> Result<f64> {
+        let Some(sliding) = sliding else { return Ok(local) };
+        let found = self::scaling(keys, &Keys(sliding), positions)?;
+        ensure!(found.is_none(), "only \"rope_type\" \"default\" is supported, found {sliding}");
+        Ok(Keys(sliding).number("rope_theta")?.unwrap_or(local))
+    };
+    Ok((theta, scaling, of_sliding().context("\"rope_parameters\": \"sliding_attention\"")?))
 }
 
 fn scaling(keys: &Keys, rope: &Keys, positions: usize) -> Result<Option<RopeScaling>> {

@@ -1,20 +1,28 @@
-//! The decoder of Llama, Mistral, Qwen2 and Qwen3 without its FFNs.
+//! A decoder of any of the architectures, without its FFNs.
 //!
-//! Each layer: `x += attention(norm(x))`, then `x += ffn(norm(x))`; at the end a norm and the output matrix.
+//! Each layer: `x += attention(norm(x))`, then `x += ffn(norm(x))`; at the end a norm and the output matrix. In some models
+//! what is added passes another norm or is scaled, and embeddings and logits are scaled or capped.
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Result as CandleResult, Tensor};
 
 use crate::config::ModelConfig;
 use crate::ops::{
-    AttentionShape, Projection, Rotary, SelfAttention, embedding, linear, linear_cross_entropy, rms_norm,
+    AttentionShape, Norm, Projection, Rotary, SelfAttention, embedding, linear, linear_cross_entropy,
+    rms_norm, softcap,
 };
+use crate::tensors::norms_of_layer;
 
 /// A decoder layer without its FFN.
 #[derive(Debug, Clone)]
 struct Layer {
     attention: SelfAttention,
-    post_attention_norm: Tensor,
+    /// Of what attention puts out, `(D)`.
+    attention_output_norm: Option<Tensor>,
+    /// Of the FFN's input, `(D)`.
+    ffn_norm: Tensor,
+    /// Of what the FFN puts out, `(D)`.
+    ffn_output_norm: Option<Tensor>,
 }
 
 /// A decoder-only language model without its FFNs. It computes in f32; weights of another type are converted where they
@@ -34,6 +42,8 @@ pub struct Places {
     sequences: usize,
     positions: usize,
     rotary: Rotary,
+    /// Of layers with a window, if it is another one.
+    local: Option<Rotary>,
 }
 
 /// Supplies a tensor by its Hugging Face name and shape.
@@ -102,7 +112,8 @@ impl Backbone {
     /// # Errors
     /// A token outside the vocabulary.
     pub fn embed(&self, tokens: &Tensor) -> CandleResult<Tensor> {
-        embedding(&self.embed_tokens, &tokens.flatten_all()?)?.to_dtype(DType::F32)
+        let x = embedding(&self.embed_tokens, &tokens.flatten_all()?)?.to_dtype(DType::F32)?;
+        scaled(x, self.config.scales.embedding)
     }
 
     /// What layers need to know of `tokens (B, T)` besides their rows.
@@ -111,7 +122,9 @@ impl Backbone {
     /// The device's.
     pub fn places(&self, tokens: &Tensor) -> CandleResult<Places> {
         let (sequences, positions) = tokens.dims2()?;
-        Ok(Places { sequences, positions, rotary: Rotary::new(&self.config, positions, tokens.device())? })
+        let rotary = Rotary::new(&self.config, positions, tokens.device())?;
+        let local = Rotary::local(&self.config, positions, tokens.device())?;
+        Ok(Places { sequences, positions, rotary, local })
     }
 
     /// Runs one layer on `x (B·T, D)`. `ffn` is as for [`Backbone::forward`].
@@ -132,11 +145,29 @@ impl Backbone {
             kv_heads: self.config.num_key_value_heads,
             head_dim: self.config.head_dim,
             window: self.config.sliding_window[layer],
+            scale: self.config.scales.attention as f32,
+            cap: self.config.scales.attention_cap.map(|cap| cap as f32),
         };
-        let Layer { attention, post_attention_norm } = &self.layers[layer].in_f32()?;
-        let x = attention.forward(x, &places.rotary, shape)?;
-        let normed = rms_norm(&x, post_attention_norm, self.config.rms_norm_eps)?;
-        x + ffn(&normed)?
+        let local = places.local.as_ref().filter(|_| shape.window.is_some());
+        let rotary = Some(local.unwrap_or(&places.rotary)).filter(|_| self.config.rotary_layers[layer]);
+        let Layer { attention, attention_output_norm, ffn_norm, ffn_output_norm } =
+            &self.layers[layer].in_f32()?;
+        let y = attention.forward(x, rotary, shape)?;
+        let x = match attention.residual {
+            true => y,
+            false => self.add(x, y, attention_output_norm.as_ref())?,
+        };
+        let y = ffn(&rms_norm(&x, ffn_norm, norm_of(&self.config))?)?;
+        self.add(&x, y, ffn_output_norm.as_ref())
+    }
+
+    /// Adds to the residual stream `x` what a sublayer puts out, `y`, normed with these weights if there are any.
+    fn add(&self, x: &Tensor, y: Tensor, weights: Option<&Tensor>) -> CandleResult<Tensor> {
+        let y = match weights {
+            Some(weights) => rms_norm(&y, weights, norm_of(&self.config))?,
+            None => y,
+        };
+        x + scaled(y, self.config.scales.residual)?
     }
 
     /// The norm after the last layer: `(N, D)` → `(N, D)`.
@@ -144,7 +175,7 @@ impl Backbone {
     /// # Errors
     /// Another width than `D`.
     pub fn norm(&self, x: &Tensor) -> CandleResult<Tensor> {
-        rms_norm(x, &self.norm.to_dtype(DType::F32)?, self.config.rms_norm_eps)
+        rms_norm(x, &self.norm.to_dtype(DType::F32)?, norm_of(&self.config))
     }
 
     /// `hidden (N, D)` → `(N, V)`.
@@ -152,7 +183,8 @@ impl Backbone {
     /// # Errors
     /// Another width than `D`.
     pub fn logits(&self, hidden: &Tensor) -> CandleResult<Tensor> {
-        linear(hidden, &self.output_matrix().to_dtype(DType::F32)?)
+        let hidden = scaled(hidden.clone(), self.config.scales.logits)?;
+        softcap(linear(&hidden, &self.output_matrix().to_dtype(DType::F32)?)?, self.logit_cap())
     }
 
     /// `weights · cross_entropy(logits(hidden), targets)` of each token, `(N)`, in nats, for `hidden (N, D)`,
@@ -161,7 +193,13 @@ impl Backbone {
     /// # Errors
     /// Shapes or dtypes that do not fit, a target outside the vocabulary.
     pub fn losses(&self, hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> CandleResult<Tensor> {
-        linear_cross_entropy(hidden, &self.output_matrix().to_dtype(DType::F32)?, targets, weights)
+        let hidden = scaled(hidden.clone(), self.config.scales.logits)?;
+        let matrix = self.output_matrix().to_dtype(DType::F32)?;
+        linear_cross_entropy(&hidden, &matrix, targets, weights, self.logit_cap())
+    }
+
+    fn logit_cap(&self) -> Option<f32> {
+        self.config.scales.logit_cap.map(|cap| cap as f32)
     }
 }
 
@@ -184,9 +222,17 @@ impl Layer {
             q_norm: config.qk_norm.then(|| get("self_attn.q_norm.weight", &[head_dim])).transpose()?,
             k_norm: config.qk_norm.then(|| get("self_attn.k_norm.weight", &[head_dim])).transpose()?,
             norm: get("input_layernorm.weight", &[d])?,
-            eps: config.rms_norm_eps,
+            norms: norm_of(config),
+            residual: !config.output_norms && config.scales.residual == 1.0,
         };
-        Ok(Self { attention, post_attention_norm: get("post_attention_layernorm.weight", &[d])? })
+        let names = norms_of_layer(config);
+        let mut norm = |name: &str| get(&format!("{name}.weight"), &[d]);
+        Ok(Self {
+            attention,
+            attention_output_norm: names.attention_output.map(&mut norm).transpose()?,
+            ffn_norm: norm(names.ffn_input)?,
+            ffn_output_norm: names.ffn_output.map(&mut norm).transpose()?,
+        })
     }
 
     /// The layer with f32 weights; those that are f32 are shared.
@@ -205,10 +251,26 @@ impl Layer {
             o: projection(&attention.o)?,
             q_norm: optional(&attention.q_norm)?,
             k_norm: optional(&attention.k_norm)?,
-            eps: attention.eps,
+            norms: attention.norms,
+            residual: attention.residual,
         };
-        Ok(Self { attention, post_attention_norm: f32(&self.post_attention_norm)? })
+        Ok(Self {
+            attention,
+            attention_output_norm: optional(&self.attention_output_norm)?,
+            ffn_norm: f32(&self.ffn_norm)?,
+            ffn_output_norm: optional(&self.ffn_output_norm)?,
+        })
     }
+}
+
+/// What the norms of a model have besides weights.
+fn norm_of(config: &ModelConfig) -> Norm {
+    Norm { eps: config.rms_norm_eps, offset: config.norm_offset }
+}
+
+/// `factor · x`.
+fn scaled(x: Tensor, factor: f64) -> CandleResult<Tensor> {
+    if factor == 1.0 { Ok(x) } else { x * factor }
 }
 
 /// Rejects what would fail or mislead later.
@@ -220,12 +282,10 @@ fn check(config: &ModelConfig) -> Result<()> {
     if config.head_dim == 0 || !config.head_dim.is_multiple_of(2) {
         bail!("head_dim must be even for rotary embeddings, found {}", config.head_dim);
     }
-    if config.sliding_window.len() != config.num_hidden_layers {
-        bail!(
-            "expected an attention window (or none) for each of {} layers, found {}",
-            config.num_hidden_layers,
-            config.sliding_window.len()
-        );
+    let (layers, lists) =
+        (config.num_hidden_layers, [config.sliding_window.len(), config.rotary_layers.len()]);
+    if lists != [layers; 2] {
+        bail!("expected windows and rotary embeddings (or none) of each of {layers} layers, found {lists:?}");
     }
     if config.sliding_window.contains(&Some(0)) {
         bail!("a sliding window must hold 1 position or more, found 0");

@@ -1,6 +1,6 @@
 //! The language model around the FFNs, differentiable: embeddings, attention, norms, output matrix.
 //!
-//! [`Backbone`] is the decoder of Llama, Mistral, Qwen2 and Qwen3; the caller supplies each layer's FFN as a
+//! [`Backbone`] is the decoder of any of the architectures; the caller supplies each layer's FFN as a
 //! closure. [`crate::ops`] holds the operations that candle lacks or differentiates slowly.
 //!
 //! Activations are 2-D, one row for each token, so that every matrix product is one large contiguous one.

@@ -1,7 +1,7 @@
 //! Causal attention with grouped queries and an optional window.
 //!
-//! For a query at position `i`: `o_i = Σ_j p_ij v_j` with `p_ij = softmax_j(q_i·k_j / √d)` over the keys
-//! `i - window < j ≤ i`.
+//! For a query at position `i`: `o_i = Σ_j p_ij v_j` with `p_ij = softmax_j(s_ij)` over the keys `i - window < j ≤ i`.
+//! Scores are `s_ij = scale q_i·k_j`, or `c tanh(scale q_i·k_j / c)` where they are capped.
 
 use std::sync::OnceLock;
 
@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use super::attention_cpu::{Kernel, Saved};
 use super::attention_shape::AttentionShape;
 use super::cpu::{fusable, read, slice};
+use super::softcap::softcap;
 
 /// `q (B·T, H·d)`, `k` and `v (B·T, K·d)` → `(B·T, H·d)`.
 ///
@@ -28,7 +29,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> R
 /// # Errors
 /// As [`attention`].
 pub fn attention_composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> Result<Tensor> {
-    let AttentionShape { sequences, positions, heads, kv_heads, head_dim, .. } = shape;
+    let AttentionShape { sequences, positions, heads, kv_heads, head_dim, scale, cap, .. } = shape;
     let grouped = |x: &Tensor| {
         x.reshape((sequences, positions, kv_heads, 1, head_dim))?
             .broadcast_as((sequences, positions, kv_heads, heads / kv_heads, head_dim))?
@@ -37,7 +38,8 @@ pub fn attention_composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionSh
             .contiguous() // (B, H, T, d)
     };
     let q = q.reshape((sequences, positions, heads, head_dim))?.transpose(1, 2)?.contiguous()?;
-    let scores = (q.matmul(&grouped(k)?.t()?)? * (head_dim as f64).powf(-0.5))?; // (B, H, T, T)
+    let scores = (q.matmul(&grouped(k)?.t()?)? * f64::from(scale))?; // (B, H, T, T)
+    let scores = softcap(scores, cap)?;
     let mask = Tensor::from_vec(mask(shape), (positions, positions), q.device())?.to_dtype(q.dtype())?;
     let scores = scores.broadcast_add(&mask)?.to_dtype(DType::F32)?;
     let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(q.dtype())?;

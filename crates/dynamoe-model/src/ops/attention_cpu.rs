@@ -5,15 +5,17 @@
 //! from the log-sum-exp of each query. With `P = softmax` and `δ_i = g_i·o_i`:
 //!
 //! ```text
-//! dS_ij = P_ij (g_i·v_j - δ_i) / √d     dq_i = Σ_j dS_ij k_j     dk_j = Σ_i dS_ij q_i     dv_j = Σ_i P_ij g_i
+//! dS_ij = scale P_ij (g_i·v_j - δ_i)     dq_i = Σ_j dS_ij k_j     dk_j = Σ_i dS_ij q_i     dv_j = Σ_i P_ij g_i
 //! ```
+//!
+//! Where scores are capped by `c`, `dS_ij` is also multiplied by the slope of `c tanh(s / c)`, `1 - tanh²(s / c)`.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::attention_shape::AttentionShape;
-use super::cpu::{dot, exp, larger, mul_add, rows_per_task};
+use super::cpu::{dot, exp, larger, mul_add, rows_per_task, tanh};
 
 /// Queries or keys that are computed at once: two registers of AVX-512, or of AVX2, which has half as many registers.
 const LANES: usize = if cfg!(target_feature = "avx512f") { 32 } else { 16 };
@@ -204,10 +206,6 @@ impl Kernel {
         self.0.heads / self.0.kv_heads
     }
 
-    fn scale(&self) -> f32 {
-        (self.0.head_dim as f32).sqrt().recip()
-    }
-
     fn window(&self) -> usize {
         self.0.window.unwrap_or(usize::MAX)
     }
@@ -304,10 +302,13 @@ impl Kernel {
         let mut scores = Vec::with_capacity(positions + ROWS);
         let heads = output.chunks_exact_mut(positions * d).zip(log_sums.chunks_exact_mut(positions));
         for (head, (output, log_sums)) in heads.enumerate() {
-            let queries = self.query_head(q, task, head).scaled(self.scale());
+            let queries = self.query_head(q, task, head).scaled(self.0.scale);
             for first in (0..positions).step_by(LANES) {
                 let range = self.keys_of(first);
                 multiply(&keys, &range, &queries.lanes(first), &mut scores);
+                if let Some(cap) = self.0.cap {
+                    scores.as_flattened_mut().iter_mut().for_each(|s| *s = cap * tanh(*s / cap));
+                }
                 let (max, sum) = self.softmax(&mut scores, &range, first);
                 let mut o = vec![[0f32; LANES]; values.width];
                 accumulate(&values, &range, &scores, &mut o);
@@ -350,7 +351,7 @@ impl Kernel {
         let mut dq = Vec::with_capacity(self.group() * positions * d);
         let (mut dk, mut dv) = (vec![0f32; positions * d], vec![0f32; positions * d]);
         for head in 0..self.group() {
-            let queries = self.query_head(saved.q, task, head).scaled(self.scale());
+            let queries = self.query_head(saved.q, task, head).scaled(self.0.scale);
             let [outputs, grads] = [saved.o, g].map(|x| self.query_head(x, task, head));
             let rows = outputs.rows.chunks_exact(outputs.width).zip(grads.rows.chunks_exact(grads.width));
             let deltas: Vec<f32> = rows.map(|(o, g)| dot(o, g)).collect();
@@ -364,14 +365,14 @@ impl Kernel {
                 deltas: &deltas,
             };
             for row in head.run(&mut dk, &mut dv).chunks_exact(keys.width).take(positions) {
-                dq.extend(row[..d].iter().map(|dq| self.scale() * dq));
+                dq.extend(row[..d].iter().map(|dq| self.0.scale * dq));
             }
         }
         AttentionGradients { q: dq, k: dk, v: dv }
     }
 }
 
-/// What the backward pass of one query head reads. Queries are scaled by `1 / √d`.
+/// What the backward pass of one query head reads. Queries are scaled.
 struct BackwardHead<'a> {
     kernel: &'a Kernel,
     queries: &'a Head,
@@ -398,9 +399,17 @@ impl BackwardHead<'_> {
             multiply(&grads, &range, &self.values.lanes(first), &mut ds);
             for ((p, ds), i) in p.iter_mut().zip(&mut ds).zip(range.clone()) {
                 let (log_sum, delta) = (self.log_sums[i], self.deltas[i]);
+                ds.iter_mut().for_each(|ds| *ds -= delta);
+                if let Some(cap) = self.kernel.0.cap {
+                    for l in 0..LANES {
+                        let t = tanh(p[l] / cap);
+                        p[l] = cap * t;
+                        ds[l] *= 1.0 - t * t;
+                    }
+                }
                 for l in 0..LANES {
                     p[l] = exp(p[l] - log_sum);
-                    ds[l] = p[l] * (ds[l] - delta);
+                    ds[l] *= p[l];
                 }
                 let visible = self.kernel.keys_seen(i, first);
                 hide(p, &visible, 0.0);

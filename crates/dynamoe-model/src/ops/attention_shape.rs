@@ -1,9 +1,9 @@
-//! What the rows and columns of queries, keys and values mean.
+//! What the rows and columns of queries, keys and values mean, and how scores are made.
 
 use candle_core::{Result, Tensor, bail};
 
-/// The meaning of rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The meaning of rows and columns of q `(B·T, H·d)`, k and v `(B·T, K·d)`, and of scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// B: sequences.
     pub sequences: usize,
@@ -17,6 +17,10 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Largest number of keys that a query sees, its own included. None: all up to its own.
     pub window: Option<usize>,
+    /// Scores are this times `q·k`; `1 / √d` in most models.
+    pub scale: f32,
+    /// `c`, where a score `s` becomes `c tanh(s / c)`.
+    pub cap: Option<f32>,
 }
 
 impl AttentionShape {

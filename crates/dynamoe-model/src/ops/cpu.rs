@@ -7,7 +7,7 @@ use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLockReadGuard};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
-pub(super) use dynamoe::math::{exp, mul_add};
+pub(super) use dynamoe::math::{exp, mul_add, tanh};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;

@@ -1,4 +1,5 @@
-//! The output matrix and the loss as one operation: `cross_entropy(x Wᵀ, targets, weights)`.
+//! The output matrix and the loss as one operation: `cross_entropy(x Wᵀ, targets, weights)`. Logits `z` may be capped to
+//! `c tanh(z / c)`, whose slope is `1 - (capped / c)²`.
 //!
 //! A small vocabulary is computed by rows: a block's logits become their gradient while they are in the cache. With a
 //! large vocabulary, the logits `(N, V)` are the largest tensor of a step and `W` is the largest weight. So it is computed
@@ -12,10 +13,12 @@ use rayon::prelude::*;
 
 use super::cpu::{
     add_parts, exp, fusable, lock, matrix, max, multiply, multiply_blocks, read, rows_per_block, slice, sum,
+    tanh,
 };
 use super::cross_entropy::{check, cross_entropy};
 use super::gradients::add_gradient;
 use super::linear::linear;
+use super::softcap::softcap;
 
 /// Vocabularies from this size on are computed by columns.
 const LARGE: usize = 4096;
@@ -27,20 +30,27 @@ const TASKS: usize = 16;
 const KEPT: usize = 1 << 26;
 
 /// `x (N, D)`, `w (V, D)`, `targets (N)` u32, `weights (N)` → losses `(N)` in nats. `weights` get no gradient.
+/// Logits are capped by `cap`, if there is one.
 ///
 /// # Errors
 /// Shapes or dtypes that do not fit, a target outside the vocabulary.
-pub fn linear_cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
+pub fn linear_cross_entropy(
+    x: &Tensor,
+    w: &Tensor,
+    targets: &Tensor,
+    weights: &Tensor,
+    cap: Option<f32>,
+) -> Result<Tensor> {
     let ((n, d), (v, w_d)) = (x.dims2()?, w.dims2()?);
     if !fusable(&[x, w, weights]) || !targets.device().is_cpu() {
-        return cross_entropy(&linear(x, w)?, targets, weights);
+        return cross_entropy(&softcap(linear(x, w)?, cap)?, targets, weights);
     }
     if d != w_d {
         bail!("linear_cross_entropy: expected rows of {w_d} numbers, found {d}");
     }
     check((n, v), targets, weights)?;
     let keep = x.track_op() || w.track_op();
-    let tokens = Tokens { targets: targets.to_vec1()?, weights: weights.to_vec1()? };
+    let tokens = Tokens { targets: targets.to_vec1()?, weights: weights.to_vec1()?, cap: Cap(cap) };
     let (x, w) = (x.contiguous()?, w.contiguous()?);
     if v < LARGE {
         x.apply_op2(&w, ByRows { tokens, keep, gradient: Mutex::new(None) })
@@ -49,10 +59,37 @@ pub fn linear_cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: &
     }
 }
 
-/// Targets and weights of the rows.
+/// Targets and weights of the rows, and the cap of all logits.
 struct Tokens {
     targets: Vec<u32>,
     weights: Vec<f32>,
+    cap: Cap,
+}
+
+/// The cap of logits, if there is one.
+#[derive(Clone, Copy)]
+struct Cap(Option<f32>);
+
+impl Cap {
+    /// Caps logits.
+    fn apply(self, logits: &mut [f32]) {
+        if let Some(cap) = self.0 {
+            logits.iter_mut().for_each(|z| *z = cap * tanh(*z / cap));
+        }
+    }
+
+    /// The slope at each of these capped logits; none without a cap.
+    fn slopes(self, capped: &[f32]) -> Option<Vec<f32>> {
+        let slope = |cap: f32| capped.iter().map(move |z| 1.0 - (z / cap) * (z / cap));
+        self.0.map(|cap| slope(cap).collect())
+    }
+}
+
+/// Turns the gradient with respect to capped logits into that before the cap.
+fn through_cap(gradient: &mut [f32], slopes: Option<Vec<f32>>) {
+    if let Some(slopes) = slopes {
+        gradient.iter_mut().zip(slopes).for_each(|(g, slope)| *g *= slope);
+    }
 }
 
 /// The operation for a small vocabulary.
@@ -69,7 +106,9 @@ impl ByRows {
     fn losses(&self, first: usize, logits: &mut [f32], v: usize, losses: &mut [f32]) {
         for ((n, row), loss) in (first..).zip(logits.chunks_exact_mut(v)).zip(losses) {
             let (target, weight) = (self.tokens.targets[n] as usize, self.tokens.weights[n]);
+            self.tokens.cap.apply(row);
             let (max, logit) = (max(row), row[target]);
+            let slopes = if self.keep { self.tokens.cap.slopes(row) } else { None };
             row.iter_mut().for_each(|x| *x = exp(*x - max));
             let total = sum(row, |p| p);
             *loss = weight * (max + total.ln() - logit);
@@ -77,6 +116,7 @@ impl ByRows {
                 let factor = weight / total;
                 row.iter_mut().for_each(|p| *p *= factor);
                 row[target] -= weight;
+                through_cap(row, slopes);
             }
         }
     }
@@ -205,7 +245,8 @@ impl ByColumns {
         let (mut parts, mut kept) = (Vec::new(), Vec::new());
         for (chunk, w) in w.chunks(CHUNK * x.ncols()).enumerate() {
             let w = matrix(w, x.ncols());
-            let logits = logits(x, w);
+            let mut logits = logits(x, w);
+            self.tokens.cap.apply(&mut logits);
             parts.push(self.part(&logits, w.nrows(), first + chunk * CHUNK));
             if self.keep && (chunk + 1) * CHUNK * x.nrows() * TASKS <= KEPT {
                 kept.push(logits);
@@ -236,7 +277,11 @@ impl Backward<'_> {
         let mut kept = kept.into_iter();
         for (chunk, w) in w.chunks(CHUNK * d).enumerate() {
             let (w, first) = (matrix(w, d), task * self.rows + chunk * CHUNK);
-            let mut gradient = kept.next().unwrap_or_else(|| logits(self.x, w));
+            let mut gradient = kept.next().unwrap_or_else(|| {
+                let mut logits = logits(self.x, w);
+                self.op.tokens.cap.apply(&mut logits);
+                logits
+            });
             self.turn_into_gradient(&mut gradient, w.nrows(), first);
             let gradient = matrix(&gradient, w.nrows());
             multiply(&mut dx, Accum::Add, gradient, w);
@@ -248,8 +293,9 @@ impl Backward<'_> {
         dx
     }
 
-    /// Turns logits of the `columns` columns from `first` on into their gradient.
+    /// Turns logits of the `columns` columns from `first` on, capped, into the gradient before the cap.
     fn turn_into_gradient(&self, logits: &mut [f32], columns: usize, first: usize) {
+        let slopes = self.op.tokens.cap.slopes(logits);
         for (n, row) in logits.chunks_exact_mut(columns).enumerate() {
             let (scale, log_sum) = (self.scales[n], self.saved.log_sums[n]);
             row.iter_mut().for_each(|x| *x = scale * exp(*x - log_sum));
@@ -257,6 +303,7 @@ impl Backward<'_> {
                 row[at] -= scale;
             }
         }
+        through_cap(logits, slopes);
     }
 }
 

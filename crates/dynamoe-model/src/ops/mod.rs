@@ -20,6 +20,7 @@ mod rope;
 mod rotary;
 mod router;
 mod self_attention;
+mod softcap;
 
 pub(crate) use experts::expert_rows;
 
@@ -33,8 +34,9 @@ pub use ffn::{ffn, reach_of};
 pub use gradients::{Gradient, Gradients};
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
-pub use rms_norm::{rms_norm, rms_norm_composed};
+pub use rms_norm::{Norm, rms_norm, rms_norm_composed};
 pub use rope::{rope, rope_composed};
 pub use rotary::Rotary;
 pub use router::RouterWeights;
 pub use self_attention::{Projection, SelfAttention};
+pub use softcap::softcap;

@@ -18,8 +18,19 @@ pub struct Rotary {
 impl Rotary {
     /// The tables of the first `positions` positions on `device`.
     pub fn new(config: &ModelConfig, positions: usize, device: &Device) -> Result<Self> {
-        let (frequencies, factor) =
-            RopeScaling::frequencies(config.rope_theta, config.head_dim, config.rope_scaling.as_ref());
+        let scaling = config.rope_scaling.as_ref();
+        Self::tables(RopeScaling::frequencies(config.rope_theta, config.head_dim, scaling), positions, device)
+    }
+
+    /// Those of the layers with a window, if they have a theta of their own.
+    pub fn local(config: &ModelConfig, positions: usize, device: &Device) -> Result<Option<Self>> {
+        let frequencies =
+            config.local_rope_theta.map(|theta| RopeScaling::frequencies(theta, config.head_dim, None));
+        frequencies.map(|frequencies| Self::tables(frequencies, positions, device)).transpose()
+    }
+
+    /// The tables of frequencies, with the factor of cosines and sines.
+    fn tables((frequencies, factor): (Vec<f64>, f64), positions: usize, device: &Device) -> Result<Self> {
         let (frequencies, factor): (Vec<f32>, f32) =
             (frequencies.into_iter().map(|frequency| frequency as f32).collect(), factor as f32);
         // The products are rounded to f32 before the cosine is taken, as in transformers.

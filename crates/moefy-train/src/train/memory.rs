@@ -10,7 +10,8 @@
 //!               + activations + logits; with `recompute` also one layer and the output matrix in f32
 //! publishing    all weights + what the smaller experts' matrices take as copies
 //!
-//! a layer keeps N · (11 D + 2 q + 2 k + 2 I + 2 P + R) for its backward pass
+//! a layer keeps N · (11 D + 2 q + 2 k + 2 I + 2 P + R) for its backward pass, and 2 · N · D more for each norm of outputs
+//! or factor of the residual stream
 //! activations   L layers, or with `recompute` one layer and L · N · D; the teacher's hidden states; one backward pass
 //! logits        8 blocks of 32 MiB, or less if there are fewer logits
 //! ```
@@ -181,7 +182,8 @@ fn activations(config: &ModelConfig, train: &TrainConfig) -> u64 {
     let section = config.dynamoe.as_ref();
     let (p, r) = section.map_or((0, 0), |section| (section.separate_width(), section.router.hidden_size));
     let raw = if config.qk_norm { q + k } else { 0 };
-    let layer = 11 * d + 2 * q + 2 * k + raw + 2 * i + 2 * p + r;
+    let outputs = 2 * usize::from(config.output_norms) + 2 * usize::from(config.scales.residual != 1.0);
+    let layer = (11 + 2 * outputs) * d + 2 * q + 2 * k + raw + 2 * i + 2 * p + r;
     let kept = if train.recompute { layer + layers * d } else { layers * layer };
     let teacher = if train.has_teacher() { layers * d } else { 0 };
     let backward = i + p + 6 * d + 3 * q + 4 * k;

@@ -85,7 +85,8 @@ fn broken_configs_are_refused() {
         &|c| c["architectures"] = json!(["GPT2LMHeadModel"]),
         &[
             "GPT2LMHeadModel",
-            "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, DynaMoeForCausalLM",
+            "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM",
+            "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, GraniteForCausalLM, DynaMoeForCausalLM",
         ],
     );
     says(

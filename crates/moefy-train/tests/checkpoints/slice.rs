@@ -131,9 +131,9 @@ fn where_the_ffn_has_no_biases_the_compensation_is_left_out() {
     for architecture in ARCHITECTURES {
         let (dir, source) = converted(architecture, Dtype::BF16, 1);
         let slice = Slice::of(&source, 0.5).unwrap();
-        let llama = architecture == "LlamaForCausalLM";
-        assert_eq!(slice.compensation == Compensation::Bias, llama, "{architecture}");
-        assert_eq!(slice.compensation == Compensation::LeftOut, !llama, "{architecture}");
+        let biased = ["LlamaForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM"].contains(&architecture);
+        assert_eq!(slice.compensation == Compensation::Bias, biased, "{architecture}");
+        assert_eq!(slice.compensation == Compensation::LeftOut, !biased, "{architecture}");
         let out = dir.path().join("slice");
         let options =
             ExportOptions { dtype: Some(Dtype::F32), max_shard_bytes: Some(4000), ..Default::default() };
@@ -142,8 +142,8 @@ fn where_the_ffn_has_no_biases_the_compensation_is_left_out() {
         assert!(
             cut.shards().len() > 1 && cut.names().all(|name| cut.info(name).unwrap().dtype == Dtype::F32)
         );
-        assert_eq!(cut.names().any(|name| name.ends_with("down_proj.bias")), llama);
-        assert_eq!(cut.json()["mlp_bias"] == json!(true), llama);
+        assert_eq!(cut.names().any(|name| name.ends_with("down_proj.bias")), biased);
+        assert_eq!(cut.json()["mlp_bias"] == json!(true), biased);
         assert_eq!(
             (&cut.json()["architectures"], &cut.json()["torch_dtype"], &cut.json()["intermediate_size"]),
             (&json!([architecture]), &json!("float32"), &json!(12))
@@ -151,7 +151,7 @@ fn where_the_ffn_has_no_biases_the_compensation_is_left_out() {
         assert!(cut.json().get("auto_map").is_none() && !out.join("modeling_dynamoe.py").exists());
         assert_eq!(logits_of(&cut, 0).dims(), [18, 20]);
         // read and measured, but neither converted nor trained again
-        if llama {
+        if biased {
             let again = dir.path().join("again");
             let narrow = ConvertOptions { expert_widths: vec![8, 12], ..crate::tools::options() };
             assert_says(convert(&cut, None, &narrow, &again), &["mlp_bias"]);

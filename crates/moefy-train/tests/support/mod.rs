@@ -17,20 +17,32 @@ use rand_distr::{Distribution, StandardNormal};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
-pub const ARCHITECTURES: [&str; 4] =
-    ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+pub const ARCHITECTURES: [&str; 9] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+];
 pub const HIDDEN: usize = 16;
 pub const WIDTH: usize = 24;
 pub const LAYERS: usize = 2;
 
 /// A config.json as transformers writes it, of a tiny model.
 pub fn config(architecture: &str) -> Value {
-    let model_type = architecture.trim_end_matches("ForCausalLM").to_lowercase();
+    let model_type = match architecture {
+        "Gemma3ForCausalLM" => "gemma3_text".to_owned(),
+        _ => architecture.trim_end_matches("ForCausalLM").to_lowercase(),
+    };
+    let tied = ["Qwen2ForCausalLM", "Gemma2ForCausalLM"].contains(&architecture);
     let mut config = json!({
         "architectures": [architecture],
         "model_type": model_type,
         "torch_dtype": "float32",
-        "hidden_act": "silu",
         "hidden_size": HIDDEN,
         "intermediate_size": WIDTH,
         "num_hidden_layers": LAYERS,
@@ -40,7 +52,7 @@ pub fn config(architecture: &str) -> Value {
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": architecture == "Qwen2ForCausalLM",
+        "tie_word_embeddings": tied,
         "bos_token_id": 1,
         "eos_token_id": [2, 3],
         "a_key_nobody_knows": { "z": 1, "a": 2 }
@@ -48,7 +60,22 @@ pub fn config(architecture: &str) -> Value {
     match architecture {
         "Qwen3ForCausalLM" => config["head_dim"] = json!(8),
         "MistralForCausalLM" => config["sliding_window"] = json!(8),
+        "SmolLM3ForCausalLM" => config["no_rope_layer_interval"] = json!(2),
+        "Gemma2ForCausalLM" => {
+            config["sliding_window"] = json!(8);
+            config["query_pre_attn_scalar"] = json!(6);
+        }
+        "Gemma3ForCausalLM" => {
+            config["sliding_window"] = json!(8);
+            config["sliding_window_pattern"] = json!(2);
+        }
+        "GraniteForCausalLM" => config["residual_multiplier"] = json!(0.5),
         _ => {}
+    }
+    if architecture.starts_with("Gemma") {
+        config["head_dim"] = json!(4);
+    } else {
+        config["hidden_act"] = json!("silu");
     }
     config
 }

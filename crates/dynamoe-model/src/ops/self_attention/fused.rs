@@ -4,7 +4,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor, bail};
 use faer::Accum;
 use rayon::prelude::*;
 
@@ -14,7 +14,7 @@ use crate::ops::cpu::{Host, add_parts, axpy, blocks, host, matrix, multiply, rea
 use crate::ops::gradients::{hand_over, hand_over_bias, hand_over_matrix};
 use crate::ops::rms_norm::{norm_rows, norm_rows_backward};
 use crate::ops::rope::{Direction, Rotation};
-use crate::ops::{AttentionShape, Rotary};
+use crate::ops::{AttentionShape, Norm, Rotary};
 
 /// The operation's name in errors.
 const NAME: &str = "self_attention";
@@ -39,7 +39,7 @@ struct Kept {
 /// The operation, for one forward and one backward pass.
 pub(super) struct Fused {
     layer: SelfAttention,
-    rotary: Rotary,
+    rotary: Option<Rotary>,
     shape: AttentionShape,
     keep: bool,
     kept: OnceLock<Kept>,
@@ -76,10 +76,10 @@ impl<'a> Matrix<'a> {
 
 /// What happens to the heads of q or k between projection and attention: norm and rotation.
 struct RotateHeads<'a> {
-    norm: Option<Host<'a>>,
-    eps: f32,
-    cos: Host<'a>,
-    sin: Host<'a>,
+    weights: Option<Host<'a>>,
+    norm: Norm,
+    /// Cosines and sines; none where heads are not turned.
+    angles: Option<[Host<'a>; 2]>,
     /// `heads · d`
     width: usize,
     /// `d / 2`
@@ -87,37 +87,41 @@ struct RotateHeads<'a> {
 }
 
 impl<'a> RotateHeads<'a> {
-    fn new(op: &'a Fused, norm: Option<&'a Tensor>, heads: usize) -> Result<Self> {
+    fn new(op: &'a Fused, weights: Option<&'a Tensor>, heads: usize) -> Result<Self> {
+        let angles =
+            op.rotary.as_ref().map(|rotary| Ok::<_, Error>([host(&rotary.cos)?, host(&rotary.sin)?]));
         Ok(Self {
-            norm: norm.map(host).transpose()?,
-            eps: op.layer.eps as f32,
-            cos: host(&op.rotary.cos)?,
-            sin: host(&op.rotary.sin)?,
+            weights: weights.map(host).transpose()?,
+            norm: op.layer.norms,
+            angles: angles.transpose()?,
             width: heads * op.shape.head_dim,
             half: op.shape.head_dim / 2,
         })
     }
 
-    fn rotation(&self) -> Rotation<'_> {
-        Rotation { cos: &self.cos, sin: &self.sin, half: self.half }
+    /// Turns the heads of rows in place, if they are to be turned. The first row is number `first` of all.
+    fn turn(&self, x: &mut [f32], first: usize, direction: Direction) {
+        if let Some([cos, sin]) = &self.angles {
+            Rotation { cos, sin, half: self.half }.turn(x, self.width, first, direction);
+        }
     }
 
     /// Norms and turns rows in place. The first row is number `first` of all. If the heads are normed, `raw` becomes a
     /// copy of `x` as it was before.
     fn forward(&self, x: &mut [f32], first: usize, raw: &mut [f32]) {
-        if let Some(norm) = &self.norm {
+        if let Some(weights) = &self.weights {
             raw.copy_from_slice(x);
-            norm_rows(raw, norm, self.eps, x);
+            norm_rows(raw, weights, self.norm, x);
         }
-        self.rotation().turn(x, self.width, first, Direction::Forward);
+        self.turn(x, first, Direction::Forward);
     }
 
     /// Turns the gradient with respect to the result of [`RotateHeads::forward`] into that with respect to its input.
     /// Adds the gradient with respect to the norm's weights to `d_norm`.
     fn backward(&self, g: &mut [f32], first: usize, raw: &[f32], d_norm: &mut [f32]) {
-        self.rotation().turn(g, self.width, first, Direction::Back);
-        if let Some(norm) = &self.norm {
-            norm_rows_backward(raw, norm, self.eps, g, d_norm);
+        self.turn(g, first, Direction::Back);
+        if let Some(weights) = &self.weights {
+            norm_rows_backward(raw, weights, self.norm, g, d_norm);
         }
     }
 }
@@ -141,7 +145,12 @@ struct RowGradients {
 
 impl Fused {
     /// `keep` says whether there may be a backward pass.
-    pub(super) fn new(layer: SelfAttention, rotary: Rotary, shape: AttentionShape, keep: bool) -> Self {
+    pub(super) fn new(
+        layer: SelfAttention,
+        rotary: Option<Rotary>,
+        shape: AttentionShape,
+        keep: bool,
+    ) -> Self {
         Self { layer, rotary, shape, keep, kept: OnceLock::new() }
     }
 
@@ -188,7 +197,7 @@ impl Fused {
         let rows = rows_per_block(n);
         blocks(out, rows, n).into_par_iter().zip(x.par_chunks(rows * d)).enumerate().for_each(
             |(block, ([normed, raw_q, raw_k, to_q, to_k, to_v], x))| {
-                norm_rows(x, &norm, layer.eps as f32, normed);
+                norm_rows(x, &norm, layer.norms, normed);
                 q.forward(normed, to_q, Accum::Replace);
                 rotate_q.forward(to_q, block * rows, raw_q);
                 k.forward(normed, to_k, Accum::Replace);
@@ -199,14 +208,17 @@ impl Fused {
         Ok(all)
     }
 
-    /// `x + W_o o`.
+    /// `x + W_o o`, or `W_o o`.
     fn output(&self, x: &[f32], d: usize, o: &[f32]) -> Result<Vec<f32>> {
         let matrix = Matrix::new(&self.layer.o)?;
         let rows = rows_per_block(x.len() / d);
-        let mut y = x.to_vec();
+        let (mut y, accum) = match self.layer.residual {
+            true => (x.to_vec(), Accum::Add),
+            false => (vec![0f32; x.len()], Accum::Replace),
+        };
         y.par_chunks_mut(rows * d)
             .zip(o.par_chunks(rows * matrix.from))
-            .for_each(|(y, o)| matrix.forward(o, y, Accum::Add));
+            .for_each(|(y, o)| matrix.forward(o, y, accum));
         Ok(y)
     }
 
@@ -250,8 +262,10 @@ impl Fused {
             q.backward(dq, dx, Accum::Replace);
             k.backward(dk, dx, Accum::Add);
             v.backward(dv, dx, Accum::Add);
-            norm_rows_backward(x, &norm, layer.eps as f32, dx, &mut norms.input);
-            axpy(dx, 1.0, g);
+            norm_rows_backward(x, &norm, layer.norms, dx, &mut norms.input);
+            if layer.residual {
+                axpy(dx, 1.0, g);
+            }
             norms
         });
         let norms = norms.collect();

@@ -1,5 +1,6 @@
 //! The attention sublayer as one operation: `y = x + W_o · attention(rope(W_q n), rope(W_k n), W_v n)` with
-//! `n = rms_norm(x)`, and with biases and norms of heads where the model has them.
+//! `n = rms_norm(x)`, and with biases and norms of heads where the model has them. Some models norm or scale what attention
+//! puts out, others leave out `rope`: then the operation ends before `x` is added, or turns nothing.
 //!
 //! [`fused`] is the implementation for f32 on the CPU.
 
@@ -9,7 +10,7 @@ use candle_core::{Result, Tensor, bail};
 
 use super::cpu::fusable;
 use super::rotary::Rotary;
-use super::{AttentionShape, attention, linear, rms_norm, rope};
+use super::{AttentionShape, Norm, attention, linear, rms_norm, rope};
 use fused::Fused;
 
 /// A projection with an optional bias.
@@ -52,23 +53,25 @@ pub struct SelfAttention {
     pub q_norm: Option<Tensor>,
     /// Norm of each key head, `(d)`.
     pub k_norm: Option<Tensor>,
-    /// Added to the mean square in every norm.
-    pub eps: f64,
+    /// What every norm has besides weights.
+    pub norms: Norm,
+    /// Whether `x` is added to what attention puts out.
+    pub residual: bool,
 }
 
 impl SelfAttention {
-    /// `x (B·T, D)` → `(B·T, D)`.
+    /// `x (B·T, D)` → `(B·T, D)`. `rotary` is none for a layer that does not turn q and k.
     ///
     /// # Errors
     /// Shapes that do not fit.
-    pub fn forward(&self, x: &Tensor, rotary: &Rotary, shape: AttentionShape) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, rotary: Option<&Rotary>, shape: AttentionShape) -> Result<Tensor> {
         let mut tensors = self.weights();
         let trained = tensors.iter().copied().find(|weight| weight.track_op()).unwrap_or(&self.norm);
-        tensors.extend([&rotary.cos, &rotary.sin]);
+        tensors.extend(rotary.into_iter().flat_map(|rotary| [&rotary.cos, &rotary.sin]));
         if fusable(&tensors) && tensors.iter().all(|tensor| tensor.is_contiguous()) && fusable(&[x]) {
             self.check(x, rotary, shape)?;
             let keep = x.track_op() || trained.track_op();
-            let op = Fused::new(self.clone(), rotary.clone(), shape, keep);
+            let op = Fused::new(self.clone(), rotary.cloned(), shape, keep);
             // candle runs a backward pass only if an input is trained: so a trained weight is one
             return x.contiguous()?.apply_op2(trained, op);
         }
@@ -76,7 +79,7 @@ impl SelfAttention {
     }
 
     /// Checks what each of the smaller operations would check.
-    fn check(&self, x: &Tensor, rotary: &Rotary, shape: AttentionShape) -> Result<()> {
+    fn check(&self, x: &Tensor, rotary: Option<&Rotary>, shape: AttentionShape) -> Result<()> {
         let AttentionShape { sequences, positions, heads, kv_heads, head_dim, .. } = shape;
         shape.check()?;
         let (n, d) = x.dims2()?;
@@ -89,13 +92,13 @@ impl SelfAttention {
             || !(fit(&self.q_norm, head_dim) && fit(&self.k_norm, head_dim))
             || weights != [&[q, d], &[k, d], &[k, d], &[d, q]]
             || self.norm.dims() != [d]
-            || rotary.cos.dims() != [positions, head_dim / 2]
+            || rotary.is_some_and(|rotary| rotary.cos.dims() != [positions, head_dim / 2])
         {
             bail!(
                 "self_attention: expected x (B·T, D), weights, biases and norms that fit {shape:?}, found x {:?}, \
                  weights {weights:?}, rotary tables {:?}",
                 x.dims(),
-                rotary.cos.dims()
+                rotary.map(|rotary| rotary.cos.dims())
             );
         }
         Ok(())
@@ -105,12 +108,21 @@ impl SelfAttention {
     ///
     /// # Errors
     /// Shapes that do not fit.
-    pub fn forward_composed(&self, x: &Tensor, rotary: &Rotary, shape: AttentionShape) -> Result<Tensor> {
-        let normed = rms_norm(x, &self.norm, self.eps)?;
-        let q = head_norm(self.q.forward(&normed)?, self.q_norm.as_ref(), self.eps)?; // (N, H·d)
-        let k = head_norm(self.k.forward(&normed)?, self.k_norm.as_ref(), self.eps)?; // (N, K·d)
+    pub fn forward_composed(
+        &self,
+        x: &Tensor,
+        rotary: Option<&Rotary>,
+        shape: AttentionShape,
+    ) -> Result<Tensor> {
+        let normed = rms_norm(x, &self.norm, self.norms)?;
+        let mut q = head_norm(self.q.forward(&normed)?, self.q_norm.as_ref(), self.norms)?; // (N, H·d)
+        let mut k = head_norm(self.k.forward(&normed)?, self.k_norm.as_ref(), self.norms)?; // (N, K·d)
+        if let Some(rotary) = rotary {
+            (q, k) = (rope(&q, rotary)?, rope(&k, rotary)?);
+        }
         let v = self.v.forward(&normed)?; // (N, K·d)
-        x + self.o.forward(&attention(&rope(&q, rotary)?, &rope(&k, rotary)?, &v, shape)?)?
+        let y = self.o.forward(&attention(&q, &k, &v, shape)?)?;
+        if self.residual { x + y } else { Ok(y) }
     }
 
     fn weights(&self) -> Vec<&Tensor> {
@@ -124,7 +136,7 @@ impl SelfAttention {
 }
 
 /// Norms each head of `x (N, heads·d)` with the weights `w (d)`, if there are any.
-fn head_norm(x: Tensor, w: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+fn head_norm(x: Tensor, w: Option<&Tensor>, norm: Norm) -> Result<Tensor> {
     let Some(w) = w else { return Ok(x) };
-    rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps)?.reshape(x.shape())
+    rms_norm(&x.reshape(((), w.dim(0)?))?, w, norm)?.reshape(x.shape())
 }
