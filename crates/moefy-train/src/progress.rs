@@ -4,11 +4,25 @@
 use std::io::{IsTerminal, Write};
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::locks::lock;
+
+/// Whether this process leaves it to another one to say what is done.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// From now on, this process shows no progress: another one shows the same.
+pub fn be_silent() {
+    SILENT.store(true, Relaxed);
+}
+
+/// Whether another process says what is done.
+pub fn is_silent() -> bool {
+    SILENT.load(Relaxed)
+}
 
 /// Time between plain lines.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
@@ -30,9 +44,10 @@ pub struct Progress {
 impl Progress {
     /// `total` units (such as "tokens") of work named `label`, of which `done` were done earlier.
     pub fn new(label: &str, unit: &'static str, total: u64, done: u64) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Self::shown(label, unit, done..total, target, !terminal)
+        let (silent, terminal) = (is_silent(), std::io::stderr().is_terminal());
+        let bar = terminal && !silent;
+        let target = if bar { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Self::shown(label, unit, done..total, target, !terminal && !silent)
     }
 
     /// Progress that nobody sees.

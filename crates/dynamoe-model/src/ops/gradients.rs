@@ -15,6 +15,9 @@ use rayon::prelude::*;
 use super::cpu::{add_parts, axpy, matrix, multiply_blocks, read, sum};
 use crate::params::Params;
 
+/// Numbers whose squares are summed at a time.
+pub const PART: usize = 1 << 14;
+
 /// The sum of a parameter's gradients.
 #[derive(Debug)]
 pub enum Gradient {
@@ -110,7 +113,7 @@ impl Gradients {
 
     fn add_tensor(&mut self, var: &Var, gradient: &Tensor) -> Result<()> {
         if var.device().is_cpu() {
-            let (filled, sum) = host(&mut self.sums, var);
+            let (filled, sum) = host(&mut self.sums, var, var.elem_count());
             return read([gradient], |[gradient]| {
                 if std::mem::replace(filled, true) {
                     axpy(sum, 1.0, gradient)
@@ -138,33 +141,86 @@ impl Gradients {
         self.sums.insert(var.id(), Sum { gradient, filled: true });
     }
 
-    /// The euclidean norm over all parameters.
-    pub fn norm(&self, params: &Params) -> Result<f64> {
-        let mut squares = 0.0;
+    /// Adds what `other` holds of `params`, in one addition for each number. A parameter that has no gradient yet takes that
+    /// of `other` without a copy; `other` gets its buffer for the next one.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn absorb(&mut self, other: &mut Self, params: &Params) -> Result<()> {
         for (_, var) in params.iter() {
-            squares += match self.get(var) {
-                None => 0.0,
-                Some(Gradient::Device(gradient)) => f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?),
-                Some(Gradient::Host(gradient)) => {
-                    let parts: Vec<f64> =
-                        gradient.par_chunks(1 << 14).map(|part| f64::from(sum(part, |g| g * g))).collect();
-                    parts.iter().sum()
+            if other.get(var).is_none() {
+                continue;
+            }
+            if self.get(var).is_none() {
+                let free = self.sums.remove(&var.id());
+                if let Some(sum) = other.sums.remove(&var.id()) {
+                    self.sums.insert(var.id(), sum);
                 }
-            };
+                if let Some(free) = free {
+                    other.sums.insert(var.id(), free);
+                }
+                continue;
+            }
+            match other.get(var) {
+                Some(Gradient::Host(gradient)) => {
+                    let (_, sum) = host(&mut self.sums, var, gradient.len());
+                    let parts = sum.par_chunks_mut(PART).zip(gradient.par_chunks(PART));
+                    parts.for_each(|(sum, part)| axpy(sum, 1.0, part));
+                }
+                Some(Gradient::Device(gradient)) => self.add_tensor(var, gradient)?,
+                None => {}
+            }
         }
-        Ok(squares.sqrt())
+        Ok(())
+    }
+
+    /// The gradient with respect to `len` numbers of a parameter on the CPU, to be written or added to; whether it holds a
+    /// gradient already. From now on it does.
+    pub fn part(&mut self, var: &Var, len: usize) -> (bool, &mut [f32]) {
+        let (filled, values) = host(&mut self.sums, var, len);
+        (std::mem::replace(filled, true), values)
+    }
+
+    /// Sums of the squares of up to [`PART`] neighbouring numbers, parameter by parameter; their sum is the square of the
+    /// euclidean norm. A parameter on another device gives one sum.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn squares(&self, params: &Params) -> Result<Vec<f64>> {
+        let mut squares = Vec::new();
+        for (_, var) in params.iter() {
+            match self.get(var) {
+                None => {}
+                Some(Gradient::Device(gradient)) => {
+                    squares.push(f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?));
+                }
+                Some(Gradient::Host(gradient)) => {
+                    let parts = gradient.par_chunks(PART).map(|part| f64::from(sum(part, |g| g * g)));
+                    squares.extend(parts.collect::<Vec<f64>>());
+                }
+            }
+        }
+        Ok(squares)
+    }
+
+    /// The euclidean norm over all parameters.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn norm(&self, params: &Params) -> Result<f64> {
+        Ok(self.squares(params)?.iter().sum::<f64>().sqrt())
     }
 }
 
-/// The buffer of a parameter on the CPU, of the parameter's size, and whether it is filled.
-fn host<'a>(sums: &'a mut Sums, var: &Tensor) -> (&'a mut bool, &'a mut Vec<f32>) {
+/// The buffer of `len` numbers of a parameter on the CPU, and whether it is filled.
+fn host<'a>(sums: &'a mut Sums, var: &Tensor, len: usize) -> (&'a mut bool, &'a mut Vec<f32>) {
     let empty = || Sum { gradient: Gradient::Host(Vec::new()), filled: false };
     let sum = sums.entry(var.id()).or_insert_with(empty);
     if let Gradient::Device(_) = sum.gradient {
         *sum = empty();
     }
     let Gradient::Host(values) = &mut sum.gradient else { unreachable!("just made") };
-    values.resize(var.elem_count(), 0.0);
+    values.resize(len, 0.0);
     (&mut sum.filled, values)
 }
 
@@ -178,7 +234,7 @@ pub(super) fn add_gradient(weight: &Tensor, write: impl FnOnce(&mut [f32], Accum
     // The sums are put back before `write` runs, whose tasks might run other operations on this thread.
     let held = RUNNING.with_borrow_mut(|running| {
         let sums = running.as_mut().filter(|_| weight.is_variable())?;
-        let (filled, values) = host(sums, weight);
+        let (filled, values) = host(sums, weight, weight.elem_count());
         Some((std::mem::replace(filled, true), std::mem::take(values)))
     });
     let Some((filled, mut values)) = held else {
@@ -189,7 +245,7 @@ pub(super) fn add_gradient(weight: &Tensor, write: impl FnOnce(&mut [f32], Accum
     write(&mut values, if filled { Accum::Add } else { Accum::Replace });
     RUNNING.with_borrow_mut(|running| {
         if let Some(sums) = running {
-            *host(sums, weight).1 = values;
+            *host(sums, weight, weight.elem_count()).1 = values;
         }
     });
     Ok(None)

@@ -31,7 +31,7 @@ pub use attention_shape::AttentionShape;
 pub use cross_entropy::{cross_entropy, cross_entropy_composed};
 pub use embedding::embedding;
 pub use ffn::{ffn, reach_of};
-pub use gradients::{Gradient, Gradients};
+pub use gradients::{Gradient, Gradients, PART};
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
 pub use rms_norm::{Norm, rms_norm, rms_norm_composed};

@@ -10,6 +10,7 @@ use super::print;
 use moefy_train::methods::Method;
 use moefy_train::pipeline::compare::{Comparison, Variant, compare as run_comparison, earlier, variants};
 use moefy_train::pipeline::{Lab, Recipe};
+use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
 
 #[derive(Debug, Args)]
@@ -75,7 +76,7 @@ impl CompareArgs {
     }
 }
 
-pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
+pub fn compare(args: &CompareArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let asked = &args.comparison;
     asked.at.iter().try_for_each(|&width| dynamoe::dial::check_dial("--at", width))?;
     ensure!(asked.at.is_sorted(), "--at: expected widths in ascending order, found {:?}", asked.at);
@@ -90,8 +91,8 @@ pub fn compare(args: &CompareArgs, stop: &Stop) -> Result<()> {
     };
     let device = args.training.steps.device.open()?;
     let mut inputs = args.inputs.inputs();
-    inputs.fetch(&earlier(&args.out))?;
-    let lab = Lab::open(inputs, &device, stop)?;
+    ranks.first_then_others(|| inputs.fetch(&earlier(&args.out)))?;
+    let lab = Lab::open(inputs, &device, stop, ranks)?;
     warn_unless_served(lab.model.config());
     match run_comparison(&lab, &comparison, &args.out)? {
         Some(table) => {

@@ -12,6 +12,7 @@ use super::run::tell;
 use moefy_train::demo;
 use moefy_train::pipeline::run::Run;
 use moefy_train::pipeline::{Lab, RunFolder};
+use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
 
 #[derive(Debug, Args)]
@@ -29,11 +30,11 @@ pub struct DemoArgs {
     existing: ExistingArgs,
 }
 
-pub fn demo(args: &DemoArgs, stop: &Stop) -> Result<()> {
+pub fn demo(args: &DemoArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let settings = json!({ "demo": env!("CARGO_PKG_VERSION"), "tokens": args.tokens, "seed": args.seed });
-    let folder = RunFolder::prepare(&args.out, args.existing.existing(), &[], &settings)?;
+    let folder = RunFolder::prepare(&args.out, args.existing.existing(), &[], &settings, ranks)?;
     let inputs = demo::inputs(&demo::write_base(&folder)?);
-    let lab = Lab::open(inputs, &Device::Cpu, stop)?;
+    let lab = Lab::open(inputs, &Device::Cpu, stop, ranks)?;
     let run = Run::prepare(lab, demo::recipe(args.tokens, args.seed), demo::report_options())?;
     let outcome = run.run(&folder)?;
     tell(&folder, outcome)

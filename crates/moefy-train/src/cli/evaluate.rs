@@ -15,6 +15,7 @@ use moefy_train::evaluate::{
     Setting, budget, choices_point, pairs_point, point, scored_tokens, shuffled_point,
 };
 use moefy_train::progress::Progress;
+use moefy_train::ranks::Ranks;
 use moefy_train::report::results::{ChoicesPoint, Evaluation, PairsPoint, Point};
 
 /// Tokens on which a missing budget is solved.
@@ -65,7 +66,7 @@ pub struct EvaluateArgs {
     text: TextArgs,
 }
 
-pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
+pub fn evaluate(args: &EvaluateArgs, ranks: &dyn Ranks) -> Result<()> {
     ensure!(
         !args.data.is_empty() || args.pairs.is_some() || !args.choices.is_empty(),
         "nothing to score: give --data, --pairs or --choices"
@@ -74,7 +75,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     args.sensitivity.iter().try_for_each(|&s| check_dial("sensitivity", s))?;
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
     let device = args.device.open()?;
-    let mut checkpoint = args.model.open()?;
+    let mut checkpoint = ranks.first_then_others(|| args.model.open())?;
     let texts = Texts::open(&checkpoint, &args.text.options())?;
     let mut model = RoutedModel::load(&checkpoint, &device)?;
     let scope = if args.documents {
@@ -82,14 +83,22 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     } else {
         Scope::Packed(args.sequence_length)
     };
-    let data = fetched(&args.data)?;
-    let batches = if data.is_empty() { Vec::new() } else { texts.scored(&data, scope)? };
+    let read = |data: &[DataSource]| {
+        ranks.first_then_others(|| {
+            let data = fetched(data)?;
+            texts.scored(&data, scope)
+        })
+    };
+    let batches = if args.data.is_empty() { Vec::new() } else { read(&args.data)? };
     if needs_solving(args, &model) {
         let text = match args.calibration_data.as_slice() {
             [] => batches.clone(),
-            sources => texts.scored(&fetched(sources)?, scope)?,
+            sources => read(sources)?,
         };
-        store_budgets(args, &mut checkpoint, &model, &text)?;
+        store_budgets(args, &mut checkpoint, &model, &text, ranks)?;
+        if !ranks.is_first() {
+            checkpoint = args.model.open()?; // as the first rank has stored it
+        }
         model = RoutedModel::load(&checkpoint, &device)?;
     }
     let settings = settings(args, &model)?;
@@ -105,17 +114,17 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<()> {
     for setting in &settings {
         if !batches.is_empty() {
             let measure = if args.shuffled { shuffled_point } else { point };
-            let point = measure(&model, &batches, setting, &progress)?;
+            let point = measure(&model, &batches, setting, &progress, ranks)?;
             if !args.json {
                 print_point(&point, evaluation.results.is_empty())?;
             }
             evaluation.results.push(point);
         }
         if let Some(pairs) = &pairs {
-            evaluation.pairs.push(pairs_point(&model, pairs, setting)?);
+            evaluation.pairs.push(pairs_point(&model, pairs, setting, ranks)?);
         }
         for choices in &choices {
-            evaluation.choices.push(choices_point(&model, choices, setting)?);
+            evaluation.choices.push(choices_point(&model, choices, setting, ranks)?);
         }
     }
     if tokens > 0 {
@@ -143,6 +152,7 @@ fn store_budgets(
     checkpoint: &mut Checkpoint,
     model: &RoutedModel,
     text: &[PaddedBatch],
+    ranks: &dyn Ranks,
 ) -> Result<()> {
     ensure!(!text.is_empty(), "--budget must be solved on text first: give --calibration-data or --data");
     if args.calibration_data.is_empty() {
@@ -152,11 +162,11 @@ fn store_budgets(
     }
     let mut section = model.config().dynamoe.clone().context("only a DynaMoE checkpoint has budgets")?;
     let text = subsample(text, SOLVE_TOKENS);
-    let found = budget::solve(model, &text, &args.budget, false)?.table;
+    let found = budget::solve(model, &text, &args.budget, false, ranks)?.table;
     section.budgets.retain(|row| found.iter().all(|new| (new.width - row.width).abs() > 1e-6));
     section.budgets.extend(found);
     section.budgets.sort_by(|a, b| a.width.total_cmp(&b.width));
-    checkpoint.store_section(&section).context("storing the solved budgets in the checkpoint")
+    ranks.first(|| checkpoint.store_section(&section).context("storing the solved budgets in the checkpoint"))
 }
 
 fn settings(args: &EvaluateArgs, model: &RoutedModel) -> Result<Vec<Setting>> {

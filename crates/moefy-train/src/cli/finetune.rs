@@ -11,6 +11,7 @@ use super::options::{ExistingArgs, TextArgs, TrainingArgs, heading, open_model, 
 use super::{print, stopped};
 use moefy_train::data::DataSource;
 use moefy_train::pipeline::{HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, TrainJob, Training};
+use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
 
 #[derive(Debug, Args)]
@@ -36,7 +37,7 @@ pub struct FinetuneArgs {
     existing: ExistingArgs,
 }
 
-pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
+pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let recipe = Recipe { train: args.training.config()?, ..Recipe::default() };
     recipe.train.validate()?;
     let read: Vec<&Path> = args.data.iter().map(|data| data.path.as_path()).collect();
@@ -49,14 +50,15 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
         held_out: HeldOut::Nothing,
         text: args.text.options(),
     };
-    inputs.fetch(RunFolder::earlier(&args.out, existing)?.as_slice())?;
-    let lab = Lab::open(inputs, &device, stop)?;
+    let earlier = RunFolder::earlier(&args.out, existing)?;
+    ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
+    let lab = Lab::open(inputs, &device, stop, ranks)?;
     warn_unless_served(lab.model.config());
     recipe.check_memory(&lab)?;
     let batches = lab.batches(&recipe.train)?;
     let teacher = match &args.teacher {
         Some(teacher) if recipe.train.has_teacher() => {
-            let teacher = open_model(teacher)?;
+            let teacher = ranks.first_then_others(|| open_model(teacher))?;
             teacher.config().refuse_biases("distillation").context("--teacher")?;
             Some(RoutedModel::load(&teacher, &device)?)
         }
@@ -67,7 +69,7 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
     let mut settings = lab.settings()?;
     settings["train"] = recipe.settings()?["train"].clone();
     settings["teacher"] = args.teacher.as_deref().into();
-    let folder = RunFolder::prepare(&args.out, existing, &read, &settings)?;
+    let folder = RunFolder::prepare(&args.out, existing, &read, &settings, ranks)?;
     let job = TrainJob {
         source: &lab.model,
         teacher: teacher.as_ref(),
@@ -81,7 +83,8 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop) -> Result<()> {
     };
     let calibration = Lab::calibration(&batches);
     let method = recipe.train.method;
-    Publication { source: &lab.model, model: &model, method, calibration: &calibration }.publish(&folder)?;
+    Publication { source: &lab.model, model: &model, method, calibration: &calibration, ranks }
+        .publish(&folder)?;
     let tokens = recipe.train.steps() * recipe.train.tokens_per_step();
     print(&format_args!("{}: trained on {tokens} tokens", args.out.display()))
 }

@@ -26,6 +26,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 
+use moefy_train::progress::is_silent;
+use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
 
 /// Turns a pre-trained dense LLM into a DynaMoE checkpoint: nested experts, a router, a dial.
@@ -66,27 +68,46 @@ enum Command {
     Pretrain(pretrain::PretrainArgs),
 }
 
-/// Runs the command line.
+/// Runs the command line, with these other processes.
 ///
 /// # Errors
 /// One error that says what was expected, what was found and what to do.
-pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let cli = Cli::parse_from(toml::from_toml(args.into_iter().collect(), &Cli::command())?);
-    match cli.command {
-        Command::Demo(args) => demo::demo(&args, &*stop_on_signal()?),
-        Command::Run(args) => run::run(&args, &*stop_on_signal()?),
-        Command::Compare(args) => compare::compare(&args, &*stop_on_signal()?),
+pub fn main(args: impl IntoIterator<Item = OsString>, ranks: &dyn Ranks) -> Result<()> {
+    let args = toml::from_toml(args.into_iter().collect(), &Cli::command())?;
+    let command = match Cli::try_parse_from(args) {
+        Ok(cli) => cli.command,
+        Err(error) => return usage(&error, ranks),
+    };
+    match command {
+        Command::Demo(args) => demo::demo(&args, &*stop_on_signal()?, ranks),
+        Command::Run(args) => run::run(&args, &*stop_on_signal()?, ranks),
+        Command::Compare(args) => compare::compare(&args, &*stop_on_signal()?, ranks),
+        Command::Finetune(args) => finetune::finetune(&args, &*stop_on_signal()?, ranks),
+        Command::Pretrain(args) => pretrain::pretrain(&args, &*stop_on_signal()?, ranks),
+        Command::Evaluate(args) => evaluate::evaluate(&args, ranks),
+        _ if !ranks.is_first() => Ok(()), // the others are one process's work
         Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Convert(args) => convert::convert(&args),
-        Command::Finetune(args) => finetune::finetune(&args, &*stop_on_signal()?),
-        Command::Evaluate(args) => evaluate::evaluate(&args),
         Command::Card(args) => card::card(&args),
         Command::Export(args) => export::export(&args),
         Command::Report(args) => report::report(&args),
         Command::Chart(args) => chart::chart(&args),
         Command::Inspect(args) => inspect::inspect(&args),
-        Command::Pretrain(args) => pretrain::pretrain(&args, &*stop_on_signal()?),
     }
+}
+
+/// Shows the usage, which somebody asked for or which their arguments do not follow.
+fn usage(error: &clap::Error, ranks: &dyn Ranks) -> Result<()> {
+    if ranks.size() == 1 {
+        error.exit();
+    }
+    if ranks.is_first() {
+        error.print().context("writing the usage")?;
+        if error.use_stderr() {
+            ranks.end(error.exit_code());
+        }
+    }
+    Ok(()) // and wait for the first rank
 }
 
 /// An error and its causes in one line, without the backtrace that candle makes part of its messages where
@@ -100,16 +121,22 @@ pub fn message(error: &anyhow::Error) -> String {
     causes.collect::<Vec<_>>().join(": ")
 }
 
-/// Prints a line to standard output. A reader that has left, as `head` does, ends the program quietly.
+/// Prints a line to standard output, on the first rank. A reader that has left, as `head` does, ends the program quietly.
 fn print(line: &dyn Display) -> Result<()> {
+    if is_silent() {
+        return Ok(());
+    }
     match writeln!(std::io::stdout(), "{line}") {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         written => written.context("writing to standard output"),
     }
 }
 
-/// Prints a line to standard error, unless its reader has left.
+/// Prints a line to standard error, on the first rank, unless its reader has left.
 pub fn tell(line: &str) {
+    if is_silent() {
+        return;
+    }
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 

@@ -12,6 +12,7 @@ use moefy_train::data::DataSource;
 use moefy_train::methods::Method;
 use moefy_train::pipeline::pretrain::{Pretrain, Shape};
 use moefy_train::pipeline::{RunFolder, describe_sources};
+use moefy_train::ranks::Ranks;
 use moefy_train::train::{Outcome, Stop, TrainConfig, Tuning};
 
 #[derive(Debug, Args)]
@@ -76,7 +77,7 @@ impl ShapeArgs {
     }
 }
 
-pub fn pretrain(args: &PretrainArgs, stop: &Stop) -> Result<()> {
+pub fn pretrain(args: &PretrainArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     // random weights have nothing to keep: all of them learn at the same rate
     let tuning = Tuning { backbone_lr: 1.0, ..Tuning::default() };
     let train = TrainConfig { method: Method::Dense, ..args.steps.config(tuning)? };
@@ -87,7 +88,7 @@ pub fn pretrain(args: &PretrainArgs, stop: &Stop) -> Result<()> {
     RunFolder::check(&args.out, existing, &read)?;
     let mut data = args.data.clone();
     let earlier = RunFolder::earlier(&args.out, existing)?;
-    data.iter_mut().try_for_each(|source| source.fetch(earlier.as_slice()))?;
+    ranks.first_then_others(|| data.iter_mut().try_for_each(|source| source.fetch(earlier.as_slice())))?;
     let settings = json!({
         "data": describe_sources(&data)?,
         "shape": shape,
@@ -95,7 +96,7 @@ pub fn pretrain(args: &PretrainArgs, stop: &Stop) -> Result<()> {
         "seed": train.seed,
         "mask-prompt": text.format.mask_prompt,
     });
-    let folder = RunFolder::prepare(&args.out, existing, &read, &settings)?;
+    let folder = RunFolder::prepare(&args.out, existing, &read, &settings, ranks)?;
     let pretrain = Pretrain { shape, train, data, text };
     match pretrain.run(&folder, &device, stop)? {
         Outcome::Stopped(step) => stopped(step),

@@ -12,6 +12,7 @@ use super::options::{
 use super::{print, stopped};
 use moefy_train::pipeline::run::{EVAL_TOKENS, ReportOptions, Run};
 use moefy_train::pipeline::{Lab, Recipe, RunFolder};
+use moefy_train::ranks::Ranks;
 use moefy_train::train::{Outcome, Stop};
 
 #[derive(Debug, Args)]
@@ -63,7 +64,7 @@ impl ReportArgs {
     }
 }
 
-pub fn run(args: &RunArgs, stop: &Stop) -> Result<()> {
+pub fn run(args: &RunArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let device = args.training.steps.device.open()?;
     let recipe = Recipe { experts: args.experts.config(), train: args.training.config()? };
     recipe.train.validate()?;
@@ -72,20 +73,21 @@ pub fn run(args: &RunArgs, stop: &Stop) -> Result<()> {
     let mut read: Vec<&Path> = texts.iter().map(PathBuf::as_path).collect();
     let existing = args.existing.existing();
     RunFolder::check(&args.out, existing, &read)?;
-    inputs.fetch(RunFolder::earlier(&args.out, existing)?.as_slice())?;
-    let lab = Lab::open(inputs, &device, stop)?;
+    let earlier = RunFolder::earlier(&args.out, existing)?;
+    ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
+    let lab = Lab::open(inputs, &device, stop, ranks)?;
     warn_unless_served(lab.model.config());
     let run = Run::prepare(lab, recipe, options)?;
     let model = run.model_dir().to_owned();
     refuse_overlap(&model, &args.out)?;
     read.push(&model);
-    let folder = RunFolder::prepare(&args.out, existing, &read, &run.settings()?)?;
+    let folder = RunFolder::prepare(&args.out, existing, &read, &run.settings()?, ranks)?;
     let outcome = run.run(&folder)?;
     tell(&folder, outcome)
 }
 
 /// Says how a run ended and what to do next.
-pub fn tell(folder: &RunFolder, outcome: Outcome) -> Result<()> {
+pub fn tell(folder: &RunFolder<'_>, outcome: Outcome) -> Result<()> {
     let out = folder.out().display();
     match outcome {
         Outcome::Stopped(step) => stopped(step),

@@ -35,9 +35,14 @@ const TEXTS: [(&str, u64, usize); 2] = [("train.txt", 1001, 2500), ("valid.txt",
 ///
 /// # Errors
 /// The file system's.
-pub fn write_base(folder: &RunFolder) -> Result<PathBuf> {
+pub fn write_base(folder: &RunFolder<'_>) -> Result<PathBuf> {
     let dir = folder.training("demo-base");
-    fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    folder.ranks().first(|| write_files(&dir))?;
+    Ok(dir)
+}
+
+fn write_files(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     for (name, bytes) in BASE {
         fs::write(dir.join(name), bytes).with_context(|| format!("writing {name}"))?;
     }
@@ -45,7 +50,7 @@ pub fn write_base(folder: &RunFolder) -> Result<PathBuf> {
         let text = corpus::documents(seed, count).join(&format!("\n{BOUNDARY}\n"));
         fs::write(dir.join(name), text).with_context(|| format!("writing {name}"))?;
     }
-    Ok(dir)
+    Ok(())
 }
 
 /// What the demo reads.

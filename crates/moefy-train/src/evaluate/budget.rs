@@ -12,6 +12,7 @@ use super::scored_tokens;
 use super::scores::Scores;
 use crate::data::{PaddedBatch, subsample};
 use crate::progress::Progress;
+use crate::ranks::Ranks;
 use dynamoe_model::RoutedModel;
 
 /// Widths of the table that a finished run stores.
@@ -78,16 +79,22 @@ pub struct Solved {
 ///
 /// # Errors
 /// No tokens to measure on; a width outside 0 to 1.
-pub fn solve(model: &RoutedModel, batches: &[PaddedBatch], widths: &[f64], rescale: bool) -> Result<Solved> {
+pub fn solve(
+    model: &RoutedModel,
+    batches: &[PaddedBatch],
+    widths: &[f64],
+    rescale: bool,
+    ranks: &dyn Ranks,
+) -> Result<Solved> {
     let progress = Progress::new("solving the dial", "budgets", widths.len() as u64, 0);
     let layers = model.config().num_hidden_layers;
     let sample = subsample(batches, SAMPLE_TOKENS);
-    let measure = |sensitivity: &[f64]| Scores::measure(model, &sample, sensitivity);
+    let measure = |sensitivity: &[f64]| Scores::measure(model, &sample, sensitivity, ranks);
     let mut solver = Solver::new(layers, measure)?;
     let scale = if rescale { solver.dial_scale()? } else { None };
     let mut table = solver.table(widths, &Drift::default(), &progress)?;
     if scored_tokens(&sample) < scored_tokens(batches) {
-        let all = |s: f64| -> Result<f64> { Ok(Scores::measure(model, batches, &vec![s; layers])?.width) };
+        let all = |s: f64| Ok(Scores::measure(model, batches, &vec![s; layers], ranks)?.width);
         let drift = Drift::measure(&table, solver.known[0].width, all)?;
         table = solver.table(widths, &drift, &Progress::hidden())?;
     }

@@ -9,6 +9,7 @@ use super::score::{Policy, score};
 use super::{Setting, as_point, point, scored_tokens};
 use crate::data::{PaddedBatch, subsample};
 use crate::progress::Progress;
+use crate::ranks::{Alone, Ranks};
 use crate::report::results::{Curve, Point};
 
 /// Mean widths at which curves are measured, besides both ends of the dial.
@@ -40,6 +41,8 @@ pub struct Probe<'a> {
     pub widths: &'a [f64],
     /// Seed of random widths.
     pub seed: u64,
+    /// Who measures it.
+    pub ranks: &'a dyn Ranks,
 }
 
 impl Probe<'_> {
@@ -68,10 +71,12 @@ impl Probe<'_> {
 
     fn point(&self, place: &Place, progress: &Progress) -> Result<Point> {
         match *place {
-            Place::Dial(dial) => point(self.model, self.batches, &Setting::of(dial, self.model)?, progress),
+            Place::Dial(dial) => {
+                point(self.model, self.batches, &Setting::of(dial, self.model)?, progress, self.ranks)
+            }
             Place::Random(mean) => {
                 let policy = Policy::Random { mean, seed: self.seed };
-                let scored = score(self.model, self.batches, &policy, progress)?;
+                let scored = score(self.model, self.batches, &policy, progress, self.ranks)?;
                 Ok(Point { budget: Some(mean), ..as_point(self.model, &scored) })
             }
         }
@@ -91,7 +96,8 @@ pub fn oracle_curve(model: &RoutedModel, ffns: &[TrainableFfn], batches: &[Padde
     let full = Setting::uniform(1.0, layers);
     let tokens = ORACLE_PRICES.len() as u64 * scored_tokens(&some);
     let hidden = Progress::hidden();
-    let offset = point(model, batches, &full, &hidden)?.loss - point(model, &some, &full, &hidden)?.loss;
+    let at_full = |batches: &[PaddedBatch]| point(model, batches, &full, &hidden, &Alone);
+    let offset = at_full(batches)?.loss - at_full(&some)?.loss;
     let progress = Progress::new("searching the oracle's routes", "tokens", tokens, 0);
     let oracle = Oracle { model, ffns, rounds: ORACLE_ROUNDS, progress: &progress };
     let points = ORACLE_PRICES.iter().map(|&price| {

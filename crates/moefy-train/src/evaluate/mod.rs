@@ -15,10 +15,11 @@ use anyhow::{Result, ensure};
 use dynamoe::{Dial, dial::check_dial};
 use rayon::prelude::*;
 
-pub use score::{Policy, Score, score};
+pub use score::{Policy, Score, score, scored_tokens};
 
 use crate::data::{BATCH_TOKENS, Choices, PaddedBatch, Pairs};
 use crate::progress::Progress;
+use crate::ranks::{Alone, Ranks};
 use crate::report::results::{ChoicesPoint, PairsPoint, Point};
 use dynamoe_model::RoutedModel;
 
@@ -74,8 +75,9 @@ pub fn point(
     batches: &[PaddedBatch],
     setting: &Setting,
     progress: &Progress,
+    ranks: &dyn Ranks,
 ) -> Result<Point> {
-    let measured = score(model, batches, &Policy::Dial(&setting.sensitivity), progress)?;
+    let measured = score(model, batches, &Policy::Dial(&setting.sensitivity), progress, ranks)?;
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
@@ -88,8 +90,9 @@ pub fn shuffled_point(
     batches: &[PaddedBatch],
     setting: &Setting,
     progress: &Progress,
+    ranks: &dyn Ranks,
 ) -> Result<Point> {
-    let measured = score(model, batches, &Policy::Shuffled(&setting.sensitivity), progress)?;
+    let measured = score(model, batches, &Policy::Shuffled(&setting.sensitivity), progress, ranks)?;
     Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
 }
 
@@ -111,18 +114,18 @@ pub(crate) fn as_point(model: &RoutedModel, score: &Score) -> Point {
     }
 }
 
-/// How many tokens of `batches` are scored.
-pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
-    batches.iter().map(|batch| batch.scored() as u64).sum()
-}
-
 /// Accuracy on minimal pairs at one setting of the dial.
 ///
 /// # Errors
 /// A token outside the vocabulary.
-pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Result<PairsPoint> {
+pub fn pairs_point(
+    model: &RoutedModel,
+    pairs: &Pairs,
+    setting: &Setting,
+    ranks: &dyn Ranks,
+) -> Result<PairsPoint> {
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
-    let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, 2 * pairs.len(), setting)?;
+    let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, 2 * pairs.len(), setting, ranks)?;
     let accuracy = pairs.score(&log_likelihoods)?;
     Ok(PairsPoint { sensitivity: setting.mean(), mean_width, ..accuracy })
 }
@@ -131,36 +134,46 @@ pub fn pairs_point(model: &RoutedModel, pairs: &Pairs, setting: &Setting) -> Res
 ///
 /// # Errors
 /// A token outside the vocabulary.
-pub fn choices_point(model: &RoutedModel, choices: &Choices, setting: &Setting) -> Result<ChoicesPoint> {
+pub fn choices_point(
+    model: &RoutedModel,
+    choices: &Choices,
+    setting: &Setting,
+    ranks: &dyn Ranks,
+) -> Result<ChoicesPoint> {
     let batches: Vec<PaddedBatch> = choices.batches(BATCH_TOKENS).collect();
     let items = choices.sequences().count();
-    let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, items, setting)?;
+    let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, items, setting, ranks)?;
     let accuracy = choices.score(&log_likelihoods)?;
     Ok(ChoicesPoint { sensitivity: setting.mean(), budget: setting.budget, mean_width, ..accuracy })
 }
 
 /// The sum over the scored tokens of each of `items` items, and the mean width of all these tokens. Batches run in
-/// parallel.
+/// parallel and on all ranks.
 fn log_likelihoods(
     model: &RoutedModel,
     batches: &[PaddedBatch],
     items: usize,
     setting: &Setting,
+    ranks: &dyn Ranks,
 ) -> Result<(Vec<f64>, f64)> {
     let progress = Progress::new("scoring tasks", "tokens", scored_tokens(batches), 0);
-    let parts: Vec<Score> = batches
+    let policy = Policy::Dial(&setting.sensitivity);
+    let parts: Vec<Vec<f64>> = ranks
+        .own(batches.len())
         .par_iter()
-        .map(|batch| {
-            score(model, std::slice::from_ref(batch), &Policy::Dial(&setting.sensitivity), &progress)
+        .map(|&index| {
+            let part = score(model, &batches[index..=index], &policy, &progress, &Alone)?;
+            let items = part.items.iter().flat_map(|item| [item.item as f64, item.loss]);
+            Ok([part.tokens as f64, part.mean_width()].into_iter().chain(items).collect())
         })
         .collect::<Result<_>>()?;
     progress.finish();
     let mut log_likelihoods = vec![0.0; items];
     let (mut tokens, mut used) = (0.0, 0.0);
-    for part in &parts {
-        part.items.iter().for_each(|item| log_likelihoods[item.item] -= item.loss);
-        tokens += part.tokens as f64;
-        used += part.tokens as f64 * part.mean_width();
+    for part in ranks.all_gather_own(batches.len(), &parts) {
+        part[2..].chunks_exact(2).for_each(|item| log_likelihoods[item[0] as usize] -= item[1]);
+        tokens += part[0];
+        used += part[0] * part[1];
     }
     Ok((log_likelihoods, used / tokens.max(1.0)))
 }

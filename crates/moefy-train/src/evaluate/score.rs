@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use crate::data::PaddedBatch;
 use crate::progress::Progress;
 use crate::random::{draw, in_step, widths_with_mean};
+use crate::ranks::Ranks;
 use dynamoe_model::RoutedModel;
 
 /// How tokens get their widths.
@@ -72,8 +73,23 @@ pub struct BatchScore {
     pub widths: Vec<f64>,
 }
 
-/// Measures `model` on `batches`. Batches run in parallel, which does not change the result. `progress` counts the tokens
-/// that are scored.
+impl BatchScore {
+    /// As plain numbers, for other ranks.
+    pub fn numbers(&self) -> Vec<f64> {
+        let items = self.items.iter().flat_map(|item| [item.item as f64, item.loss, item.tokens as f64]);
+        [self.items.len() as f64].into_iter().chain(items).chain(self.widths.iter().copied()).collect()
+    }
+
+    /// Takes back [`BatchScore::numbers`].
+    pub fn of_numbers(numbers: &[f64]) -> Self {
+        let (items, widths) = numbers[1..].split_at(3 * numbers[0] as usize);
+        let item = |n: &[f64]| ItemLoss { item: n[0] as usize, loss: n[1], tokens: n[2] as usize };
+        Self { items: items.chunks_exact(3).map(item).collect(), widths: widths.to_vec() }
+    }
+}
+
+/// Measures `model` on `batches`. Batches run in parallel and on all ranks, which does not change the result. `progress`
+/// counts the tokens that are scored.
 ///
 /// # Errors
 /// No tokens to score.
@@ -82,17 +98,26 @@ pub fn score(
     batches: &[PaddedBatch],
     policy: &Policy<'_>,
     progress: &Progress,
+    ranks: &dyn Ranks,
 ) -> Result<Score> {
-    let parts = batches
+    let own = ranks.own(batches.len());
+    let parts = own
         .par_iter()
-        .enumerate()
-        .map(|(index, batch)| {
-            let part = score_batch(model, batch, index as u64, policy);
-            progress.add(batch.scored() as u64);
-            part
+        .map(|&index| {
+            let part = score_batch(model, &batches[index], index as u64, policy)?.numbers();
+            progress.add(batches[index].scored() as u64);
+            Ok(part)
         })
         .collect::<Result<Vec<_>>>()?;
-    combine(parts)
+    let parts = ranks.all_gather_own(batches.len(), &parts);
+    progress
+        .add(scored_tokens(batches) - own.iter().map(|&index| batches[index].scored() as u64).sum::<u64>());
+    combine(parts.iter().map(|numbers| BatchScore::of_numbers(numbers)).collect())
+}
+
+/// How many tokens of `batches` are scored.
+pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
+    batches.iter().map(|batch| batch.scored() as u64).sum()
 }
 
 /// Adds batches up.

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use super::score::{BatchScore, batch_score, combine};
 use crate::data::PaddedBatch;
+use crate::ranks::Ranks;
 
 /// The scores of some tokens in one forward pass.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,20 +37,34 @@ impl Scores {
         Self { width, shares, largest }
     }
 
-    /// Runs `model` on `batches` with one sensitivity for each layer. Batches run in parallel.
+    /// Runs `model` on `batches` with one sensitivity for each layer. Batches run in parallel and on all ranks.
     ///
     /// # Errors
     /// No tokens to measure on; a token outside the vocabulary.
-    pub fn measure(model: &RoutedModel, batches: &[PaddedBatch], sensitivity: &[f64]) -> Result<Self> {
-        let parts = batches.par_iter().map(|batch| of_batch(model, batch, sensitivity));
-        let (parts, scores): (Vec<_>, Vec<_>) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    pub fn measure(
+        model: &RoutedModel,
+        batches: &[PaddedBatch],
+        sensitivity: &[f64],
+        ranks: &dyn Ranks,
+    ) -> Result<Self> {
+        let own = ranks.own(batches.len());
+        let own = own.par_iter().map(|&index| of_batch(model, &batches[index], sensitivity));
+        let own: Vec<(BatchScore, Vec<Vec<Vec<f32>>>)> = own.collect::<Result<_>>()?;
+        let (scores, logits): (Vec<_>, Vec<_>) = own.into_iter().unzip();
+        let scores: Vec<Vec<f64>> = scores.iter().map(BatchScore::numbers).collect();
+        let scores = ranks.all_gather_own(batches.len(), &scores);
         let shares = model.config().width_shares();
         let mut largest = vec![vec![Vec::new(); shares.len() - 1]; sensitivity.len()];
-        for batch in scores {
-            for (all, found) in largest.iter_mut().flatten().zip(batch.into_iter().flatten()) {
-                all.extend(found);
+        for (layer, experts) in largest.iter_mut().enumerate() {
+            for (expert, all) in experts.iter_mut().enumerate() {
+                let wide =
+                    |batch: &Vec<Vec<Vec<f32>>>| batch[layer][expert].iter().map(|&x| f64::from(x)).collect();
+                let own: Vec<Vec<f64>> = logits.iter().map(wide).collect();
+                let found = ranks.all_gather_own(batches.len(), &own);
+                all.extend(found.into_iter().flatten().map(|logit| logit as f32));
             }
         }
+        let parts = scores.iter().map(|numbers| BatchScore::of_numbers(numbers)).collect();
         Ok(Self::new(combine(parts)?.mean_width(), shares, largest))
     }
 

@@ -135,9 +135,13 @@ pub fn compare(lab: &Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Opt
     }
     let longest = comparison.variants.iter().map(|v| v.recipe.train.sequence_length).max();
     let held_out = lab.held_out(longest.unwrap_or(256), comparison.eval_tokens)?;
-    fs::create_dir_all(out)
-        .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
-    let _lock = OutputLock::take(out, out)?;
+    let mut _lock = None;
+    lab.ranks.first(|| {
+        fs::create_dir_all(out)
+            .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
+        _lock = Some(OutputLock::take(out, out)?);
+        Ok(())
+    })?;
     let bench = Bench { lab, comparison, held_out, out };
     let (mut cells, mut table) = (Vec::new(), None);
     for &seed in &comparison.seeds {
@@ -145,7 +149,7 @@ pub fn compare(lab: &Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Opt
             let Some(cell) = bench.cell(variant, seed)? else { return Ok(None) };
             cells.push(cell);
             let new = Table::new(&cells, &comparison.widths);
-            new.write(out, &model_name(&lab.inputs.model))?;
+            lab.ranks.first(|| new.write(out, &model_name(&lab.inputs.model)))?;
             table = Some(new);
         }
     }
@@ -160,7 +164,8 @@ impl Bench<'_> {
         let settings = self.settings(variant, &recipe)?;
         let key = key(&variant.name, seed, &settings);
         let (dir, done) = (self.out.join("cells").join(&key), self.out.join("cells").join(key + ".json"));
-        if let Ok(bytes) = fs::read(&done) {
+        if self.lab.ranks.as_first(done.is_file()) {
+            let bytes = fs::read(&done).with_context(|| format!("reading {}", done.display()))?;
             return serde_json::from_slice(&bytes)
                 .map(Some)
                 .with_context(|| format!("{}: not a cell; remove it to train it again", done.display()));
@@ -182,8 +187,10 @@ impl Bench<'_> {
             oracle,
             settings,
         };
-        write_atomic(&done, &serde_json::to_vec_pretty(&cell)?)?;
-        fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
+        self.lab.ranks.first(|| {
+            write_atomic(&done, &serde_json::to_vec_pretty(&cell)?)?;
+            fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))
+        })?;
         Ok(Some(cell))
     }
 
@@ -204,7 +211,8 @@ impl Bench<'_> {
 
     /// Converts and trains in `dir`; none if asked to stop.
     fn train(&self, recipe: &Recipe, batches: &Batches, dir: &Path) -> Result<Option<Trained>> {
-        fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+        let create = || fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()));
+        self.lab.ranks.first(create)?;
         let calibration = Lab::calibration(batches);
         let source = recipe.convert(self.lab, &calibration, &dir.join("converted"))?;
         let teacher = recipe.train.needs_other_teacher().then(|| self.lab.teacher()).transpose()?;
@@ -231,19 +239,27 @@ impl Bench<'_> {
     ) -> Result<(Curve, Option<Curve>)> {
         let Trained { source, model, dir } = trained;
         let calibration = calibration_batches(batches, SOLVE_TOKENS);
-        let publication =
-            Publication { source, model, method: recipe.train.method, calibration: &calibration };
+        let (method, ranks) = (recipe.train.method, self.lab.ranks);
+        let publication = Publication { source, model, method, calibration: &calibration, ranks };
         let config = publication.with_budgets(&self.comparison.widths)?;
         if self.comparison.keep {
             let name = dir.file_name().unwrap_or_default();
-            write_model(source, model, &config, &self.out.join("checkpoints").join(name))?;
+            let path = self.out.join("checkpoints").join(name);
+            ranks.first(|| write_model(source, model, &config, &path))?;
         }
         let routed: RoutedModel = publication.routed(&config)?;
-        let mut curve = recipe.measure(&routed, &self.held_out, &self.comparison.widths)?;
+        let mut curve = recipe.measure(&routed, &self.held_out, &self.comparison.widths, ranks)?;
         curve.name.clone_from(&variant.name);
         let oracle = self.searches_oracle(variant, recipe.train.seed);
-        let oracle = oracle.then(|| oracle_curve(&model.routed()?, &model.detached_ffns()?, &self.held_out));
-        Ok((curve, oracle.transpose()?))
+        let mut found = None;
+        if oracle {
+            // only the first rank writes it down
+            ranks.first(|| {
+                found = Some(oracle_curve(&model.routed()?, &model.detached_ffns()?, &self.held_out)?);
+                Ok(())
+            })?;
+        }
+        Ok((curve, found))
     }
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::lock::{LOCK, OutputLock};
+use crate::ranks::Ranks;
 use crate::train::state::differences;
 use dynamoe_model::ModelConfig;
 use dynamoe_model::checkpoint::{refuse_overlap, write_atomic};
@@ -28,14 +29,15 @@ pub struct Existing {
 }
 
 /// The output folder of a run. Dropped before anything was written to it, it is removed again.
-pub struct RunFolder {
+pub struct RunFolder<'a> {
     out: PathBuf,
     created: bool,
-    /// Of the folder of intermediate results.
-    _lock: OutputLock,
+    /// Of the folder of intermediate results; only the first rank takes it.
+    _lock: Option<OutputLock>,
+    ranks: &'a dyn Ranks,
 }
 
-impl RunFolder {
+impl<'a> RunFolder<'a> {
     /// Whether `out` can be prepared; touches nothing. `inputs` are what the run reads.
     ///
     /// # Errors
@@ -87,11 +89,26 @@ impl RunFolder {
         serde_json::from_slice(&was).with_context(|| format!("{}: not JSON", path.display()))
     }
 
-    /// Prepares `out` for a run with these `settings`. `resume` takes up an interrupted run; `force` removes an earlier one.
+    /// Prepares `out` for a run of these ranks with these `settings`. `resume` takes up an interrupted run; `force` removes an
+    /// earlier one.
     ///
     /// # Errors
     /// Those of [`RunFolder::check`]; a resumed run with other settings; a place that cannot be written.
-    pub fn prepare(out: &Path, existing: Existing, inputs: &[&Path], settings: &Value) -> Result<Self> {
+    pub fn prepare(
+        out: &Path,
+        existing: Existing,
+        inputs: &[&Path],
+        settings: &Value,
+        ranks: &'a dyn Ranks,
+    ) -> Result<Self> {
+        let mut folder = Self { out: out.to_owned(), created: false, _lock: None, ranks };
+        ranks.first(|| folder.take(existing, inputs, settings))?;
+        Ok(folder)
+    }
+
+    /// Prepares the folder, for all ranks.
+    fn take(&mut self, existing: Existing, inputs: &[&Path], settings: &Value) -> Result<()> {
+        let out = &self.out;
         Self::check(out, existing, inputs)?;
         let Existing { force, resume } = existing;
         let training = out.join(TRAINING);
@@ -109,18 +126,22 @@ impl RunFolder {
         if (force || (!resume && unused(out))) && out.exists() {
             fs::remove_dir_all(out).with_context(|| format!("removing {}", out.display()))?;
         }
-        let created = !out.exists();
+        self.created = !out.exists();
         fs::create_dir_all(&training)
             .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
-        let lock = match lock {
-            Some(lock) if !created => lock,
-            _ => OutputLock::take(&training, out)?,
+        self._lock = match lock {
+            Some(lock) if !self.created => Some(lock),
+            _ => Some(OutputLock::take(&training, out)?),
         };
-        let folder = Self { out: out.to_owned(), created, _lock: lock };
         if !path.is_file() {
             write_atomic(&path, &serde_json::to_vec_pretty(settings)?)?;
         }
-        Ok(folder)
+        Ok(())
+    }
+
+    /// The processes that work in it.
+    pub fn ranks(&self) -> &'a dyn Ranks {
+        self.ranks
     }
 
     /// The folder of the finished checkpoint.
@@ -150,7 +171,7 @@ impl RunFolder {
     }
 }
 
-impl Drop for RunFolder {
+impl Drop for RunFolder<'_> {
     fn drop(&mut self) {
         if self.created && unused(&self.out) {
             let _ = fs::remove_dir_all(&self.out);

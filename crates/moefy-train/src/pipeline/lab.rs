@@ -11,6 +11,7 @@ use crate::data::{
     Batches, CALIBRATION_TOKENS, DataSource, PaddedBatch, SampleShape, Split, TEXT_FIELD, TextOptions, Texts,
     calibration_batches, subsample,
 };
+use crate::ranks::Ranks;
 use crate::train::{Stop, TrainConfig};
 
 /// The text on which results are measured.
@@ -83,6 +84,8 @@ pub struct Lab<'a> {
     pub device: &'a Device,
     /// Asks trainings to stop.
     pub stop: &'a Stop,
+    /// The processes that work together: only the first one writes.
+    pub ranks: &'a dyn Ranks,
 }
 
 impl<'a> Lab<'a> {
@@ -90,24 +93,26 @@ impl<'a> Lab<'a> {
     ///
     /// # Errors
     /// What is missing or broken.
-    pub fn open(inputs: Inputs, device: &'a Device, stop: &'a Stop) -> Result<Self> {
-        let mut model = Checkpoint::open(&hub::resolve(&inputs.model)?)?;
+    pub fn open(inputs: Inputs, device: &'a Device, stop: &'a Stop, ranks: &'a dyn Ranks) -> Result<Self> {
+        let dir = ranks.first_then_others(|| hub::resolve(&inputs.model))?;
+        let mut model = Checkpoint::open(&dir)?;
         let texts = Texts::open(&model, &inputs.text)?;
         model.set_closing_token(texts.framing().closing);
-        Ok(Self { inputs, model, texts, device, stop })
+        Ok(Self { inputs, model, texts, device, stop, ranks })
     }
 
     /// The training batches of a recipe.
     ///
     /// # Errors
-    /// Text that is unreadable or too short; sequences longer than the model's positions.
+    /// Text that is unreadable or too short; sequences longer than the model's positions; ranks that cannot divide a step.
     pub fn batches(&self, train: &TrainConfig) -> Result<Batches> {
+        train.check_ranks(self.ranks.size(), self.device)?;
         let split = match self.inputs.held_out {
             HeldOut::Tail => Split::Train,
             HeldOut::Nothing | HeldOut::Files(_) => Split::All,
         };
         let shape = SampleShape { batch_size: train.micro_batch(), sequence_length: train.sequence_length };
-        self.texts.training(&self.inputs.data, split, shape, train.seed)
+        self.ranks.first_then_others(|| self.texts.training(&self.inputs.data, split, shape, train.seed))
     }
 
     /// The first training batches, to calibrate on.
@@ -121,7 +126,8 @@ impl<'a> Lab<'a> {
     /// Text that is unreadable or too short.
     pub fn held_out(&self, sequence_length: usize, tokens: usize) -> Result<Vec<PaddedBatch>> {
         let files = self.inputs.held_out.files();
-        Ok(subsample(&self.texts.held_out(&self.inputs.data, files, sequence_length)?, tokens))
+        let read = || self.texts.held_out(&self.inputs.data, files, sequence_length);
+        Ok(subsample(&self.ranks.first_then_others(read)?, tokens))
     }
 
     /// The model as a teacher.

@@ -65,23 +65,26 @@ impl Pretrain {
     ///
     /// # Errors
     /// A shape that contradicts itself; those of the data, of training and of the file system.
-    pub fn run(&self, folder: &RunFolder, device: &Device, stop: &Stop) -> Result<Outcome> {
+    pub fn run(&self, folder: &RunFolder<'_>, device: &Device, stop: &Stop) -> Result<Outcome> {
         let init = folder.training("init");
         let generated = folder.training("generated.txt");
         let data = match &self.data[..] {
             [] => vec![DataSource::local(&generated)],
             given => given.to_vec(),
         };
-        if !init.join("config.json").exists() {
-            self.prepare(&data, &generated, &init)?;
-        }
+        folder.ranks().first(|| {
+            if init.join("config.json").exists() {
+                return Ok(());
+            }
+            self.prepare(&data, &generated, &init)
+        })?;
         let inputs = Inputs {
             model: init.display().to_string(),
             data,
             held_out: HeldOut::Nothing,
             text: self.text.clone(),
         };
-        let lab = Lab::open(inputs, device, stop)?;
+        let lab = Lab::open(inputs, device, stop, folder.ranks())?;
         let recipe = Recipe { train: self.train.clone(), ..Recipe::default() };
         let job = TrainJob {
             source: &lab.model,
@@ -94,8 +97,10 @@ impl Pretrain {
             Training::Stopped(step) => Ok(Outcome::Stopped(step)),
             Training::Finished(model, _) => {
                 let path = folder.training("final");
-                write_model(&lab.model, &model, lab.model.config(), &path)?;
-                folder.publish(&path)?;
+                folder.ranks().first(|| {
+                    write_model(&lab.model, &model, lab.model.config(), &path)?;
+                    folder.publish(&path)
+                })?;
                 Ok(Outcome::Finished)
             }
         }

@@ -21,6 +21,7 @@ use crate::machine::Machine;
 use crate::methods::Method;
 use crate::prepare::{self, ExpertConfig};
 use crate::progress::Progress;
+use crate::ranks::Ranks;
 use crate::report::results::{Curve, TrainMetrics};
 use crate::train::memory::{bytes, options_that_fit};
 use crate::train::{Memory, Outcome, Teacher, TrainConfig, TrainModel, Trainer};
@@ -78,20 +79,23 @@ impl Recipe {
         }
         let sample = dense.dynamoe.is_none().then(prepare::sample_limit);
         let stored = lab.model.dtype().bitsize() as u64 / 8;
-        let need = |train: &TrainConfig| Memory::of(&config, train, stored, sample);
+        let ranks = lab.ranks;
+        let need = |train: &TrainConfig| Memory::of_rank(&config, train, stored, sample, ranks.size());
         let found = need(&self.train);
         // a GPU's memory is not read
         let Some(machine) = Machine::read().filter(|_| lab.device.is_cpu()) else {
             tracing::info!("memory: about {found}");
             return Ok(());
         };
-        let available = bytes(machine.available);
+        let share = machine.available / ranks.on_this_machine() as u64;
+        let each = if ranks.size() > 1 { " for each process" } else { "" };
+        let available = bytes(share) + each;
         tracing::info!("memory: about {found}; {available} are available");
-        if found.peak() <= machine.available {
+        if found.peak() <= share {
             return Ok(());
         }
         let asked = bytes(found.peak());
-        match options_that_fit(&self.train, machine.available, |train| need(train).peak()) {
+        match options_that_fit(&self.train, share, |train| need(train).peak()) {
             Some((options, need)) => bail!(
                 "about {asked} of memory are needed and {available} are available: {options} needs {}",
                 bytes(need)
@@ -123,11 +127,14 @@ impl Recipe {
     /// # Errors
     /// A model that cannot be converted; a place that cannot be written.
     pub fn convert(&self, lab: &Lab<'_>, calibration: &[PaddedBatch], out: &Path) -> Result<Checkpoint> {
-        if !out.join("config.json").is_file() {
+        lab.ranks.first(|| {
+            if out.join("config.json").is_file() {
+                return Ok(());
+            }
             let measured = prepare::calibrate(&lab.model, calibration)?;
             let options = self.experts.options(lab.model.config(), self.train.seed)?;
-            prepare::convert(&lab.model, Some(&measured), &options, out)?;
-        }
+            prepare::convert(&lab.model, Some(&measured), &options, out)
+        })?;
         Checkpoint::open(out)
     }
 
@@ -151,6 +158,7 @@ impl Recipe {
             fingerprint: &job.source.fingerprint()?,
             stop: lab.stop,
             label: job.label,
+            ranks: lab.ranks,
         }
         .run()?;
         Ok(match outcome {
@@ -183,8 +191,15 @@ impl Recipe {
     ///
     /// # Errors
     /// No text to measure on.
-    pub fn measure(&self, model: &RoutedModel, held_out: &[PaddedBatch], widths: &[f64]) -> Result<Curve> {
-        self.train.method.curve(&Probe { model, batches: held_out, widths, seed: self.train.seed })
+    pub fn measure(
+        &self,
+        model: &RoutedModel,
+        held_out: &[PaddedBatch],
+        widths: &[f64],
+        ranks: &dyn Ranks,
+    ) -> Result<Curve> {
+        let seed = self.train.seed;
+        self.train.method.curve(&Probe { model, batches: held_out, widths, seed, ranks })
     }
 }
 
@@ -198,6 +213,8 @@ pub struct Publication<'a> {
     pub method: Method,
     /// Text on which the dial is solved.
     pub calibration: &'a [PaddedBatch],
+    /// Who solves it.
+    pub ranks: &'a dyn Ranks,
 }
 
 impl Publication<'_> {
@@ -209,9 +226,11 @@ impl Publication<'_> {
     ///
     /// # Errors
     /// The file system's; weights that are not finite.
-    pub fn publish(&self, folder: &RunFolder) -> Result<RoutedModel> {
+    pub fn publish(&self, folder: &RunFolder<'_>) -> Result<RoutedModel> {
         let rescale = self.method.rescales_dial();
-        let solved = budget::solve(&self.model.routed()?, self.calibration, &budget::TABLE, rescale)?;
+        let model = self.model.routed()?;
+        let solved = budget::solve(&model, self.calibration, &budget::TABLE, rescale, self.ranks)?;
+        drop(model);
         match solved.scale {
             Some(DialScale { scale, shift }) => self.model.rescale_routers(scale, shift)?,
             None if rescale => {
@@ -221,8 +240,10 @@ impl Publication<'_> {
         }
         let config = self.config(solved.table)?;
         let path = folder.training("final");
-        write_model(self.source, self.model, &config, &path)?;
-        folder.publish(&path)?;
+        self.ranks.first(|| {
+            write_model(self.source, self.model, &config, &path)?;
+            folder.publish(&path)
+        })?;
         self.routed(&config)
     }
 
@@ -231,7 +252,8 @@ impl Publication<'_> {
     /// # Errors
     /// A model without a `dynamoe` section.
     pub fn with_budgets(&self, widths: &[f64]) -> Result<ModelConfig> {
-        self.config(budget::solve(&self.model.routed()?, self.calibration, widths, false)?.table)
+        let model = self.model.routed()?;
+        self.config(budget::solve(&model, self.calibration, widths, false, self.ranks)?.table)
     }
 
     fn config(&self, budgets: Vec<Budget>) -> Result<ModelConfig> {

@@ -23,6 +23,7 @@ use crate::evaluate::{Setting, pairs_point, point, scored_tokens};
 use crate::machine;
 use crate::methods::Method;
 use crate::progress::Progress;
+use crate::ranks::Alone;
 use crate::report;
 use crate::report::results::{Curve, PairsPoint, Report, Sample, TrainMetrics};
 use crate::train::Outcome;
@@ -96,7 +97,7 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// Those of the stages.
-    pub fn run(self, folder: &RunFolder) -> Result<Outcome> {
+    pub fn run(self, folder: &RunFolder<'_>) -> Result<Outcome> {
         let started = Instant::now();
         let converted = self.recipe.convert(&self.lab, &self.calibration, &folder.training("converted"))?;
         let dense_loss = self.dense_loss()?;
@@ -107,23 +108,28 @@ impl<'a> Run<'a> {
             Training::Finished(model, metrics) => (model, metrics),
             Training::Stopped(step) => return Ok(Outcome::Stopped(step)),
         };
+        let ranks = self.lab.ranks;
         let publication =
-            Publication { source: &converted, model: &model, method, calibration: &self.calibration };
+            Publication { source: &converted, model: &model, method, calibration: &self.calibration, ranks };
         let routed = publication.publish(folder)?;
 
         let mut report = Report {
             title: self.title(),
             dense_loss: Some(dense_loss),
-            curves: vec![self.recipe.measure(&routed, &self.held_out, &WIDTHS)?],
+            curves: vec![self.recipe.measure(&routed, &self.held_out, &WIDTHS, ranks)?],
             training: vec![(method.label().to_owned(), metrics)],
-            samples: self.samples(&routed)?,
-            pairs: self.score_pairs(&routed)?,
             ..Report::default()
         };
-        self.write(&mut report, folder, started)?;
-        if self.options.oracle && method.has_router() {
-            report.curves.push(oracle_curve(&model.routed()?, &model.detached_ffns()?, &self.held_out)?);
-        }
+        // the other ranks need no report: they wait for the next training
+        ranks.first(|| {
+            report.samples = self.samples(&routed)?;
+            report.pairs = self.score_pairs(&routed)?;
+            self.write(&mut report, folder, started)?;
+            if self.options.oracle && method.has_router() {
+                report.curves.push(oracle_curve(&model.routed()?, &model.detached_ffns()?, &self.held_out)?);
+            }
+            Ok(())
+        })?;
         drop(model);
         for &baseline in &self.options.baselines {
             let Some((curve, metrics)) = self.baseline(baseline, &converted, folder)? else {
@@ -135,7 +141,7 @@ impl<'a> Run<'a> {
             report.curves.push(curve);
             report.training.push((baseline.label().to_owned(), metrics));
         }
-        self.write(&mut report, folder, started)?;
+        ranks.first(|| self.write(&mut report, folder, started))?;
         if let Some(peak) = machine::peak() {
             tracing::info!("memory: {} at most", bytes(peak));
         }
@@ -146,7 +152,7 @@ impl<'a> Run<'a> {
         let dense = self.lab.teacher()?;
         let full = Setting::uniform(1.0, dense.config().num_hidden_layers);
         let progress = Progress::new("measuring the dense model", "tokens", scored_tokens(&self.held_out), 0);
-        let loss = point(&dense, &self.held_out, &full, &progress)?.loss;
+        let loss = point(&dense, &self.held_out, &full, &progress, self.lab.ranks)?.loss;
         progress.finish();
         Ok(loss)
     }
@@ -163,10 +169,11 @@ impl<'a> Run<'a> {
         &self,
         method: Method,
         source: &Checkpoint,
-        folder: &RunFolder,
+        folder: &RunFolder<'_>,
     ) -> Result<Option<(Curve, Vec<TrainMetrics>)>> {
         let done = folder.training(&format!("{method}.json"));
-        if let Ok(bytes) = fs::read(&done) {
+        if self.lab.ranks.as_first(done.is_file()) {
+            let bytes = fs::read(&done).with_context(|| format!("reading {}", done.display()))?;
             return serde_json::from_slice(&bytes).with_context(|| format!("reading {}", done.display()));
         }
         let recipe = Recipe { train: self.recipe.train.by(method), ..self.recipe.clone() };
@@ -174,9 +181,11 @@ impl<'a> Run<'a> {
         let Training::Finished(model, metrics) = self.train(&recipe, source, &state)? else {
             return Ok(None);
         };
-        let curve = recipe.measure(&model.routed()?, &self.held_out, &WIDTHS)?;
-        write_atomic(&done, &serde_json::to_vec(&(&curve, &metrics))?)?;
-        fs::remove_dir_all(&state).with_context(|| format!("removing {}", state.display()))?;
+        let curve = recipe.measure(&model.routed()?, &self.held_out, &WIDTHS, self.lab.ranks)?;
+        self.lab.ranks.first(|| {
+            write_atomic(&done, &serde_json::to_vec(&(&curve, &metrics))?)?;
+            fs::remove_dir_all(&state).with_context(|| format!("removing {}", state.display()))
+        })?;
         Ok(Some((curve, metrics)))
     }
 
@@ -193,7 +202,7 @@ impl<'a> Run<'a> {
     fn score_pairs(&self, model: &RoutedModel) -> Result<Vec<PairsPoint>> {
         let Some(pairs) = &self.pairs else { return Ok(Vec::new()) };
         let settings = self.budgets(model, &[0.35, 0.5, 0.75, 1.0])?;
-        settings.iter().map(|setting| pairs_point(model, pairs, setting)).collect()
+        settings.iter().map(|setting| pairs_point(model, pairs, setting, &Alone)).collect()
     }
 
     fn title(&self) -> String {
@@ -201,7 +210,7 @@ impl<'a> Run<'a> {
     }
 
     /// Writes the report as it is now.
-    fn write(&self, report: &mut Report, folder: &RunFolder, started: Instant) -> Result<()> {
+    fn write(&self, report: &mut Report, folder: &RunFolder<'_>, started: Instant) -> Result<()> {
         report.facts = self.facts(started);
         report::write(report, folder.out()).map(drop)
     }

@@ -1,6 +1,7 @@
 //! The settings of a training.
 
 use anyhow::{Context, Result, ensure};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::group::Group;
@@ -181,6 +182,33 @@ impl TrainConfig {
         }
     }
 
+    /// Refuses ranks that would have nothing to do, or that cannot add up their gradients.
+    ///
+    /// # Errors
+    /// More ranks than a step has batches; several ranks and another device than the CPU.
+    pub fn check_ranks(&self, ranks: usize, device: &Device) -> Result<()> {
+        ensure!(
+            ranks <= self.batch_size,
+            "{ranks} processes cannot divide a step of --batch-size {}: start at most as many as there are sequences",
+            self.batch_size
+        );
+        let enough = (1..=self.batch_size / ranks).rev().find(|&micro| self.batch_size.is_multiple_of(micro));
+        ensure!(
+            ranks <= self.accumulation(),
+            "{ranks} processes have to divide a step of --batch-size {} into parts of --micro-batch {}: that makes {}; give \
+             --micro-batch {}, or start fewer processes",
+            self.batch_size,
+            self.micro_batch(),
+            self.accumulation(),
+            enough.unwrap_or(1)
+        );
+        ensure!(
+            ranks == 1 || device.is_cpu(),
+            "--device cuda: {ranks} processes can train on processors only for now; start one process"
+        );
+        Ok(())
+    }
+
     /// Checks what the types cannot say.
     ///
     /// # Errors
@@ -260,6 +288,18 @@ mod tests {
             let error = format!("{:#}", wrong.validate().unwrap_err());
             assert!(error.contains(named), "{named:?} not in: {error}");
         }
+    }
+
+    #[test]
+    fn every_rank_needs_a_part_of_a_step() {
+        let train = TrainConfig { batch_size: 9, ..TrainConfig::default() };
+        let error =
+            |train: &TrainConfig, ranks| train.check_ranks(ranks, &Device::Cpu).unwrap_err().to_string();
+        assert!(error(&train, 2).ends_with("that makes 1; give --micro-batch 3, or start fewer processes"));
+        assert!(error(&train, 10).contains("at most as many"));
+        let parts = TrainConfig { micro_batch: Some(3), ..train };
+        parts.check_ranks(3, &Device::Cpu).unwrap();
+        assert!(error(&parts, 4).contains("give --micro-batch 1"));
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! ```text
 //! calibrating   dense weights + sample of activations + 4 I²
 //! training      all weights + 3 · trained weights (gradient, two moments) + another model as teacher
-//!               + activations + logits; with `recompute` also one layer and the output matrix in f32
+//!               + activations + logits; with `recompute` also one layer and the output matrix in f32;
+//!               with several batches in a step also the sum of their gradients, 1 · trained weights
 //! publishing    all weights + what the smaller experts' matrices take as copies
 //!
 //! a layer keeps N · (11 D + 2 q + 2 k + 2 I + 2 P + R) for its backward pass, and 2 · N · D more for each norm of outputs
@@ -15,6 +16,8 @@
 //! activations   L layers, or with `recompute` one layer and L · N · D; the teacher's hidden states; one backward pass
 //! logits        8 blocks of 32 MiB, or less if there are fewer logits
 //! ```
+//!
+//! With several ranks, each holds its share of the moments and of the sum of gradients.
 //!
 //! Not every intermediate result is counted. Tests compare the sum with what a process takes.
 
@@ -57,6 +60,17 @@ impl Memory {
     /// Estimates a training of a model with these experts, whose dense weights are stored in `stored` bytes each. `sample`
     /// is the most that a sample of activations may take, where calibrating is part of the work.
     pub fn of(config: &ModelConfig, train: &TrainConfig, stored: u64, sample: Option<u64>) -> Self {
+        Self::of_rank(config, train, stored, sample, 1)
+    }
+
+    /// [`Memory::of`] for one of `ranks` ranks.
+    pub fn of_rank(
+        config: &ModelConfig,
+        train: &TrainConfig,
+        stored: u64,
+        sample: Option<u64>,
+        ranks: usize,
+    ) -> Self {
         let all = numbers(&expected_tensors(config), |_| true);
         let dense = all - numbers(&added_tensors(config), |_| true);
         let separate = config.dynamoe.as_ref().is_some_and(|section| section.separate_shells > 0);
@@ -65,13 +79,14 @@ impl Memory {
         let frozen_bytes = if train.recompute { stored * frozen } else { 4 * frozen };
         let converted = if train.recompute && frozen > 0 && stored < 4 { converted(config) } else { 0 };
         let tokens = train.micro_batch() * train.sequence_length;
+        let sum = if train.accumulation() > 1 { 4 } else { 0 };
         let calibrating = |sample: u64| {
             let square = (4 * config.intermediate_size * config.intermediate_size) as u64;
             PROGRAM + 4 * dense + sample_bytes(config, sample) + 4 * square
         };
         Self {
             weights: 4 * (all - frozen + converted) + frozen_bytes,
-            state: 12 * trained,
+            state: 4 * trained + (8 + sum) * trained.div_ceil(ranks as u64),
             teacher: if train.needs_other_teacher() { 4 * dense } else { 0 },
             activations: 4 * (tokens as u64) * activations(config, train),
             logits: 4 * (LOGITS * config.vocab_size * block_rows(config.vocab_size).min(tokens)) as u64,

@@ -6,13 +6,15 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 use super::group::Group;
+use super::shards::Shards;
 use dynamoe_model::Params;
 use dynamoe_model::ops::{Gradient, Gradients};
 
@@ -20,14 +22,16 @@ const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
 const EPSILON: f32 = 1e-8;
 
-/// The running means of a parameter's gradient and of its square.
+/// The running means of the gradient of some numbers of a parameter, and of its square.
 #[derive(Debug)]
 struct Moments {
+    /// Which numbers.
+    range: Range<usize>,
     m: Tensor,
     v: Tensor,
 }
 
-/// The optimizer: the moments of every parameter.
+/// The optimizer: the moments of every parameter, or of a shard.
 #[derive(Debug)]
 pub struct AdamW {
     moments: BTreeMap<String, Moments>,
@@ -58,31 +62,43 @@ impl AdamW {
     /// # Errors
     /// The device's.
     pub fn new(params: &Params) -> Result<Self> {
-        let zeros = |name: &str, var: &candle_core::Var| -> Result<_> {
-            let moments = Moments { m: var.zeros_like()?.detach(), v: var.zeros_like()?.detach() };
-            Ok((name.to_owned(), moments))
+        Self::of_shard(params, &Shards::new(params, 1), 0)
+    }
+
+    /// Zero moments for what a shard holds of each parameter.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn of_shard(params: &Params, shards: &Shards, shard: usize) -> Result<Self> {
+        let zeros = |(param, (name, var)): (usize, (&str, &Var))| -> Result<_> {
+            let range = shards.range(shard, param);
+            let zeros = || Tensor::zeros(range.len(), DType::F32, var.device());
+            Ok((name.to_owned(), Moments { m: zeros()?, v: zeros()?, range: range.clone() }))
         };
-        let moments = params.iter().map(|(name, var)| zeros(name, var)).collect::<Result<_>>()?;
+        let moments = params.iter().enumerate().map(zeros).collect::<Result<_>>()?;
         Ok(Self { moments, step: 0 })
     }
 
-    /// All moments by name: `NAME.m` and `NAME.v`.
-    pub fn state(&self) -> BTreeMap<String, Tensor> {
-        let both = |(name, Moments { m, v }): (&String, &Moments)| {
-            [(format!("{name}.m"), m.clone()), (format!("{name}.v"), v.clone())]
-        };
-        self.moments.iter().flat_map(both).collect()
+    /// The moments by name, `NAME.m` and `NAME.v`: those of all numbers that this optimizer updates.
+    pub fn state(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.moments
+            .iter()
+            .flat_map(|(name, Moments { m, v, .. })| [(format!("{name}.m"), m), (format!("{name}.v"), v)])
     }
 
-    /// Puts back what [`AdamW::state`] gave.
+    /// Puts back what [`AdamW::state`] gave: `read` gets a name and which numbers of the parameter are wanted.
     ///
     /// # Errors
-    /// A moment that is missing or of another shape.
-    pub fn restore(&mut self, step: u64, mut state: BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, Moments { m, v }) in &mut self.moments {
+    /// Those of `read`; moments of another length.
+    pub fn restore(
+        &mut self,
+        step: u64,
+        mut read: impl FnMut(&str, Range<usize>) -> Result<Tensor>,
+    ) -> Result<()> {
+        for (name, Moments { range, m, v }) in &mut self.moments {
             for (suffix, moment) in [("m", m), ("v", v)] {
-                let found = state.remove(&format!("{name}.{suffix}"));
-                let found = found.with_context(|| format!("no optimizer state for {name}"))?;
+                let found = read(&format!("{name}.{suffix}"), range.clone())
+                    .with_context(|| format!("no optimizer state for {name}"))?;
                 ensure!(found.dims() == moment.dims(), "optimizer state of {name} has another shape");
                 *moment = found;
             }
@@ -91,7 +107,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// Updates every parameter that has a gradient.
+    /// Updates the numbers of every parameter that has a gradient, which is that of these numbers.
     ///
     /// # Errors
     /// A parameter that this optimizer was not made for; a gradient of another shape.
@@ -120,7 +136,7 @@ impl AdamW {
                 Gradient::Host(grad) => edit(&moments.m, |m| {
                     edit(&moments.v, |v| {
                         edit(var, |w| {
-                            rule.apply(w, [m, v], grad);
+                            rule.apply(&mut w[moments.range.clone()], [m, v], grad);
                             Ok(())
                         })
                     })
@@ -160,22 +176,22 @@ impl Rule {
         });
     }
 
-    /// [`Rule::apply`] out of candle's operations, for any device.
+    /// [`Rule::apply`] out of candle's operations, for all numbers of a parameter on any device.
     fn apply_composed(&self, w: &Var, moments: &mut Moments, grad: &Tensor) -> Result<()> {
         let mix = |old: &Tensor, new: &Tensor, beta: f32| -> candle_core::Result<Tensor> {
             (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
         };
-        let grad = (grad * f64::from(self.scale))?;
-        *moments = Moments { m: mix(&moments.m, &grad, BETA_1)?, v: mix(&moments.v, &grad.sqr()?, BETA_2)? };
-        let Moments { m, v } = moments;
-        let step = (&*m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?;
+        let grad = (grad.flatten_all()? * f64::from(self.scale))?;
+        let Moments { m, v, .. } = moments;
+        (*m, *v) = (mix(m, &grad, BETA_1)?, mix(v, &grad.sqr()?, BETA_2)?);
+        let step = (&*m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?.reshape(w.shape())?;
         w.set(&((w.as_detached_tensor() * f64::from(self.keep))? - (step * f64::from(self.lr))?)?)?;
         Ok(())
     }
 }
 
 /// Hands the numbers of a contiguous f32 tensor on the CPU to `change`.
-fn edit(
+pub(super) fn edit(
     tensor: &Tensor,
     change: impl FnOnce(&mut [f32]) -> candle_core::Result<()>,
 ) -> candle_core::Result<()> {
@@ -287,15 +303,16 @@ mod tests {
         let [first, second] = [(); 2].map(|()| normal(&mut rng, 1.0, (5, 3)));
         let mut optimizer = AdamW::new(&params).unwrap();
         step(&mut optimizer, &var, &first);
-        let (middle, state) = (var.as_tensor().copy().unwrap(), optimizer.state());
+        let middle = var.as_tensor().copy().unwrap();
         let state: BTreeMap<_, _> =
-            state.into_iter().map(|(name, tensor)| (name, tensor.copy().unwrap())).collect();
+            optimizer.state().map(|(name, tensor)| (name, tensor.copy().unwrap())).collect();
         let expected = step(&mut optimizer, &var, &second);
         let mut again = AdamW::new(&params).unwrap();
-        again.restore(1, state).unwrap();
+        let read = |name: &str, _| state.get(name).cloned().context("missing");
+        again.restore(1, read).unwrap();
         var.set(&middle).unwrap();
         assert_eq!(step(&mut again, &var, &second), expected);
-        let error = again.restore(1, BTreeMap::new()).unwrap_err().to_string();
+        let error = again.restore(1, |_, _| anyhow::bail!("missing")).unwrap_err().to_string();
         assert!(error.contains("no optimizer state for weight"), "{error}");
     }
 }

@@ -11,9 +11,11 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::config::TrainConfig;
+use super::moments::{self, MomentsFile};
 use super::optimizer::AdamW;
 use super::tuning::Tuning;
 use crate::methods::Objective;
+use crate::ranks::Ranks;
 use dynamoe_model::Params;
 
 const PARAMS: &str = "params.safetensors";
@@ -47,15 +49,32 @@ pub struct Saved<'a> {
     pub objective: &'a mut dyn Objective,
 }
 
-/// Saves step `optimizer.step` under `dir` and removes all but the newest two checkpoints. Returns its folder.
+/// Where a training keeps its checkpoints, and what they are compared with.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// The folder.
+    pub dir: &'a Path,
+    /// Settings.
+    pub config: &'a TrainConfig,
+    /// Of the model that training started from.
+    pub fingerprint: &'a str,
+    /// Who trains: the first rank writes.
+    pub ranks: &'a dyn Ranks,
+}
+
+/// Saves step `optimizer.step` and removes all but the newest two checkpoints. All ranks take part.
 ///
 /// # Errors
 /// The file system's; nothing half-written is left in place of a checkpoint.
-pub fn save(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: &Saved<'_>) -> Result<PathBuf> {
+pub fn save(place: Place<'_>, saved: &Saved<'_>) -> Result<()> {
     let Saved { params, optimizer, objective } = saved;
+    let Place { dir, ranks, .. } = place;
     let step = optimizer.step;
     let target = dir.join(format!("{PREFIX}{step:08}"));
     let partial = dir.join(format!(".{PREFIX}{step:08}.partial"));
+    if !ranks.is_first() {
+        return moments::write(&partial.join(MOMENTS), params, optimizer, ranks);
+    }
     let write = || -> Result<()> {
         fs::create_dir_all(dir)?;
         remove(&partial)?;
@@ -63,12 +82,11 @@ pub fn save(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: &Saved<'
         let weights: HashMap<_, _> =
             params.iter().map(|(name, var)| (name.to_owned(), var.as_detached_tensor())).collect();
         candle_core::safetensors::save(&weights, partial.join(PARAMS))?;
-        let moments: HashMap<_, _> = optimizer.state().into_iter().collect();
-        candle_core::safetensors::save(&moments, partial.join(MOMENTS))?;
+        moments::write(&partial.join(MOMENTS), params, optimizer, ranks)?;
         let state = State {
             step,
-            config: config.clone(),
-            fingerprint: fingerprint.to_owned(),
+            config: place.config.clone(),
+            fingerprint: place.fingerprint.to_owned(),
             objective: objective.state(),
             checksums: [PARAMS, MOMENTS]
                 .into_iter()
@@ -95,16 +113,16 @@ pub fn save(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: &Saved<'
         let leaving = dir.join(format!("{LEAVING}{}", old.file_name().unwrap_or_default().display()));
         fs::rename(old, &leaving).with_context(|| format!("removing {}", old.display()))?;
     }
-    remove_leftovers(dir)?;
-    Ok(target)
+    remove_leftovers(dir)
 }
 
-/// Restores the newest checkpoint under `dir`; returns its step, none where there is no checkpoint.
+/// Restores the newest checkpoint; returns its step, none where there is no checkpoint. Each rank reads for itself.
 ///
 /// # Errors
 /// A checkpoint of another model or of other options; a broken file.
-pub fn restore(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: Saved<'_>) -> Result<Option<u64>> {
+pub fn restore(place: Place<'_>, saved: Saved<'_>) -> Result<Option<u64>> {
     let Saved { params, optimizer, objective } = saved;
+    let Place { dir, config, fingerprint, .. } = place;
     let Some((step, folder)) = list(dir)?.pop() else { return Ok(None) };
     let mut read = || -> Result<()> {
         let state = fs::read(folder.join(STATE)).context(STATE)?;
@@ -126,8 +144,12 @@ pub fn restore(dir: &Path, config: &TrainConfig, fingerprint: &str, saved: Saved
             var.set(&found.to_device(var.device())?)?;
         }
         let device = params.iter().next().map_or(Device::Cpu, |(_, var)| var.device().clone());
-        let moments = candle_core::safetensors::load(folder.join(MOMENTS), &device).context(MOMENTS)?;
-        optimizer.restore(step, BTreeMap::from_iter(moments))?;
+        let moments = MomentsFile::open(&folder.join(MOMENTS)).context(MOMENTS)?;
+        for (name, var) in params.iter() {
+            let shapes = ["m", "v"].map(|suffix| moments.shape(&format!("{name}.{suffix}")));
+            ensure!(shapes == [Some(var.dims()); 2], "{MOMENTS}: no moments of {name}, or of another shape");
+        }
+        optimizer.restore(step, |name, range| moments.read(name, range, &device))?;
         objective.restore(&state.objective)
     };
     read().with_context(|| {

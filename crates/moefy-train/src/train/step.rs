@@ -67,6 +67,29 @@ pub struct StepLoss {
     pub dials: Vec<f64>,
 }
 
+impl StepLoss {
+    /// As plain numbers, for other ranks.
+    pub(super) fn numbers(&self) -> Vec<f64> {
+        let widths = self.widths.iter().map(|&width| f64::from(width));
+        [self.objective, self.language_model]
+            .into_iter()
+            .chain(self.dials.iter().copied())
+            .chain(widths)
+            .collect()
+    }
+
+    /// Takes back [`StepLoss::numbers`].
+    pub(super) fn of_numbers(numbers: &[f64]) -> Self {
+        let (dials, widths) = numbers[2..].split_at((numbers.len() - 2) / 2);
+        Self {
+            objective: numbers[0],
+            language_model: numbers[1],
+            widths: widths.iter().map(|&width| width as f32).collect(),
+            dials: dials.to_vec(),
+        }
+    }
+}
+
 impl TrainModel {
     /// Computes the losses of one batch: the language model's, and what distillation and the objective add. Adds their
     /// gradients to `gradients`.

@@ -1,23 +1,27 @@
 //! The training loop.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Error, Result, anyhow};
-use dynamoe_model::ops::Gradients;
+use anyhow::{Error, Result, anyhow, ensure};
 
 use super::config::TrainConfig;
 use super::group::Group;
 use super::metrics_log::MetricsLog;
 use super::model::TrainModel;
 use super::optimizer::{AdamW, Update};
-use super::state::{self, Saved};
+use super::shards::Shards;
+use super::share::share as share_weights;
+use super::state::{self, Place, Saved};
 use super::step::{StepBatch, StepContext, StepLoss};
 use super::stop::Stop;
+use super::sum::GradientSum;
 use super::teacher::Teacher;
-use crate::data::{Batch, Batches, Origin};
+use crate::data::Batches;
 use crate::methods::Objective;
 use crate::progress::{Progress, time};
+use crate::ranks::Ranks;
 use crate::report::results::TrainMetrics;
 
 /// How a run ended.
@@ -50,12 +54,15 @@ pub struct Trainer<'a> {
     pub stop: &'a Stop,
     /// Shown in front of the progress.
     pub label: &'a str,
+    /// The processes that train together. All have the same of everything else.
+    pub ranks: &'a dyn Ranks,
 }
 
 /// What changes while a training runs, besides the weights.
 struct Running {
+    shards: Shards,
     optimizer: AdamW,
-    gradients: Gradients,
+    gradients: GradientSum,
     objective: Box<dyn Objective>,
     /// Steps of the newest checkpoint.
     saved: Option<u64>,
@@ -88,18 +95,22 @@ impl Trainer<'_> {
     /// system.
     pub fn run(&self) -> Result<(Outcome, Vec<TrainMetrics>)> {
         self.config.validate()?;
+        self.config.check_ranks(self.ranks.size(), self.model.device())?;
         let _training = self.stop.training();
+        let shards = Shards::new(self.model.params(), self.ranks.size());
         let mut running = Running {
-            optimizer: AdamW::new(self.model.params())?,
-            gradients: Gradients::new(),
+            optimizer: AdamW::of_shard(self.model.params(), &shards, self.ranks.rank())?,
+            shards,
+            gradients: GradientSum::default(),
             objective: self.config.method.objective(&self.config.routing(self.model.config().width_shares())),
             saved: None,
         };
-        if let Some(dir) = self.state_dir {
-            running.saved = state::restore(dir, self.config, self.fingerprint, self.saved(&mut running))?;
+        if let Some(place) = self.place() {
+            running.saved = state::restore(place, self.saved(&mut running))?;
         }
         let (start, steps) = (running.saved.unwrap_or(0), self.config.steps());
-        let mut log = MetricsLog::open(self.state_dir, start)?;
+        self.check_start(start)?;
+        let mut log = MetricsLog::open(self.state_dir.filter(|_| self.ranks.is_first()), start)?;
         let tokens = self.config.tokens_per_step();
         let progress = Progress::new(self.label, "tokens", steps * tokens, start * tokens);
         let mut rate = Rate::new(start);
@@ -115,7 +126,7 @@ impl Trainer<'_> {
                 let seconds = progress.seconds_for((steps - start) * tokens);
                 tracing::info!("{}: about {} for all steps", self.label, time(seconds));
             }
-            let stop = self.stop.is_asked();
+            let stop = self.ranks.any(self.stop.is_asked());
             if done % self.config.save_every == 0 || done == steps || stop {
                 self.save(&mut log, &mut running)?;
             }
@@ -152,44 +163,90 @@ impl Trainer<'_> {
     }
 
     fn save(&self, log: &mut MetricsLog, running: &mut Running) -> Result<()> {
-        let Some(dir) = self.state_dir else { return Ok(()) };
+        let Some(place) = self.place() else { return Ok(()) };
         log.sync()?;
-        state::save(dir, self.config, self.fingerprint, &self.saved(running))?;
+        state::save(place, &self.saved(running))?;
         running.saved = Some(running.optimizer.step);
         Ok(())
     }
 
-    /// One optimizer step: the gradients of its batches, then the update.
+    /// Where checkpoints go, if they are kept.
+    fn place(&self) -> Option<Place<'_>> {
+        let (config, fingerprint, ranks) = (self.config, self.fingerprint, self.ranks);
+        self.state_dir.map(|dir| Place { dir, config, fingerprint, ranks })
+    }
+
+    /// Refuses ranks that have found different checkpoints.
+    fn check_start(&self, start: u64) -> Result<()> {
+        let found: Vec<f64> = self.ranks.all_gather(&[start as f64]).concat();
+        ensure!(
+            found.iter().all(|&step| step == start as f64),
+            "the processes found checkpoints of different steps, {found:?}: all of them must see the same --out folder"
+        );
+        Ok(())
+    }
+
+    /// One optimizer step: the gradients of its batches, then the update. The ranks take the batches in turn.
     fn step(&self, step: u64, running: &mut Running) -> Result<StepReport> {
-        let params = self.model.params();
-        let count = self.config.accumulation() as u64;
-        let share = 1.0 / count as f64;
-        let batches: Vec<Batch> = (0..count).map(|micro| self.batches.batch(step * count + micro)).collect();
-        // all tokens of a step that count have the same weight, whatever batch they are in
-        let counted = share * batches.iter().map(Batch::counted).sum::<usize>().max(1) as f64;
+        let (params, ranks) = (self.model.params(), self.ranks);
+        let batches = self.config.accumulation();
+        let share = 1.0 / batches as f64;
         let mut report = StepReport::default();
-        running.gradients.clear();
-        let mut origins = Vec::new();
-        for (micro, batch) in (0..).zip(batches) {
-            let (tokens, targets, weights) = batch.tensors(self.model.device())?;
-            let objective = running.objective.as_ref();
-            let context = StepContext { objective, teacher: self.teacher, config: self.config, step, micro };
-            let gradients = &mut running.gradients;
-            let of_step = StepBatch { tokens, targets, weights, counted };
-            let loss = self.model.accumulate(&of_step, &context, gradients)?;
-            origins.extend(batch.origins);
-            if !loss.objective.is_finite() {
-                return Err(self.diverged("loss", loss.objective, step, running.saved, &origins));
+        // all tokens of a step that count have the same weight, whatever batch they are in
+        let counted = |micro| self.batches.batch(self.batch_number(step, micro)).counted();
+        let counted = share * (0..batches).map(counted).sum::<usize>().max(1) as f64;
+        running.gradients.clear(ranks);
+        let mut losses = Vec::with_capacity(batches);
+        for first in (0..batches).step_by(ranks.size()) {
+            let turn = first..batches.min(first + ranks.size());
+            for loss in self.turn(step, turn.clone(), counted, running)? {
+                if !loss.objective.is_finite() {
+                    return Err(self.diverged("loss", loss.objective, step, running.saved));
+                }
+                report.add(&loss, share);
+                losses.push(loss);
             }
-            report.add(&loss, share);
-            running.objective.observe(&loss.dials, &loss.widths);
+            running.gradients.add(ranks, &running.shards, params, turn.len())?;
         }
-        report.grad_norm = share * running.gradients.norm(params)?;
+        // not before: batches of one step may be computed at the same time
+        losses.iter().for_each(|loss| running.objective.observe(&loss.dials, &loss.widths));
+        let squares = ranks.all_gather(&running.gradients.sum.squares(params)?);
+        report.grad_norm = share * squares.iter().flatten().sum::<f64>().sqrt();
         if !report.grad_norm.is_finite() {
-            return Err(self.diverged("gradient's norm", report.grad_norm, step, running.saved, &origins));
+            return Err(self.diverged("gradient's norm", report.grad_norm, step, running.saved));
         }
-        running.optimizer.update(params, &running.gradients, self.update(step, share, report.grad_norm))?;
+        let update = self.update(step, share, report.grad_norm);
+        running.optimizer.update(params, &running.gradients.sum, update)?;
+        share_weights(ranks, &running.shards, params)?;
         Ok(report)
+    }
+
+    /// Computes this rank's one of the batches `turn` of a step. Returns the losses of all of them.
+    fn turn(
+        &self,
+        step: u64,
+        turn: Range<usize>,
+        counted: f64,
+        running: &mut Running,
+    ) -> Result<Vec<StepLoss>> {
+        let micro = turn.start + self.ranks.rank();
+        let mut numbers = Vec::new();
+        if turn.contains(&micro) {
+            let batch = self.batches.batch(self.batch_number(step, micro));
+            let (tokens, targets, weights) = batch.tensors(self.model.device())?;
+            let (objective, micro) = (running.objective.as_ref(), micro as u64);
+            let context = StepContext { objective, teacher: self.teacher, config: self.config, step, micro };
+            let gradients = &mut running.gradients.batch;
+            let batch = StepBatch { tokens, targets, weights, counted };
+            numbers = self.model.accumulate(&batch, &context, gradients)?.numbers();
+        }
+        let all = self.ranks.all_gather(&numbers);
+        Ok(all[..turn.len()].iter().map(|numbers| StepLoss::of_numbers(numbers)).collect())
+    }
+
+    /// The number of a step's batch among all batches.
+    fn batch_number(&self, step: u64, micro: usize) -> u64 {
+        step * self.config.accumulation() as u64 + micro as u64
     }
 
     /// The optimizer's numbers for a step whose gradients have this norm.
@@ -210,8 +267,11 @@ impl Trainer<'_> {
     }
 
     /// What to say of a step whose `what` is not finite.
-    fn diverged(&self, what: &str, value: f64, step: u64, saved: Option<u64>, origins: &[Origin]) -> Error {
-        let from: Vec<String> = origins.iter().map(|o| self.batches.describe(*o)).collect();
+    fn diverged(&self, what: &str, value: f64, step: u64, saved: Option<u64>) -> Error {
+        let batches =
+            (0..self.config.accumulation()).map(|micro| self.batches.batch(self.batch_number(step, micro)));
+        let from: Vec<String> =
+            batches.flat_map(|batch| batch.origins).map(|origin| self.batches.describe(origin)).collect();
         let good = match (saved, self.state_dir) {
             (Some(step), Some(dir)) => format!("that of step {step} in {}", dir.display()),
             _ => "none was written yet".into(),
@@ -241,3 +301,6 @@ impl Rate {
         rate
     }
 }
+
+#[cfg(test)]
+mod tests;

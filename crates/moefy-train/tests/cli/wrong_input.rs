@@ -229,3 +229,18 @@ fn wrong_numbers_are_refused() {
         assert!(!lab.path("out").exists(), "{flag} {value} left an output folder");
     }
 }
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_program_built_for_one_process_refuses_to_be_one_of_several() {
+    let lab = Lab::new();
+    let args = run_args("out", "640", &[]);
+    for [size, rank] in [["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"], ["PMI_SIZE", "PMI_RANK"]] {
+        let output = lab.command(&args).env(size, "2").env(rank, "0").output().unwrap();
+        crate::lab::refused(output, &args, &["--features mpi"]);
+        assert!(!lab.path("out").exists());
+    }
+    // one process of a launcher is an ordinary one
+    let one = lab.command(&["--version"]).env("OMPI_COMM_WORLD_SIZE", "1").output().unwrap();
+    assert!(one.status.success());
+}

@@ -44,6 +44,15 @@ fn what_is_not_trained_has_no_gradient_and_no_moments() {
 }
 
 #[test]
+fn ranks_share_moments_and_the_sum_of_gradients() {
+    let config = model([64, 192, 4, 4, 2, 500], true);
+    let train = TrainConfig { micro_batch: Some(2), ..TrainConfig::default() };
+    let state = |train: &TrainConfig, ranks| Memory::of_rank(&config, train, 4, None, ranks).state;
+    let trained = state(&TrainConfig::default(), 1) / 12;
+    assert_eq!((state(&train, 1), state(&train, 2)), (16 * trained, 10 * trained));
+}
+
+#[test]
 fn options_are_named_until_the_training_fits() {
     let config = model([64, 192, 4, 4, 2, 500], true);
     let need = |train: &TrainConfig| Memory::of(&config, train, 2, None).peak();
@@ -73,20 +82,42 @@ fn options_are_named_until_the_training_fits() {
     assert_eq!(found(PROGRAM), None);
 }
 
-/// The numbers of docs/training.md.
-#[test]
-fn large_models_need_what_the_documentation_says() {
-    let documentation = include_str!("../../../../../docs/training.md");
-    for (name, config) in [
+/// The models of the tables in docs/training.md.
+fn documented() -> [(&'static str, ModelConfig); 3] {
+    [
         ("SmolLM2-135M", model([576, 1536, 30, 9, 3, 49152], true)),
         ("Llama-3.2-1B", model([2048, 8192, 16, 32, 8, 128_256], true)),
         ("Mistral-7B", model([4096, 14336, 32, 32, 8, 32000], false)),
-    ] {
+    ]
+}
+
+#[track_caller]
+fn assert_documented(row: &str) {
+    let documentation = include_str!("../../../../../docs/training.md");
+    assert!(documentation.contains(row), "docs/training.md has no row {row}");
+}
+
+#[test]
+fn large_models_need_what_the_documentation_says() {
+    for (name, config) in documented() {
         let training = |train: &TrainConfig| bytes(Memory::of(&config, train, 2, None).training());
         let all = TrainConfig { batch_size: 4, ..TrainConfig::default() };
         let settings = [&all, &TrainConfig { train: Trained::Added, ..all.clone() }, &added()];
         let [all, kept, least] = settings.map(training);
-        let row = format!("| {name} | {all} | {kept} | {least} |");
-        assert!(documentation.contains(&row), "docs/training.md has no row {row}");
+        assert_documented(&format!("| {name} | {all} | {kept} | {least} |"));
+    }
+}
+
+/// The sum of gradients and the updated weights, of the trained numbers that a process does not keep.
+#[test]
+fn processes_send_what_the_documentation_says() {
+    for (name, config) in documented() {
+        let mut row = format!("| {name} |");
+        for train in [TrainConfig::default(), added()] {
+            let trained = numbers(&expected_tensors(&config), |name| is_trained(name, &train, true));
+            let sent = |ranks: u64| bytes(8 * trained * (ranks - 1) / ranks);
+            row += &format!(" {} million | {} | {} |", trained / 1_000_000, sent(2), sent(8));
+        }
+        assert_documented(&row);
     }
 }
