@@ -145,7 +145,7 @@ fn stopped(step: u64) -> Result<()> {
     print(&format_args!("stopped after step {step}; the same command with --resume continues"))
 }
 
-/// The first Ctrl-C (or SIGTERM) asks training to save and stop; a second one stops at once. Where nothing is
+/// The first Ctrl-C (or SIGTERM, or SIGUSR1) asks training to save and stop; a second one stops at once. Where nothing is
 /// trained, there is nothing to save, and the first one stops at once.
 fn stop_on_signal() -> Result<Arc<Stop>> {
     let stop = Arc::new(Stop::default());
@@ -158,7 +158,19 @@ fn stop_on_signal() -> Result<Arc<Stop>> {
         tell("stopping after this step; press Ctrl-C again to stop at once");
     })
     .context("installing the handler for Ctrl-C")?;
+    take_usr1_for_term();
     Ok(stop)
+}
+
+/// `mpirun` passes SIGUSR1 on at once and waits for the processes. After SIGTERM it gives them a second.
+fn take_usr1_for_term() {
+    extern "C" fn term(_: libc::c_int) {
+        // SAFETY: `raise` may be called by a signal handler.
+        unsafe { libc::raise(libc::SIGTERM) };
+    }
+    let term: extern "C" fn(libc::c_int) = term;
+    // SAFETY: the handler calls nothing but `raise`.
+    unsafe { libc::signal(libc::SIGUSR1, term as libc::sighandler_t) };
 }
 
 #[cfg(test)]

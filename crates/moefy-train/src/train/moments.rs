@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use dynamoe_model::Params;
 use dynamoe_model::checkpoint::{TensorSpec, Writer};
+use safetensors::Dtype;
 use safetensors::tensor::Metadata;
-use safetensors::{Dtype, SafeTensors};
 
 use super::optimizer::AdamW;
 use crate::ranks::Ranks;
@@ -54,9 +54,9 @@ impl MomentsFile {
         file.read_exact_at(&mut length, 0)?;
         let data = u64::from_le_bytes(length).saturating_add(8);
         ensure!(data <= file.metadata()?.len(), "the header is cut off");
-        let mut header = vec![0; data as usize];
-        file.read_exact_at(&mut header, 0)?;
-        let (_, metadata) = SafeTensors::read_metadata(&header)?;
+        let mut header = vec![0; data as usize - length.len()];
+        file.read_exact_at(&mut header, length.len() as u64)?;
+        let metadata = serde_json::from_slice(&header)?;
         Ok(Self { file, metadata, data })
     }
 
@@ -65,7 +65,7 @@ impl MomentsFile {
         let info = self.metadata.info(name).with_context(|| format!("no tensor {name}"))?;
         let (start, end) = info.data_offsets;
         ensure!(info.dtype == Dtype::F32, "{name}: expected F32, found {}", info.dtype);
-        ensure!(4 * range.end <= end - start, "{name}: expected {} numbers or more", range.end);
+        ensure!(start + 4 * range.end <= end, "{name}: expected {} numbers or more", range.end);
         let mut bytes = vec![0; 4 * range.len()];
         self.file.read_exact_at(&mut bytes, self.data + (start + 4 * range.start) as u64)?;
         let tensor = Tensor::from_raw_buffer(&bytes, candle_core::DType::F32, &[range.len()], device)?;
