@@ -28,13 +28,14 @@ fn command(lab: &Lab, ranks: usize, args: &[&str]) -> Command {
     command.arg("-n").arg(ranks.to_string()).arg(alone.get_program()).args(args);
     command.current_dir(alone.get_current_dir().unwrap());
     for (name, value) in alone.get_envs() {
-        value.map_or_else(|| command.env_remove(name), |value| command.env(name, value));
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
     }
     // what Open MPI asks of root, and of machines with fewer processors
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_mpi_yield_when_idle", "1");
-    // time to save between SIGTERM and SIGKILL
-    command.env("OMPI_MCA_odls_base_sigkill_timeout", "60");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -104,7 +105,7 @@ fn several_processes_make_what_one_makes() {
 fn a_run_goes_on_with_another_number_of_processes() {
     let lab = Lab::new();
     lab.convert();
-    let tokens = (600 * STEP).to_string();
+    let tokens = (3000 * STEP).to_string();
     let more =
         [&MICRO[..], &["--tokens", &tokens, "--save-every", "100000", "--set", "log-every=1"]].concat();
     let whole = [
@@ -126,7 +127,8 @@ fn a_run_goes_on_with_another_number_of_processes() {
             assert!(child.try_wait().unwrap().is_none(), "{ranks} processes ended early");
             std::thread::sleep(Duration::from_millis(2));
         }
-        signal("-TERM", child.id());
+        // mpirun passes SIGUSR1 on; after SIGTERM it waits before it tells the processes, and kills them soon after
+        signal(if ranks == 3 { "-USR1" } else { "-TERM" }, child.id());
         let output = child.wait_with_output().unwrap();
         let told = String::from_utf8_lossy(&output.stdout);
         assert_eq!(told.matches("--resume continues").count(), 1, "{ranks}: {output:?}");
@@ -182,7 +184,7 @@ fn processes_fail_together_with_one_message() {
     let lab = Lab::new();
     let few = run_args("out", "640", &["--micro-batch", "2", "--baselines", "none"]);
     for (args, words) in [
-        (run_args("out", "640", &["--lr", "-1"]), &["--lr must be"][..]),
+        (run_args("out", "640", &["--lr=-1"]), &["--lr must be"][..]),
         (vec!["evaluate", "--model", "absent", "--data", "valid.txt"], &["absent"]),
         (few, &["3 processes", "give --micro-batch 1"]),
         (run_args("out", "640", &[&MICRO[..], &["--device", "cuda"]].concat()), &["--device cuda"]),
@@ -213,9 +215,15 @@ fn one_processs_work_is_done_once() {
     assert_eq!(one, two);
     let args = ["calibrate", "--model", "dense", "--data", "train.txt", "--sequence-length", "32"];
     finished(output(&lab, 2, &args), &args);
-    let first = fs::read(lab.path("calibration.safetensors")).unwrap();
+    // the order of metadata in the header is not fixed
+    let numbers = || {
+        let bytes = fs::read(lab.path("calibration.safetensors")).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        bytes[8 + header..].to_vec()
+    };
+    let first = numbers();
     lab.convert();
-    assert!(first == fs::read(lab.path("calibration.safetensors")).unwrap());
+    assert!(first == numbers());
     // a folder is held by the first process of each
     let args = finetune_args("out", &[&MICRO[..], &["--tokens", "1280000", "--save-every", "1"]].concat());
     let mut holder = command(&lab, 2, &args).spawn().unwrap();

@@ -18,11 +18,10 @@ pub(super) fn share(ranks: &dyn Ranks, shards: &Shards, params: &Params) -> Resu
         return Ok(());
     }
     let vars: Vec<&Var> = params.iter().map(|(_, var)| var).collect();
-    let block = BLOCK.min(shards.longest()).max(1);
-    let mut own = vec![0f32; block];
-    let mut all = vec![0f32; block * ranks.size()];
-    for start in (0..shards.longest()).step_by(block) {
-        let part = start..start + block;
+    for start in (0..shards.longest()).step_by(BLOCK) {
+        let part = start..shards.longest().min(start + BLOCK);
+        let mut own = vec![0f32; part.len()];
+        let mut all = vec![0f32; part.len() * ranks.size()];
         for span in shards.spans(ranks.rank(), part.clone()) {
             edit(vars[span.param], |values| {
                 own[span.before..][..span.range.len()].copy_from_slice(&values[span.range]);
@@ -30,7 +29,7 @@ pub(super) fn share(ranks: &dyn Ranks, shards: &Shards, params: &Params) -> Resu
             })?;
         }
         ranks.share(&own, &mut all);
-        for (shard, block) in all.chunks(block).enumerate().filter(|(shard, _)| *shard != ranks.rank()) {
+        for (shard, block) in all.chunks(part.len()).enumerate().filter(|(shard, _)| *shard != ranks.rank()) {
             for span in shards.spans(shard, part.clone()) {
                 edit(vars[span.param], |values| {
                     let len = span.range.len();

@@ -10,6 +10,8 @@
 //! So neither the batches nor the order of additions depend on the ranks. Each rank adds up its shard only: it gets that
 //! part of the others' gradients, and gives them theirs.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use candle_core::Var;
 use dynamoe_model::Params;
@@ -73,22 +75,12 @@ impl GradientSum {
                 (0..batches).find(|&rank| has(rank, param)).filter(|_| self.sum.get(vars[param]).is_none())
             })
             .collect();
-        let block = BLOCK.min(shards.longest());
-        let mut blocks = vec![0f32; block * ranks.size()];
-        let mut received = blocks.clone();
-        for start in (0..shards.longest()).step_by(block.max(1)) {
-            let part = start..start + block;
-            for (shard, block) in blocks.chunks_mut(block).enumerate() {
-                for span in shards.spans(shard, part.clone()) {
-                    let to = &mut block[span.before..][..span.range.len()];
-                    match self.batch.get(vars[span.param]) {
-                        Some(Gradient::Host(gradient)) => to.copy_from_slice(&gradient[span.range]),
-                        _ => to.fill(0.0),
-                    }
-                }
-            }
+        for start in (0..shards.longest()).step_by(BLOCK) {
+            let part = start..shards.longest().min(start + BLOCK);
+            let blocks = self.blocks(shards, &vars, &part);
+            let mut received = vec![0f32; blocks.len()];
             ranks.exchange(&blocks, &mut received);
-            for (rank, received) in received.chunks(block).enumerate().take(batches) {
+            for (rank, received) in received.chunks(part.len()).enumerate().take(batches) {
                 for Span { param, range, before } in shards.spans(ranks.rank(), part.clone()) {
                     if !has(rank, param) {
                         continue;
@@ -105,6 +97,19 @@ impl GradientSum {
                 }
             }
         }
+    }
+
+    /// A part of every shard of this batch's gradients, one after the other.
+    fn blocks(&self, shards: &Shards, vars: &[&Var], part: &Range<usize>) -> Vec<f32> {
+        let mut blocks = vec![0f32; part.len() * shards.count()];
+        for (shard, block) in blocks.chunks_mut(part.len()).enumerate() {
+            for span in shards.spans(shard, part.clone()) {
+                if let Some(Gradient::Host(gradient)) = self.batch.get(vars[span.param]) {
+                    block[span.before..][..span.range.len()].copy_from_slice(&gradient[span.range]);
+                }
+            }
+        }
+        blocks
     }
 }
 
