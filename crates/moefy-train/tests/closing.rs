@@ -12,6 +12,7 @@ use moefy_train::evaluate::{Policy, score};
 use moefy_train::pipeline::run::{ReportOptions, Run};
 use moefy_train::pipeline::{Existing, HeldOut, Inputs, Lab, Recipe, RunFolder};
 use moefy_train::progress::Progress;
+use moefy_train::ranks::Alone;
 use moefy_train::train::{Outcome, Stop, TrainConfig};
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -76,7 +77,7 @@ impl Models {
     fn loss(&self, name: &str, scope: Scope) -> f64 {
         let model = RoutedModel::load(&Checkpoint::open(&self.path(name)).unwrap(), &Device::Cpu).unwrap();
         let batches = self.texts(name).scored(&[self.source()], scope).unwrap();
-        score(&model, &batches, &Policy::Dial(&[1.0; 4]), &Progress::hidden()).unwrap().loss
+        score(&model, &batches, &Policy::Dial(&[1.0; 4]), &Progress::hidden(), &Alone).unwrap().loss
     }
 
     /// The mean probabilities of [`BOS`] and [`EOS`] after whole documents.
@@ -166,11 +167,12 @@ fn a_trained_model_still_ends_its_documents() {
         ..TrainConfig::default()
     };
     let options = ReportOptions { baselines: vec![], oracle: false, eval_tokens: 2000, pairs: None };
-    let lab = Lab::open(inputs, &Device::Cpu, &stop).unwrap();
+    let lab = Lab::open(inputs, &Device::Cpu, &stop, &Alone).unwrap();
     let run = Run::prepare(lab, Recipe { train, ..Recipe::default() }, options).unwrap();
     let settings = run.settings().unwrap();
     assert_eq!(settings["closing-token"], EOS);
-    let folder = RunFolder::prepare(&models.path("out"), Existing::default(), &[], &settings).unwrap();
+    let folder =
+        RunFolder::prepare(&models.path("out"), Existing::default(), &[], &settings, &Alone).unwrap();
     assert_eq!(run.run(&folder).unwrap(), Outcome::Finished);
     let [bos, eos] = models.at_the_end("out");
     assert!(eos > 0.5 && bos < 0.01, "after training: {bos} {eos}");

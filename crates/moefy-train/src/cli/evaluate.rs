@@ -83,17 +83,13 @@ pub fn evaluate(args: &EvaluateArgs, ranks: &dyn Ranks) -> Result<()> {
     } else {
         Scope::Packed(args.sequence_length)
     };
-    let read = |data: &[DataSource]| {
-        ranks.first_then_others(|| {
-            let data = fetched(data)?;
-            texts.scored(&data, scope)
-        })
-    };
-    let batches = if args.data.is_empty() { Vec::new() } else { read(&args.data)? };
+    let data = ranks.first_then_others(|| fetched(&args.data))?;
+    let read = |data: &[DataSource]| ranks.first_then_others(|| texts.scored(data, scope));
+    let batches = if data.is_empty() { Vec::new() } else { read(&data)? };
     if needs_solving(args, &model) {
         let text = match args.calibration_data.as_slice() {
             [] => batches.clone(),
-            sources => read(sources)?,
+            sources => read(&ranks.first_then_others(|| fetched(sources))?)?,
         };
         store_budgets(args, &mut checkpoint, &model, &text, ranks)?;
         if !ranks.is_first() {

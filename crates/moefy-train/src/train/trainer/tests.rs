@@ -54,9 +54,9 @@ impl Lab {
         let dense = ModelConfig::from_json(&json).unwrap();
         let section = ExpertConfig::default().options(&dense, 0).unwrap().section(&dense);
         let config = ModelConfig { dynamoe: Some(section), ..dense };
-        let source = DataSource { path, weight: 1.0 };
+        let source = DataSource::local(path);
         let cache_dir = dir.path().join("cache");
-        let (format, framing) = (TextFormat::default(), Framing { boundary: 0 });
+        let (format, framing) = (TextFormat::default(), Framing { opening: 0, closing: 0 });
         let cache = TokenCache::open_or_build(&source, &format, &tokenizer, framing, &cache_dir, &|_, _| {});
         Self { dir, seed: seed(), config, cache: Arc::new(cache.unwrap()) }
     }
