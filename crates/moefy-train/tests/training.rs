@@ -229,6 +229,37 @@ fn gradient(gradients: &Gradients, var: &Var) -> Vec<f32> {
     }
 }
 
+/// The mean loss of the targets that count at full width, by candle's own operations.
+fn plain_loss(model: &TrainModel, targets: &[u32], mask: Mask) -> f64 {
+    let vocab_size = model.config().vocab_size as u32;
+    let tokens: Vec<u32> = (0..66).map(|n| n * 7919 % vocab_size).collect();
+    let tokens = Tensor::from_vec(tokens, (3, 22), &Device::Cpu).unwrap();
+    let routed = model.routed().unwrap();
+    let (hidden, _) = routed.forward(&tokens, &vec![1.0; model.config().num_hidden_layers]).unwrap();
+    let log =
+        candle_nn::ops::log_softmax(&routed.logits(&hidden).unwrap(), 1).unwrap().to_vec2::<f32>().unwrap();
+    let losses = log.iter().zip(targets).map(|(row, &target)| -f64::from(row[target as usize]));
+    let counted: Vec<f64> = losses.zip(mask).filter_map(|(loss, counts)| counts.then_some(loss)).collect();
+    counted.iter().sum::<f64>() / counted.len() as f64
+}
+
+#[test]
+fn a_masked_loss_is_the_mean_over_targets_that_count() {
+    let mut rng = support::random::rng();
+    for vocab_size in [50, 5000] {
+        let train = TrainConfig { method: Method::Dense, ..TrainConfig::default() };
+        let model = TrainModel::new(&config(vocab_size, false, 0), &train, &mut random()).unwrap();
+        let targets: Vec<u32> = (0..66).map(|_| rng.random_range(0..vocab_size as u32)).collect();
+        for share in [0.1, 0.5, 1.0] {
+            let mut mask: Mask = std::array::from_fn(|_| rng.random_bool(share));
+            mask[7] = true;
+            let (loss, _) = masked_step(&model, &train, &targets, mask);
+            let expected = plain_loss(&model, &targets, mask);
+            assert!((loss.language_model - expected).abs() < 1e-4 * expected, "{loss:?} {expected}");
+        }
+    }
+}
+
 #[test]
 fn targets_that_do_not_count_change_neither_losses_nor_gradients() {
     let mut rng = support::random::rng();
@@ -241,7 +272,7 @@ fn targets_that_do_not_count_change_neither_losses_nor_gradients() {
         let mask: Mask = std::array::from_fn(|_| rng.random_bool(0.4));
         let (loss, gradients) = masked_step(&model, &train, &targets, mask);
 
-        // the mean over targets that count, by the plain operations
+        // the mean over all targets is made of the means over those that count and over the others
         let count = mask.iter().filter(|&&counts| counts).count() as f64;
         let others: Mask = mask.map(|counts| !counts);
         let (rest, of_rest) = masked_step(&model, &train, &targets, others);

@@ -25,7 +25,12 @@ pub struct Document {
 impl Document {
     /// A text that counts as a whole.
     pub fn whole(text: String) -> Self {
-        Self { counted: vec![0..text.len()], text }
+        Self::after(0, text)
+    }
+
+    /// A text that counts from byte `start` on.
+    pub fn after(start: usize, text: String) -> Self {
+        Self { counted: std::iter::once(start..text.len()).collect(), text }
     }
 
     /// Whether all of it counts.
@@ -85,8 +90,7 @@ pub(super) fn document(record: &Value, format: &TextFormat) -> Result<Document> 
         Some(&[prompt, completion]) => {
             let prompt = string_field(record, prompt)?;
             let masked = if format.mask_prompt { prompt.len() } else { 0 };
-            let text = prompt + &string_field(record, completion)?;
-            Ok(Document { counted: vec![masked..text.len()], text })
+            Ok(Document::after(masked, prompt + &string_field(record, completion)?))
         }
         _ => bail!("expected a JSON object with the field {}", expected(format)),
     }

@@ -89,7 +89,8 @@ pub struct Lab<'a> {
 }
 
 impl<'a> Lab<'a> {
-    /// Opens the model and its tokenizer. What is written from the model names the token that ends its documents.
+    /// Opens the model and its tokenizer. What is written from a model that names several tokens for the end of a document
+    /// says which one it was.
     ///
     /// # Errors
     /// What is missing or broken.
@@ -97,7 +98,11 @@ impl<'a> Lab<'a> {
         let dir = ranks.first_then_others(|| hub::resolve(&inputs.model))?;
         let mut model = Checkpoint::open(&dir)?;
         let texts = Texts::open(&model, &inputs.text)?;
-        model.set_closing_token(texts.framing().closing);
+        let mut named = model.config().eos_token_ids.iter().chain(&model.config().bos_token_id);
+        let first = named.next();
+        if named.any(|id| Some(id) != first) {
+            model.set_closing_token(texts.framing().closing);
+        }
         Ok(Self { inputs, model, texts, device, stop, ranks })
     }
 
