@@ -58,7 +58,7 @@ async fn losses_agree(folder: &Path, batches: &[PaddedBatch], sensitivities: [f6
             }
         }
         let setting = Setting::uniform(sensitivity, model.config().num_hidden_layers);
-        let trainers = point(&model, batches, &setting, &Progress::hidden()).unwrap();
+        let trainers = point(&model, batches, &setting, &Progress::hidden(), &Alone).unwrap();
         let ours = sum / tokens as f64;
         println!(
             "sensitivity {sensitivity}, {tokens} tokens, mean width {:.3}: engine {ours:.5}, trainer {:.5}",
