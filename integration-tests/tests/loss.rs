@@ -17,6 +17,7 @@ use moefy_train::{
     data::{PaddedBatch, Scope, TextOptions, Texts, load_tokenizer},
     evaluate::{Setting, point},
     progress::Progress,
+    ranks::Alone,
 };
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
