@@ -158,8 +158,8 @@ fn log_likelihoods(
 ) -> Result<(Vec<f64>, f64)> {
     let progress = Progress::new("scoring tasks", "tokens", scored_tokens(batches), 0);
     let policy = Policy::Dial(&setting.sensitivity);
-    let parts: Vec<Vec<f64>> = ranks
-        .own(batches.len())
+    let own = ranks.own(batches.len());
+    let parts: Vec<Vec<f64>> = own
         .par_iter()
         .map(|&index| {
             let part = score(model, &batches[index..=index], &policy, &progress, &Alone)?;
@@ -167,10 +167,12 @@ fn log_likelihoods(
             Ok([part.tokens as f64, part.mean_width()].into_iter().chain(items).collect())
         })
         .collect::<Result<_>>()?;
+    let parts = ranks.all_gather_own(batches.len(), &parts);
+    progress.add(score::scored_by_others(batches, &own));
     progress.finish();
     let mut log_likelihoods = vec![0.0; items];
     let (mut tokens, mut used) = (0.0, 0.0);
-    for part in ranks.all_gather_own(batches.len(), &parts) {
+    for part in parts {
         part[2..].chunks_exact(2).for_each(|item| log_likelihoods[item[0] as usize] -= item[1]);
         tokens += part[0];
         used += part[0] * part[1];

@@ -110,9 +110,13 @@ pub fn score(
         })
         .collect::<Result<Vec<_>>>()?;
     let parts = ranks.all_gather_own(batches.len(), &parts);
-    progress
-        .add(scored_tokens(batches) - own.iter().map(|&index| batches[index].scored() as u64).sum::<u64>());
+    progress.add(scored_by_others(batches, &own));
     combine(parts.iter().map(|numbers| BatchScore::of_numbers(numbers)).collect())
+}
+
+/// How many tokens are scored of the `batches` that are not this rank's `own`.
+pub(super) fn scored_by_others(batches: &[PaddedBatch], own: &[usize]) -> u64 {
+    scored_tokens(batches) - own.iter().map(|&index| batches[index].scored() as u64).sum::<u64>()
 }
 
 /// How many tokens of `batches` are scored.
