@@ -155,12 +155,16 @@ mod tests {
     fn every_architecture_is_registered() {
         let registered: Vec<_> = inventory::iter::<ModelPlugin>
             .into_iter()
-            .filter(|plugin| plugin.architecture != ARCHITECTURE)
+            .filter(|plugin| {
+                plugin.architecture != ARCHITECTURE && moe::loader(plugin.architecture).is_none()
+            })
             .map(|plugin| (plugin.name, plugin.architecture))
             .collect();
-        let all = Architecture::all().map(|architecture| (architecture.model_type(), architecture.name()));
-        assert!(all.clone().all(|names| registered.contains(&names)), "{registered:?}");
-        assert_eq!(registered.len(), all.count());
+        let all: Vec<_> = Architecture::all()
+            .map(|architecture| (architecture.model_type(), architecture.name()))
+            .collect();
+        assert!(all.iter().all(|names| registered.contains(names)), "{registered:?}");
+        assert_eq!(registered.len(), all.len());
     }
 
     #[test]
