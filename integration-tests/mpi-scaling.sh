@@ -4,7 +4,8 @@
 #   integration-tests/mpi-scaling.sh [RANKS...]      by default 1 2
 #
 # Each process gets one thread, so that one process is not faster by threads that two would have to share. LAUNCH is the
-# launcher with its options, by default that of Open MPI on one machine; PROGRAM is a moefy-train built for this:
+# launcher with its options, by default that of Open MPI on one machine; TOKENS is how long each trains, by default 30
+# steps; PROGRAM is a moefy-train built for this:
 #
 #   cargo build --release -p moefy-train --features mpi
 #   LAUNCH="mpirun --hostfile hosts --map-by ppr:1:node" THREADS=16 integration-tests/mpi-scaling.sh 1 2 4 8
@@ -26,7 +27,7 @@ first=
 for n in "${ranks[@]}"; do
     # 11 million parameters; 16 batches of 4 times 256 tokens in a step
     $launch -n "$n" "$program" pretrain --out "$out/$n" --hidden-size 384 --intermediate-size 1024 --layers 6 --heads 6 \
-        --kv-heads 6 --vocab-size 2048 --tokens 491520 --batch-size 64 --micro-batch 4 --set log-every=1 \
+        --kv-heads 6 --vocab-size 2048 --tokens "${TOKENS:-491520}" --batch-size 64 --micro-batch 4 --set log-every=1 \
         >"$out/$n.log" 2>&1 || { cat "$out/$n.log"; exit 1; }
     speed=$(sed 1d "$out/$n/training/state/metrics.jsonl" | grep -o '"tokens_per_second":[0-9.e+]*' | cut -d: -f2 |
         sort -g | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }')
