@@ -76,7 +76,7 @@ fn end(child: &mut Child, patience: Duration) -> std::process::ExitStatus {
     }
 }
 
-/// Waits for an `mpirun` whose processes have ended. That of Open MPI 4.1.4 was seen to wait for itself then, once in
+/// Waits for an `mpirun` whose processes have ended. That of Open MPI 4.1.4 was seen to wait for itself then, twice in
 /// 172 times.
 fn reap(mpirun: &mut Child) -> std::process::ExitStatus {
     let started = Instant::now();

@@ -108,7 +108,7 @@ impl dyn Ranks + '_ {
         (self.rank()..count).step_by(self.size()).collect()
     }
 
-    /// The numbers of `count` pieces of work in their order: each rank gives those of its [own](Self::own).
+    /// The numbers of `count` pieces of work in their order: each rank gives those of its `own`.
     pub fn all_gather_own(&self, count: usize, own: &[Vec<f64>]) -> Vec<Vec<f64>> {
         let lengths: Vec<f64> = own.iter().map(|numbers| numbers.len() as f64).collect();
         let lengths = self.all_gather(&lengths);
