@@ -1,8 +1,8 @@
-//! Reading files that strangers made.
+//! Reading files that strangers made, and where to keep what was made of them.
 
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
@@ -30,6 +30,16 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
 /// As [`read_file`]; a byte that is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(read_file(path)?).context("not UTF-8")
+}
+
+/// The folder of caches: `$XDG_CACHE_HOME/dynamoe`, else `~/.cache/dynamoe`.
+///
+/// # Errors
+/// Neither `XDG_CACHE_HOME` nor `HOME` is set to an absolute path.
+pub fn cache_dir() -> Result<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
+    Ok(base.context("no folder for caches: set XDG_CACHE_HOME or HOME")?.join("dynamoe"))
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! | concept | module |
 //! | --- | --- |
 //! | Hugging Face's config.json, and which architectures are read | [`config`] |
-//! | finding a model: a folder or a hub id; files of the hub's data sets | [`hub`] |
+//! | finding a model: a folder, a hub id or a GGUF file; files of the hub's data sets | [`hub`] |
+//! | GGUF files as folders | [`gguf`] |
 //! | a conversation as text | [`chat`] |
 //! | every tensor of a model with its shape | [`tensors`] |
 //! | checkpoint folders: reading, writing, copying | [`checkpoint`] |
@@ -23,6 +24,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod export;
 pub mod files;
+pub mod gguf;
 pub mod hub;
 pub mod inspect;
 pub mod model;

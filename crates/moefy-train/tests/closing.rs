@@ -155,6 +155,7 @@ fn a_trained_model_still_ends_its_documents() {
     let stop = Stop::default();
     let inputs = Inputs {
         model: models.path("swapped").display().to_string(),
+        tokenizer: None,
         data: vec![models.source()],
         held_out: HeldOut::Tail,
         text: models.options(),

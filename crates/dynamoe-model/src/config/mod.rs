@@ -118,7 +118,10 @@ pub fn read_json(dir: &Path) -> Result<Value> {
     }
     let path = dir.join("config.json");
     let text = read_text(&path).with_context(|| {
-        format!("{}: cannot be read; a model is a folder with config.json and *.safetensors", path.display())
+        format!(
+            "{}: cannot be read; a model is a folder with config.json and *.safetensors, or a .gguf file",
+            path.display()
+        )
     })?;
     let value = parse(&text).with_context(|| format!("{}: not valid JSON", path.display()))?;
     ensure!(value.is_object(), "{}: expected a JSON object", path.display());

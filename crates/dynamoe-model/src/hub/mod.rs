@@ -1,4 +1,4 @@
-//! Where a model comes from: a local folder, or the Hugging Face hub. And files of the hub's data sets.
+//! Where a model comes from: a local folder, a GGUF file, or the Hugging Face hub. And files of the hub's data sets.
 
 mod client;
 mod data_set;
@@ -8,25 +8,37 @@ mod testing;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
+use crate::gguf;
 use client::{Hub, Weights};
 pub use data_set::{DataSet, is_address};
 pub use settings::Settings;
 
-/// The folder of a model given as a local folder or as a hub id `org/name`. From the hub: config.json, the
+/// The folder of a model given as a local folder, as a GGUF file or as a hub id `org/name`. From the hub: config.json, the
 /// tokenizer and the safetensors, into the cache that Python's tools use as well, where files that are there already
 /// are not fetched again. [`Settings`] lists the environment variables.
 ///
 /// # Errors
-/// Neither a folder nor a hub id, or the hub cannot be reached or does not have the model in safetensors.
+/// None of these, or the hub cannot be reached or does not have the model in safetensors.
 pub fn resolve(model: &str) -> Result<PathBuf> {
+    resolve_with(model, None)
+}
+
+/// The same, with a tokenizer.json for a GGUF file. See [`gguf::folder`].
+///
+/// # Errors
+/// As [`resolve`]; a tokenizer for a model that has one.
+pub fn resolve_with(model: &str, tokenizer: Option<&Path>) -> Result<PathBuf> {
     let path = Path::new(model);
+    if path.is_file() {
+        let named = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"));
+        ensure!(named || gguf::is_gguf(path), "{model}: is a file; give the model's folder, or a .gguf file");
+        return gguf::folder(path, tokenizer);
+    }
+    ensure!(tokenizer.is_none(), "--tokenizer is for a .gguf file; {model} has a tokenizer of its own");
     if path.is_dir() {
         return Ok(path.to_path_buf());
-    }
-    if path.exists() {
-        bail!("{model}: is a file; give the model's folder");
     }
     if !is_hub_id(model) {
         bail!("{model}: no such folder, and not a hub id (org/name) either");
@@ -73,10 +85,12 @@ mod tests {
     fn folders_are_taken_as_they_are() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(resolve(dir.path().to_str().unwrap()).unwrap(), dir.path());
-        let file = dir.path().join("model.gguf");
+        let file = dir.path().join("model.safetensors");
         std::fs::write(&file, "").unwrap();
         let error = resolve(file.to_str().unwrap()).unwrap_err().to_string();
         assert!(error.contains("give the model's folder"), "{error}");
+        let error = resolve_with(dir.path().to_str().unwrap(), Some(&file)).unwrap_err().to_string();
+        assert!(error.contains("--tokenizer"), "{error}");
     }
 
     #[test]

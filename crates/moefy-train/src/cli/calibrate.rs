@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use super::options::{TextArgs, fetched, open_model};
+use super::options::{DenseArgs, TextArgs, fetched};
 use super::print;
 use moefy_train::data::{CALIBRATION_TOKENS, DataSource, SampleShape, Split, Texts, calibration_batches};
 use moefy_train::prepare;
@@ -13,9 +13,8 @@ use moefy_train::train::TrainConfig;
 
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
-    /// Dense model: a folder or a hub id
-    #[arg(long)]
-    model: String,
+    #[command(flatten)]
+    model: DenseArgs,
     /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
     /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long, required = true)]
@@ -34,7 +33,7 @@ pub struct CalibrateArgs {
 }
 
 pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
-    let source = open_model(&args.model)?;
+    let source = args.model.open()?;
     let texts = Texts::open(&source, &args.text.options())?;
     let shape = SampleShape { batch_size: TrainConfig::BATCH_SIZE, sequence_length: args.sequence_length };
     let data = fetched(&args.data)?;

@@ -4,16 +4,16 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use dynamoe_model::checkpoint::refuse_overlap;
 
-use super::options::{ExpertArgs, open_model, warn_unless_served};
+use super::options::{DenseArgs, ExpertArgs, warn_unless_served};
 use super::print;
 use moefy_train::prepare::{self, Calibration};
 
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
-    /// Dense model: a folder or a hub id
-    #[arg(long)]
-    model: String,
+    #[command(flatten)]
+    model: DenseArgs,
     /// What `calibrate` wrote; without it neurons are ordered by their weights alone
     #[arg(long)]
     calibration: Option<PathBuf>,
@@ -34,7 +34,8 @@ pub struct ConvertArgs {
 }
 
 pub fn convert(args: &ConvertArgs) -> Result<()> {
-    let source = open_model(&args.model)?;
+    let source = args.model.open()?;
+    refuse_overlap(args.model.path(), &args.out)?;
     warn_unless_served(source.config());
     let mut options = args.experts.config().options(source.config(), args.seed)?;
     options.max_shard_bytes = args.max_shard_bytes;

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use dynamoe_model::Checkpoint;
-use dynamoe_model::checkpoint::write_add_on;
+use dynamoe_model::checkpoint::{refuse_overlap, write_add_on};
 use dynamoe_model::export::{ExportOptions, export as export_checkpoint};
 use dynamoe_model::slice::{Compensation, Slice, export_slice};
+use dynamoe_model::{Checkpoint, hub};
 
-use super::options::{open_model, with_add_on};
+use super::options::{TokenizerArg, with_add_on};
 use super::print;
 
 /// A type of weights.
@@ -22,13 +22,15 @@ enum DtypeArg {
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// The checkpoint: a folder or a hub id
+    /// The checkpoint: a folder, a hub id or a .gguf file
     #[arg(long)]
     model: String,
+    #[command(flatten)]
+    tokenizer: TokenizerArg,
     /// Without DIR: write what the checkpoint adds to --base. With DIR: put this add-on and the dense --model together
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     add_on: Option<Option<PathBuf>>,
-    /// The dense model that an add-on is written for: a folder or a hub id
+    /// The dense model that an add-on is written for: a folder, a hub id or a .gguf file
     #[arg(long, requires = "add_on", conflicts_with_all = ["dense", "width", "dtype", "max_shard_bytes"])]
     base: Option<String>,
     /// Folder to write
@@ -52,11 +54,10 @@ pub struct ExportArgs {
 }
 
 pub fn export(args: &ExportArgs) -> Result<()> {
-    let model = open_model(&args.model)?;
     match (&args.add_on, &args.base) {
         (Some(None), Some(base)) => {
-            let name = base_name(base);
-            write_add_on(&model, &open_model(base)?, &name, &args.out, args.force)?;
+            let model = Checkpoint::open(&hub::resolve(&args.model)?)?;
+            write_add_on(&model, &args.tokenizer.open(base)?, &base_name(base), &args.out, args.force)?;
         }
         (Some(None), None) => {
             bail!("--add-on writes an add-on to the dense model that --base names; give --base")
@@ -65,6 +66,8 @@ pub fn export(args: &ExportArgs) -> Result<()> {
             bail!("--add-on DIR reads an add-on and --base is for writing one; give one of them")
         }
         (add_on, _) => {
+            refuse_overlap(Path::new(&args.model), &args.out)?;
+            let model = args.tokenizer.open(&args.model)?;
             let model = with_add_on(model, add_on.as_ref().and_then(|dir| dir.as_deref()))?;
             match args.width {
                 Some(share) => return cut(&model, share, args),
@@ -125,7 +128,7 @@ impl ExportArgs {
 /// A base's name for people: its hub id, or the last part of its path.
 fn base_name(base: &str) -> String {
     let path = Path::new(base);
-    match path.file_name().filter(|_| path.is_dir()) {
+    match path.file_name().filter(|_| path.exists()) {
         Some(name) => name.to_string_lossy().into(),
         None => base.to_owned(),
     }

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::refuse_overlap;
+use dynamoe_model::{Checkpoint, RoutedModel, hub};
 
-use super::options::{ExistingArgs, TextArgs, TrainingArgs, heading, open_model, warn_unless_served};
+use super::options::{ExistingArgs, TextArgs, TokenizerArg, TrainingArgs, heading, warn_unless_served};
 use super::{print, stopped};
 use moefy_train::data::DataSource;
 use moefy_train::pipeline::{HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, TrainJob, Training};
@@ -19,9 +19,11 @@ pub struct FinetuneArgs {
     /// Converted model
     #[arg(long, help_heading = heading::INPUT)]
     model: String,
-    /// Dense model to distill from: a folder or a hub id [default: the model itself, at full width, as it is now]
+    /// Dense model to distill from: a folder, a hub id or a .gguf file [default: the model itself, at full width, as it is now]
     #[arg(long, help_heading = heading::INPUT)]
     teacher: Option<String>,
+    #[command(flatten)]
+    tokenizer: TokenizerArg,
     /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
     /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long, required = true, value_name = "PATH[:WEIGHT]", help_heading = heading::INPUT)]
@@ -40,16 +42,21 @@ pub struct FinetuneArgs {
 pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let recipe = Recipe { train: args.training.config()?, ..Recipe::default() };
     recipe.train.validate()?;
-    let read: Vec<&Path> = args.data.iter().map(|data| data.path.as_path()).collect();
-    let existing = args.existing.existing();
-    RunFolder::check(&args.out, existing, &read)?;
-    let device = args.training.steps.device.open()?;
+    // a teacher's, unless the model itself is a GGUF file
+    let own_tokenizer =
+        args.tokenizer.path().filter(|_| args.teacher.is_none() || Path::new(&args.model).is_file());
     let mut inputs = Inputs {
         model: args.model.clone(),
+        tokenizer: own_tokenizer.map(Path::to_owned),
         data: args.data.clone(),
         held_out: HeldOut::Nothing,
         text: args.text.options(),
     };
+    let files: Vec<PathBuf> = inputs.paths().map(Path::to_owned).collect();
+    let read: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    let existing = args.existing.existing();
+    RunFolder::check(&args.out, existing, &read)?;
+    let device = args.training.steps.device.open()?;
     let earlier = RunFolder::earlier(&args.out, existing)?;
     ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
     let lab = Lab::open(inputs, &device, stop, ranks)?;
@@ -58,7 +65,9 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
     let batches = lab.batches(&recipe.train)?;
     let teacher = match &args.teacher {
         Some(teacher) if recipe.train.has_teacher() => {
-            let teacher = ranks.first_then_others(|| open_model(teacher))?;
+            let tokenizer = args.tokenizer.path().filter(|_| own_tokenizer.is_none());
+            let dir = ranks.first_then_others(|| hub::resolve_with(teacher, tokenizer))?;
+            let teacher = Checkpoint::open(&dir)?;
             teacher.config().refuse_biases("distillation").context("--teacher")?;
             Some(RoutedModel::load(&teacher, &device)?)
         }

@@ -7,7 +7,7 @@ use candle_core::Device;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use dynamoe_model::config::engine;
-use dynamoe_model::{Checkpoint, ModelConfig};
+use dynamoe_model::{Checkpoint, ModelConfig, hub};
 
 use moefy_train::data::{DOCUMENT_MARKER, DataSource, TextFormat, TextOptions};
 use moefy_train::methods::Method;
@@ -88,9 +88,8 @@ pub fn fetched(sources: &[DataSource]) -> Result<Vec<DataSource>> {
 #[derive(Debug, Args)]
 #[command(next_help_heading = heading::INPUT)]
 pub struct InputArgs {
-    /// Dense model: a folder or a hub id
-    #[arg(long)]
-    model: String,
+    #[command(flatten)]
+    model: DenseArgs,
     /// Text to train on: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
     /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
     #[arg(long, required = true, value_name = "PATH[:WEIGHT]")]
@@ -106,7 +105,8 @@ impl InputArgs {
     /// As the library takes it.
     pub fn inputs(&self) -> Inputs {
         Inputs {
-            model: self.model.clone(),
+            model: self.model.model.clone(),
+            tokenizer: self.model.tokenizer.path().map(Path::to_owned),
             data: self.data.clone(),
             held_out: HeldOut::files_or_tail(&self.valid),
             text: self.text.options(),
@@ -280,12 +280,56 @@ impl ExistingArgs {
     }
 }
 
+/// A dense model to read.
+#[derive(Debug, Args)]
+pub struct DenseArgs {
+    /// Dense model: a folder, a hub id or a .gguf file
+    #[arg(long)]
+    model: String,
+    #[command(flatten)]
+    tokenizer: TokenizerArg,
+}
+
+impl DenseArgs {
+    /// Opens it.
+    pub fn open(&self) -> Result<Checkpoint> {
+        self.tokenizer.open(&self.model)
+    }
+
+    /// Where it is, if it is not on the hub.
+    pub fn path(&self) -> &Path {
+        Path::new(&self.model)
+    }
+}
+
+/// The tokenizer of a GGUF file.
+#[derive(Debug, Args)]
+pub struct TokenizerArg {
+    /// For a .gguf file: the model's tokenizer.json [default: made of what the file says]
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+}
+
+impl TokenizerArg {
+    /// Opens a model by folder, hub id or GGUF file.
+    pub fn open(&self, model: &str) -> Result<Checkpoint> {
+        Checkpoint::open(&hub::resolve_with(model, self.path())?)
+    }
+
+    /// The file that was given.
+    pub fn path(&self) -> Option<&Path> {
+        self.tokenizer.as_deref()
+    }
+}
+
 /// A model to read, whole or as a base with an add-on.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A model: a folder or a hub id
+    /// A model: a folder, a hub id or a .gguf file
     #[arg(long)]
     pub model: String,
+    #[command(flatten)]
+    tokenizer: TokenizerArg,
     /// Add-on that makes a DynaMoE model of the dense --model: its folder
     #[arg(long, value_name = "DIR")]
     add_on: Option<PathBuf>,
@@ -294,7 +338,7 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Opens it.
     pub fn open(&self) -> Result<Checkpoint> {
-        with_add_on(open_model(&self.model)?, self.add_on.as_deref())
+        with_add_on(self.tokenizer.open(&self.model)?, self.add_on.as_deref())
     }
 }
 
@@ -304,11 +348,6 @@ pub fn with_add_on(base: Checkpoint, add_on: Option<&Path>) -> Result<Checkpoint
         Some(dir) => base.with_add_on(dir),
         None => Ok(base),
     }
-}
-
-/// Opens a model by folder or hub id.
-pub fn open_model(model: &str) -> Result<Checkpoint> {
-    Checkpoint::open(&dynamoe_model::hub::resolve(model)?)
 }
 
 /// Warns of what keeps mistral.rs from serving a model of this configuration, before time is spent on training it.

@@ -69,8 +69,8 @@ pub fn run(args: &RunArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let recipe = Recipe { experts: args.experts.config(), train: args.training.config()? };
     recipe.train.validate()?;
     let (mut inputs, options) = (args.inputs.inputs(), args.report.options());
-    let texts: Vec<PathBuf> = inputs.paths().chain(options.pairs.as_deref()).map(Path::to_owned).collect();
-    let mut read: Vec<&Path> = texts.iter().map(PathBuf::as_path).collect();
+    let files: Vec<PathBuf> = inputs.paths().chain(options.pairs.as_deref()).map(Path::to_owned).collect();
+    let mut read: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
     let existing = args.existing.existing();
     RunFolder::check(&args.out, existing, &read)?;
     let earlier = RunFolder::earlier(&args.out, existing)?;

@@ -53,17 +53,6 @@ pub struct TokenCache {
     gaps: usize,
 }
 
-/// `$XDG_CACHE_HOME/dynamoe`, else `~/.cache/dynamoe`.
-///
-/// # Errors
-/// Neither variable is set.
-pub fn default_cache_dir() -> Result<PathBuf> {
-    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-    let base = base.context("no folder for the token cache: set XDG_CACHE_HOME or HOME")?;
-    Ok(base.join("dynamoe"))
-}
-
 impl TokenCache {
     /// Opens the cache of `source` in `cache_dir`, tokenizing its files first where there is no sound one.
     ///

@@ -23,7 +23,7 @@ pub mod texts;
 pub mod tokenizer;
 
 pub use batches::{Batch, Batches, BatchesConfig, Origin, Split, WeightedCache};
-pub use cache::{TokenCache, default_cache_dir};
+pub use cache::TokenCache;
 pub use choices::Choices;
 pub use documents::{DocumentBatches, DocumentLimits};
 pub use format::{DOCUMENT_MARKER, TextFormat};

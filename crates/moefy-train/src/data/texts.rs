@@ -11,10 +11,11 @@ use super::closing;
 use super::tokenizer::largest_id;
 use super::{
     BATCH_TOKENS, Batches, BatchesConfig, Choices, DataSource, DocumentBatches, DocumentLimits, Framing,
-    PaddedBatch, Pairs, Split, TextFormat, TokenCache, WeightedCache, default_cache_dir, load_tokenizer,
+    PaddedBatch, Pairs, Split, TextFormat, TokenCache, WeightedCache, load_tokenizer,
 };
 use dynamoe_model::Checkpoint;
 use dynamoe_model::chat::ChatTemplate;
+use dynamoe_model::files::cache_dir;
 
 /// Tokens that calibration reads by default.
 pub const CALIBRATION_TOKENS: usize = 32_768;
@@ -73,7 +74,7 @@ impl Texts {
             framing: closing::framing(model, &tokenizer)?,
             tokenizer,
             format: TextFormat { chat: ChatTemplate::read(dir)?, ..options.format.clone() },
-            cache_dir: options.cache_dir.clone().map_or_else(default_cache_dir, Ok)?,
+            cache_dir: options.cache_dir.clone().map_or_else(cache_dir, Ok)?,
             positions: config.max_position_embeddings,
             vocab_size: config.vocab_size,
         })

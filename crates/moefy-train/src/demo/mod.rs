@@ -58,6 +58,7 @@ pub fn inputs(base: &Path) -> Inputs {
     let source = |name: &str| vec![DataSource::local(base.join(name))];
     Inputs {
         model: base.display().to_string(),
+        tokenizer: None,
         data: source("train.txt"),
         held_out: HeldOut::Files(source("valid.txt")),
         text: TextOptions { cache_dir: Some(base.join("cache")), ..TextOptions::default() },

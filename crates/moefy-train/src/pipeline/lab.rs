@@ -1,6 +1,6 @@
 //! What the stages of a recipe share: the model that they start from, the text, the device.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use candle_core::Device;
@@ -43,8 +43,10 @@ impl HeldOut {
 /// What a command reads, as a user names it.
 #[derive(Debug, Clone)]
 pub struct Inputs {
-    /// The model: a folder or a hub id.
+    /// The model: a folder, a hub id or a GGUF file.
     pub model: String,
+    /// The tokenizer.json of a GGUF file; none for the one that the file describes.
+    pub tokenizer: Option<PathBuf>,
     /// Text to train on.
     pub data: Vec<DataSource>,
     /// Text to measure on.
@@ -66,9 +68,10 @@ impl Inputs {
         self.data.iter_mut().chain(held_out).try_for_each(|source| source.fetch(earlier))
     }
 
-    /// The files that are read.
+    /// The files that are read: texts, and a model in one file.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.data.iter().chain(self.held_out.files()).map(|source| source.path.as_path())
+        let texts = self.data.iter().chain(self.held_out.files()).map(|source| source.path.as_path());
+        texts.chain(Some(Path::new(&self.model)).filter(|model| model.is_file()))
     }
 }
 
@@ -95,7 +98,8 @@ impl<'a> Lab<'a> {
     /// # Errors
     /// What is missing or broken.
     pub fn open(inputs: Inputs, device: &'a Device, stop: &'a Stop, ranks: &'a dyn Ranks) -> Result<Self> {
-        let dir = ranks.first_then_others(|| hub::resolve(&inputs.model))?;
+        let tokenizer = inputs.tokenizer.as_deref();
+        let dir = ranks.first_then_others(|| hub::resolve_with(&inputs.model, tokenizer))?;
         let mut model = Checkpoint::open(&dir)?;
         let texts = Texts::open(&model, &inputs.text)?;
         let mut named = model.config().eos_token_ids.iter().chain(&model.config().bos_token_id);

@@ -80,6 +80,7 @@ impl Pretrain {
         })?;
         let inputs = Inputs {
             model: init.display().to_string(),
+            tokenizer: None,
             data,
             held_out: HeldOut::Nothing,
             text: self.text.clone(),

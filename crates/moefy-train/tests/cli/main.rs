@@ -5,6 +5,9 @@ mod card;
 mod compare;
 mod evaluate;
 mod finetune;
+mod gguf;
+#[path = "../../../dynamoe-model/tests/support/gguf.rs"]
+mod gguf_files;
 mod hub;
 mod lab;
 mod mask;
