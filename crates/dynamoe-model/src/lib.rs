@@ -13,6 +13,7 @@
 //! | rewriting a checkpoint, dense or in another type | [`export`] |
 //! | an ordinary model of any width | [`mod@slice`] |
 //! | telling what a checkpoint is | [`inspect`] |
+//! | what a program says of itself | [`mod@version`] |
 //! | Python code that checkpoints carry for transformers | [`transformers`] |
 //!
 //! Letters in shape comments: `B` sequences, `T` positions, `N = B·T` tokens, `D` hidden_size,
@@ -33,6 +34,7 @@ pub mod params;
 pub mod slice;
 pub mod tensors;
 pub mod transformers;
+pub mod version;
 
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;

@@ -4,5 +4,5 @@ use std::process::ExitCode;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    dynamoe_mistralrs::moe::solve::main().await
+    dynamoe_mistralrs::moe::solve::main(env!("CARGO_PKG_VERSION")).await
 }

@@ -4,5 +4,5 @@ use std::process::ExitCode;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    dynamoe_mistralrs::serve::main().await
+    dynamoe_mistralrs::serve::main(env!("CARGO_PKG_VERSION")).await
 }

@@ -4,5 +4,6 @@ use std::process::ExitCode;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    dynamoe_mistralrs::moe::solve::main().await
+    let version = dynamoe_model::version!("accelerate", "cuda", "cudnn", "flash-attn", "metal", "mkl");
+    dynamoe_mistralrs::moe::solve::main(version).await
 }

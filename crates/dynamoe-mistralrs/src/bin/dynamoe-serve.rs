@@ -4,5 +4,6 @@ use std::process::ExitCode;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    dynamoe_mistralrs::serve::main().await
+    let version = dynamoe_model::version!("accelerate", "cuda", "cudnn", "flash-attn", "metal", "mkl");
+    dynamoe_mistralrs::serve::main(version).await
 }

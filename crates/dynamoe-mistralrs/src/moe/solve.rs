@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use dynamoe::{Budget, Sensitivity};
 use dynamoe_model::files::read_text;
 use mistralrs_core::{
@@ -70,10 +70,12 @@ pub struct Options {
     force: bool,
 }
 
-/// The whole of `dynamoe-budgets`, from the command line to the exit code.
-pub async fn main() -> ExitCode {
+/// The whole of `dynamoe-budgets`, from the command line to the exit code. `version` is what `--version` says.
+pub async fn main(version: &'static str) -> ExitCode {
+    let matches = Options::command().version(version).get_matches();
+    let options = Options::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let mut stderr = std::io::stderr();
-    let (code, line) = match run(Options::parse()).await {
+    let (code, line) = match run(options).await {
         Ok(line) => (ExitCode::SUCCESS, line),
         Err(error) => (ExitCode::FAILURE, format!("error: {error:#}")),
     };

@@ -51,7 +51,7 @@ use axum::{
     response::Response,
     routing::{get, post},
 };
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use tokio::{
     net::{TcpListener, TcpSocket},
     sync::Semaphore,
@@ -84,9 +84,11 @@ struct App {
     readers: Arc<Semaphore>,
 }
 
-/// The whole of `dynamoe-serve`, from the command line to the exit code.
-pub async fn main() -> ExitCode {
-    match run_with(Options::parse()).await {
+/// The whole of `dynamoe-serve`, from the command line to the exit code. `version` is what `--version` says.
+pub async fn main(version: &'static str) -> ExitCode {
+    let matches = Options::command().version(version).get_matches();
+    let options = Options::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    match run_with(options).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // where nobody can be told there is nothing more to do

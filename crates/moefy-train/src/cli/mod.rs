@@ -6,12 +6,14 @@ mod calibrate;
 mod card;
 mod chart;
 mod compare;
+mod completions;
 mod convert;
 mod demo;
 mod evaluate;
 mod export;
 mod finetune;
 mod inspect;
+mod man;
 mod options;
 mod pretrain;
 mod report;
@@ -32,7 +34,7 @@ use moefy_train::train::Stop;
 
 /// Turns a pre-trained dense LLM into a DynaMoE checkpoint: nested experts, a router, a dial.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version = dynamoe_model::version!("cuda", "mpi"), about)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -66,6 +68,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Train a small dense model from scratch: how the demo's base was made
     Pretrain(pretrain::PretrainArgs),
+    /// Write the completions of a shell to standard output
+    Completions(completions::CompletionsArgs),
+    /// Write the manual: its first page to standard output, or all pages into a folder
+    Man(man::ManArgs),
 }
 
 /// Runs the command line, with these other processes.
@@ -93,6 +99,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>, ranks: &dyn Ranks) -> Resu
         Command::Report(args) => report::report(&args),
         Command::Chart(args) => chart::chart(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Completions(args) => completions::completions(&args, Cli::command()),
+        Command::Man(args) => man::man(&args, Cli::command()),
     }
 }
 
@@ -123,10 +131,16 @@ pub fn message(error: &anyhow::Error) -> String {
 
 /// Prints a line to standard output, on the first rank. A reader that has left, as `head` does, ends the program quietly.
 fn print(line: &dyn Display) -> Result<()> {
+    print_bytes(format!("{line}\n").as_bytes())
+}
+
+/// The same for bytes, as they are.
+fn print_bytes(bytes: &[u8]) -> Result<()> {
     if is_silent() {
         return Ok(());
     }
-    match writeln!(std::io::stdout(), "{line}") {
+    let mut out = std::io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         written => written.context("writing to standard output"),
     }

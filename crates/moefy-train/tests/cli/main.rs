@@ -19,4 +19,5 @@ mod slice;
 #[path = "../support/mod.rs"]
 mod support;
 mod text;
+mod tools;
 mod wrong_input;
