@@ -92,7 +92,8 @@ pub fn compare(args: &CompareArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()>
     let device = args.training.steps.device.open()?;
     let mut inputs = args.inputs.inputs();
     ranks.first_then_others(|| inputs.fetch(&earlier(&args.out)))?;
-    let lab = Lab::open(inputs, &device, stop, ranks)?;
+    let tensorboard = args.training.steps.tensorboard.clone();
+    let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
     match run_comparison(&lab, &comparison, &args.out)? {
         Some(table) => {

@@ -59,7 +59,8 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
     let device = args.training.steps.device.open()?;
     let earlier = RunFolder::earlier(&args.out, existing)?;
     ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
-    let lab = Lab::open(inputs, &device, stop, ranks)?;
+    let tensorboard = args.training.steps.tensorboard.clone();
+    let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
     recipe.check_memory(&lab)?;
     let batches = lab.batches(&recipe.train)?;
@@ -85,6 +86,7 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
         batches: &batches,
         state_dir: &folder.training("state"),
         label: recipe.train.method.label(),
+        name: recipe.train.method.name(),
     };
     let model = match recipe.train(&lab, &job)? {
         Training::Stopped(step) => return stopped(step),

@@ -198,6 +198,9 @@ pub struct StepArgs {
     /// Steps between checkpoints of the training
     #[arg(long, default_value_t = TrainConfig::SAVE_EVERY, help_heading = heading::OUTPUT)]
     save_every: u64,
+    /// Folder for event files, in which TensorBoard shows how trainings go
+    #[arg(long, value_name = "DIR", help_heading = heading::OUTPUT)]
+    pub tensorboard: Option<PathBuf>,
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu", help_heading = heading::OUTPUT)]
     pub device: DeviceArg,

@@ -97,7 +97,8 @@ pub fn pretrain(args: &PretrainArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
         "mask-prompt": text.format.mask_prompt,
     });
     let folder = RunFolder::prepare(&args.out, existing, &read, &settings, ranks)?;
-    let pretrain = Pretrain { shape, train, data, text };
+    let tensorboard = args.steps.tensorboard.clone();
+    let pretrain = Pretrain { shape, train, data, text, tensorboard };
     match pretrain.run(&folder, &device, stop)? {
         Outcome::Stopped(step) => stopped(step),
         Outcome::Finished => print(&format_args!("{}", folder.out().display())),

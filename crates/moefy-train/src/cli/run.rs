@@ -75,7 +75,8 @@ pub fn run(args: &RunArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     RunFolder::check(&args.out, existing, &read)?;
     let earlier = RunFolder::earlier(&args.out, existing)?;
     ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
-    let lab = Lab::open(inputs, &device, stop, ranks)?;
+    let tensorboard = args.training.steps.tensorboard.clone();
+    let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
     let run = Run::prepare(lab, recipe, options)?;
     let model = run.model_dir().to_owned();

@@ -222,6 +222,7 @@ impl Bench<'_> {
             batches,
             state_dir: &dir.join("state"),
             label: recipe.train.method.label(),
+            name: &dir.file_name().unwrap_or_default().to_string_lossy(),
         };
         Ok(match recipe.train(self.lab, &job)? {
             Training::Finished(model, _) => Some(Trained { source, model: *model, dir: dir.to_owned() }),

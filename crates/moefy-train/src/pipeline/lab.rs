@@ -89,6 +89,8 @@ pub struct Lab<'a> {
     pub stop: &'a Stop,
     /// The processes that work together: only the first one writes.
     pub ranks: &'a dyn Ranks,
+    /// Where TensorBoard reads how trainings go; none for nowhere.
+    pub tensorboard: Option<PathBuf>,
 }
 
 impl<'a> Lab<'a> {
@@ -107,7 +109,7 @@ impl<'a> Lab<'a> {
         if named.any(|id| Some(id) != first) {
             model.set_closing_token(texts.framing().closing);
         }
-        Ok(Self { inputs, model, texts, device, stop, ranks })
+        Ok(Self { inputs, model, texts, device, stop, ranks, tensorboard: None })
     }
 
     /// The training batches of a recipe.

@@ -58,6 +58,8 @@ pub struct Pretrain {
     pub data: Vec<DataSource>,
     /// How text is read.
     pub text: TextOptions,
+    /// Where TensorBoard reads how the training goes; none for nowhere.
+    pub tensorboard: Option<PathBuf>,
 }
 
 impl Pretrain {
@@ -85,7 +87,8 @@ impl Pretrain {
             held_out: HeldOut::Nothing,
             text: self.text.clone(),
         };
-        let lab = Lab::open(inputs, device, stop, folder.ranks())?;
+        let tensorboard = self.tensorboard.clone();
+        let lab = Lab { tensorboard, ..Lab::open(inputs, device, stop, folder.ranks())? };
         let recipe = Recipe { train: self.train.clone(), ..Recipe::default() };
         let job = TrainJob {
             source: &lab.model,
@@ -93,6 +96,7 @@ impl Pretrain {
             batches: &lab.batches(&recipe.train)?,
             state_dir: &folder.training("state"),
             label: "pretraining",
+            name: "pretraining",
         };
         match recipe.train(&lab, &job)? {
             Training::Stopped(step) => Ok(Outcome::Stopped(step)),

@@ -47,6 +47,8 @@ pub struct TrainJob<'a> {
     pub state_dir: &'a Path,
     /// Shown in front of the progress.
     pub label: &'a str,
+    /// The name of its events among those of other trainings, where the lab has a folder for events.
+    pub name: &'a str,
 }
 
 /// How a training ended.
@@ -155,6 +157,7 @@ impl Recipe {
             batches: job.batches,
             teacher: self.train.has_teacher().then_some(teacher),
             state_dir: Some(job.state_dir),
+            events: lab.tensorboard.as_ref().map(|dir| dir.join(job.name)),
             fingerprint: &job.source.fingerprint()?,
             stop: lab.stop,
             label: job.label,

@@ -159,8 +159,15 @@ impl<'a> Run<'a> {
 
     fn train(&self, recipe: &Recipe, source: &Checkpoint, state_dir: &Path) -> Result<Training> {
         let teacher = recipe.train.needs_other_teacher().then(|| self.lab.teacher()).transpose()?;
-        let label = recipe.train.method.label();
-        let job = TrainJob { source, teacher: teacher.as_ref(), batches: &self.batches, state_dir, label };
+        let method = recipe.train.method;
+        let job = TrainJob {
+            source,
+            teacher: teacher.as_ref(),
+            batches: &self.batches,
+            state_dir,
+            label: method.label(),
+            name: method.name(),
+        };
         recipe.train(&self.lab, &job)
     }
 

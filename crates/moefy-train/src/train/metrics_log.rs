@@ -1,4 +1,4 @@
-//! metrics.jsonl: the log of a training, one [`TrainMetrics`] a line.
+//! The log of a training: metrics.jsonl, one [`TrainMetrics`] a line, and event files of the same numbers.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -7,18 +7,21 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use dynamoe_model::checkpoint::write_atomic;
 
+use super::events::Events;
 use crate::report::results::TrainMetrics;
 
 /// The log on disk, if it is kept, and in memory.
 pub(super) struct MetricsLog {
     file: Option<(File, PathBuf)>,
+    events: Option<Events>,
     pub(super) metrics: Vec<TrainMetrics>,
 }
 
 impl MetricsLog {
-    /// Opens the log, dropping lines after step `start`: a resumed run writes them again.
-    pub(super) fn open(dir: Option<&Path>, start: u64) -> Result<Self> {
-        let Some(dir) = dir else { return Ok(Self { file: None, metrics: Vec::new() }) };
+    /// Opens the log, dropping lines after step `start`: a resumed run writes them again. `events` is a folder of TensorBoard's.
+    pub(super) fn open(dir: Option<&Path>, events: Option<&Path>, start: u64) -> Result<Self> {
+        let events = events.map(|dir| Events::create(dir, start)).transpose()?;
+        let Some(dir) = dir else { return Ok(Self { file: None, events, metrics: Vec::new() }) };
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         let path = dir.join("metrics.jsonl");
         let (mut metrics, mut text): (Vec<TrainMetrics>, _) = (Vec::new(), String::new());
@@ -35,13 +38,16 @@ impl MetricsLog {
         write_atomic(&path, text.as_bytes())?; // a kill here must not lose the lines that are kept
         let file = OpenOptions::new().append(true).open(&path);
         let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
-        Ok(Self { file: Some((file, path)), metrics })
+        Ok(Self { file: Some((file, path)), events, metrics })
     }
 
     pub(super) fn push(&mut self, metrics: TrainMetrics) -> Result<()> {
         if let Some((file, path)) = &mut self.file {
             writeln!(file, "{}", serde_json::to_string(&metrics)?)
                 .with_context(|| format!("writing {}", path.display()))?;
+        }
+        if let Some(events) = &mut self.events {
+            events.push(&metrics)?;
         }
         self.metrics.push(metrics);
         Ok(())

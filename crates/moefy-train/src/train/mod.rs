@@ -4,6 +4,7 @@
 //! the training. Everything random in a step is a function of (seed, step), so a resumed run needs no generator's state.
 
 mod config;
+mod events;
 mod group;
 mod head;
 pub mod memory;

@@ -1,7 +1,7 @@
 //! The training loop.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Error, Result, anyhow, ensure};
@@ -48,6 +48,8 @@ pub struct Trainer<'a> {
     pub teacher: Option<Teacher<'a>>,
     /// Folder of checkpoints and metrics; none keeps neither.
     pub state_dir: Option<&'a Path>,
+    /// Folder of event files for TensorBoard; none for no such files.
+    pub events: Option<PathBuf>,
     /// Of the model that training starts from.
     pub fingerprint: &'a str,
     /// Asked to stop, training ends after the step at hand.
@@ -110,7 +112,9 @@ impl Trainer<'_> {
         }
         let (start, steps) = (running.saved.unwrap_or(0), self.config.steps());
         self.check_start(start)?;
-        let mut log = MetricsLog::open(self.state_dir.filter(|_| self.ranks.is_first()), start)?;
+        let [kept, events] =
+            [self.state_dir, self.events.as_deref()].map(|dir| dir.filter(|_| self.ranks.is_first()));
+        let mut log = MetricsLog::open(kept, events, start)?;
         let tokens = self.config.tokens_per_step();
         let progress = Progress::new(self.label, "tokens", steps * tokens, start * tokens);
         let mut rate = Rate::new(start);

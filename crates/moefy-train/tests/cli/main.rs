@@ -18,6 +18,7 @@ mod run;
 mod slice;
 #[path = "../support/mod.rs"]
 mod support;
+mod tensorboard;
 mod text;
 mod tools;
 mod wrong_input;

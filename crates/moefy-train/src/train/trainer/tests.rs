@@ -95,6 +95,7 @@ impl Lab {
                 batches: &Batches::new(vec![cache], shape).unwrap(),
                 teacher: train.has_teacher().then_some(Teacher::Itself),
                 state_dir: state_dir.as_deref(),
+                events: None,
                 fingerprint: "a model",
                 stop: &asked,
                 label: "",
