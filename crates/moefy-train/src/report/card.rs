@@ -111,6 +111,8 @@ fn card(
         width => config.intermediate_size,
         experts => section.expert_widths,
         rows => report.map(rows).unwrap_or_default(),
+        metrics => report.map(metrics).unwrap_or_default(),
+        quoted_name => quoted(&name),
         picture => picture.then_some(PICTURE),
         facts,
         budgets => section.budgets.iter().map(|row| dial(row.width)).collect::<Vec<_>>(),
@@ -119,11 +121,32 @@ fn card(
     environment.get_template("card.md")?.render(page).context("rendering the card")
 }
 
-/// The measured points of the model's curve, narrowest first, as cells.
-fn rows(report: &Report) -> Vec<[String; 6]> {
+/// The measured points of the model's curve, narrowest first.
+fn points(report: &Report) -> Vec<&Point> {
     let Some(curve) = report.curves.first() else { return Vec::new() };
     let finite = |point: &&Point| point.mean_width.is_finite() && point.loss.is_finite();
-    let points: Vec<&Point> = curve.points.iter().filter(finite).collect();
+    curve.points.iter().filter(finite).collect()
+}
+
+/// The losses as the Hub's metadata has them: names as YAML's strings, and numbers.
+fn metrics(report: &Report) -> Vec<[String; 2]> {
+    let metric = |point: &Point| {
+        let width = format!("mean width {}", percent(point.mean_width, 1));
+        let at =
+            point.budget.map_or_else(|| width.clone(), |budget| format!("budget {}, {width}", dial(budget)));
+        [quoted(&format!("Loss in nats per token at {at}")), format!("{:.3}", point.loss)]
+    };
+    points(report).into_iter().map(metric).collect()
+}
+
+/// A text in YAML: JSON's strings are some of YAML's.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// The points as cells.
+fn rows(report: &Report) -> Vec<[String; 6]> {
+    let points = points(report);
     let Some(widest) = points.last() else { return Vec::new() };
     let row = |point: &&Point| {
         [

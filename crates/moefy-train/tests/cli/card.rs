@@ -3,6 +3,7 @@
 use std::fs;
 
 use serde_json::json;
+use yaml_rust2::YamlLoader;
 
 use crate::lab::{Lab, run_args};
 use crate::support::contents;
@@ -21,6 +22,24 @@ fn a_card_tells_what_the_dial_costs() {
     assert!(metadata.lines().all(|line| !line.is_empty() && !line.starts_with("base_model:")), "{metadata}");
     let report = lab.json("out/report.json");
     let points = report["curves"][0]["points"].as_array().unwrap();
+    // as the Hub reads it
+    let yaml = YamlLoader::load_from_str(metadata).unwrap().remove(0);
+    assert_eq!(yaml["pipeline_tag"].as_str(), Some("text-generation"));
+    let model = &yaml["model-index"][0];
+    assert_eq!(model["name"].as_str(), Some("out"));
+    let result = &model["results"][0];
+    assert_eq!(result["task"]["type"].as_str(), Some("text-generation"));
+    assert!(result["dataset"]["name"].as_str().is_some() && result["dataset"]["type"].as_str().is_some());
+    let metrics = result["metrics"].as_vec().unwrap();
+    assert_eq!(metrics.len(), points.len());
+    for (metric, point) in metrics.iter().zip(points) {
+        assert_eq!(metric["type"].as_str(), Some("loss"));
+        let difference = metric["value"].as_f64().unwrap() - point["loss"].as_f64().unwrap();
+        assert!(difference.abs() <= 0.0005, "{metric:?}, {point}");
+        let budget = point["budget"].as_f64().map(|budget| format!(" at budget {budget}, mean width "));
+        let name = metric["name"].as_str().unwrap();
+        assert!(name.contains(budget.as_deref().unwrap_or(" at mean width ")), "{name}, {point}");
+    }
     let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| ") && line.contains('%')).collect();
     assert_eq!(rows.len(), points.len());
     for (row, point) in rows.iter().zip(points) {
@@ -54,6 +73,7 @@ fn a_card_replaces_nobody_elses_and_says_what_is_missing() {
     assert_eq!(fs::read_to_string(&readme).unwrap(), "mine");
     lab.ok(&["card", "converted", "--force"]);
     let text = fs::read_to_string(&readme).unwrap();
+    assert!(!text.contains("model-index"), "{text}");
     assert!(text.contains("Nothing was measured") && text.contains("no table of budgets"), "{text}");
     assert!(!text.contains("set_budget") && !lab.path("converted/curve.svg").exists());
 
