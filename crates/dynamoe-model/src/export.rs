@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::checkpoint::copy::{copy_tensor, write_folder};
-use crate::checkpoint::{Checkpoint, float_dtype, plan_shards};
+use crate::checkpoint::{Checkpoint, TensorSpec, float_dtype, plan_shards};
 use crate::tensors::router_tensors;
 
 /// What to change.
@@ -26,12 +26,18 @@ pub struct ExportOptions {
     pub force: bool,
 }
 
-/// Writes `source` into the new folder `out` as `options` say.
+/// Writes `source` into the new folder `out` as `options` say. `written` is told, after each tensor, the bytes written so far
+/// and all that will be.
 ///
 /// # Errors
 /// `dense` for a model that is dense already, a type that weights cannot have, a value that is not finite or
 /// too large for the type, an output folder that exists or cannot be written. Nothing is left then.
-pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Result<()> {
+pub fn export(
+    source: &Checkpoint,
+    options: &ExportOptions,
+    out: &Path,
+    written: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
     if let Some(dtype) = options.dtype {
         ensure!(float_dtype(dtype).is_some(), "weights can be F32, F16 or BF16, found {dtype}");
     }
@@ -53,9 +59,25 @@ pub fn export(source: &Checkpoint, options: &ExportOptions, out: &Path) -> Resul
     }
     let specs: Vec<_> = plan.iter().flatten().cloned().collect();
     write_folder(source, &config, plan, out, options.force, |writer| {
-        specs.iter().try_for_each(|spec| copy_tensor(source, &spec.name, spec.dtype, writer))
+        write_each(&specs, written, |spec| copy_tensor(source, &spec.name, spec.dtype, writer))
     })
     .with_context(|| format!("exporting {}", source.dir().display()))
+}
+
+/// Writes tensors one by one; see [`export`] for `written`.
+pub(crate) fn write_each(
+    specs: &[TensorSpec],
+    written: &mut dyn FnMut(u64, u64),
+    mut write: impl FnMut(&TensorSpec) -> Result<()>,
+) -> Result<()> {
+    let all = specs.iter().map(TensorSpec::len).sum();
+    let mut done = 0;
+    specs.iter().try_for_each(|spec| {
+        write(spec)?;
+        done += spec.len();
+        written(done, all);
+        Ok(())
+    })
 }
 
 /// Names another type of weights in a config.json that names one.

@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::checkpoint::copy::{copy_tensor, write_folder};
 use crate::checkpoint::{Checkpoint, TensorSpec, Writer, plan_shards, remove_section};
 use crate::config::ModelConfig;
-use crate::export::{ExportOptions, set_dtype};
+use crate::export::{ExportOptions, set_dtype, write_each};
 use crate::tensors::{FFN_BIASES, ffn_biases};
 
 /// Widths are multiples of this power of two at most: engines quantize in blocks of 256.
@@ -85,11 +85,18 @@ impl Slice {
 }
 
 /// Writes the slice into the new folder `out`, in the type and shards that `options` say. At full width it is the dense
-/// model, with its neurons in the order of the checkpoint.
+/// model, with its neurons in the order of the checkpoint. `written` is told how far it is, as by
+/// [`crate::export::export`].
 ///
 /// # Errors
 /// Those of [`crate::export::export`].
-pub fn export_slice(source: &Checkpoint, slice: &Slice, options: &ExportOptions, out: &Path) -> Result<()> {
+pub fn export_slice(
+    source: &Checkpoint,
+    slice: &Slice,
+    options: &ExportOptions,
+    out: &Path,
+    written: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
     let mut config = source.json().clone();
     remove_section(&mut config)?;
     config["intermediate_size"] = json!(slice.width);
@@ -100,7 +107,7 @@ pub fn export_slice(source: &Checkpoint, slice: &Slice, options: &ExportOptions,
     let plan = plan(source, slice, options, &ModelConfig::from_json(&config)?);
     let specs: Vec<_> = plan.iter().flatten().cloned().collect();
     write_folder(source, &config, plan, out, options.force, |writer| {
-        specs.iter().try_for_each(|spec| match spec.name.split_once(".mlp.") {
+        write_each(&specs, written, |spec| match spec.name.split_once(".mlp.") {
             Some((layer, name)) => push_ffn(source, slice, layer, name, spec, writer),
             None => copy_tensor(source, &spec.name, spec.dtype, writer),
         })

@@ -11,6 +11,7 @@ use dynamoe_model::{Checkpoint, hub};
 
 use super::options::{TokenizerArg, with_add_on};
 use super::print;
+use moefy_train::progress::Progress;
 
 /// A type of weights.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -71,11 +72,22 @@ pub fn export(args: &ExportArgs) -> Result<()> {
             let model = with_add_on(model, add_on.as_ref().and_then(|dir| dir.as_deref()))?;
             match args.width {
                 Some(share) => return cut(&model, share, args),
-                None => export_checkpoint(&model, &args.options(), &args.out)?,
+                None => shown(|written| export_checkpoint(&model, &args.options(), &args.out, written))?,
             }
         }
     }
     print(&format_args!("{}", args.out.display()))
+}
+
+/// Shows how far an export is, which tells the bytes written and all bytes.
+fn shown(export: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<()>) -> Result<()> {
+    let mut progress = None;
+    export(&mut |done, all| {
+        let progress = progress.get_or_insert_with(|| Progress::new("exporting", "bytes", all, 0));
+        progress.update(done, String::new());
+    })?;
+    progress.into_iter().for_each(Progress::finish);
+    Ok(())
 }
 
 /// Writes an ordinary model of a share of the width, and says what it is made of.
@@ -93,8 +105,8 @@ fn cut(model: &Checkpoint, share: f64, args: &ExportArgs) -> Result<()> {
         tracing::warn!("the smallest expert has {} neurons: nothing narrower was trained", experts[0]);
     }
     match slice.width == full {
-        true => export_checkpoint(model, &args.options(), &args.out)?,
-        false => export_slice(model, &slice, &args.options(), &args.out)?,
+        true => shown(|written| export_checkpoint(model, &args.options(), &args.out, written))?,
+        false => shown(|written| export_slice(model, &slice, &args.options(), &args.out, written))?,
     }
     let compensation = match slice.compensation {
         Compensation::Bias => ", compensation as a bias of down_proj",

@@ -58,7 +58,7 @@ fn a_slice_as_wide_as_an_expert_computes_what_the_expert_does() {
             let slice = Slice::of(&source, width as f64 / WIDTH as f64).unwrap();
             assert_eq!((slice.width, slice.compensation), (width, Compensation::Bias));
             let out = dir.path().join(format!("slice-{expert}"));
-            export_slice(&source, &slice, &ExportOptions::default(), &out).unwrap();
+            export_slice(&source, &slice, &ExportOptions::default(), &out, &mut |_, _| {}).unwrap();
             let cut = Checkpoint::open(&out).unwrap();
             assert!(cut.config().dynamoe.is_none() && cut.config().mlp_bias);
             assert_eq!(cut.config().intermediate_size, width);
@@ -80,7 +80,7 @@ fn a_slice_between_two_experts_takes_from_both() {
     // 16.8 of 24 neurons; 8, 12 and 24 are multiples of 4
     assert_eq!((slice.width, slice.multiple, slice.separate), (16, 4, 8));
     let out = dir.path().join("slice");
-    export_slice(&source, &slice, &ExportOptions::default(), &out).unwrap();
+    export_slice(&source, &slice, &ExportOptions::default(), &out, &mut |_, _| {}).unwrap();
     let cut = Checkpoint::open(&out).unwrap();
     for layer in 0..LAYERS {
         let name = |name: &str| tensors::full_name(layer, name);
@@ -137,7 +137,7 @@ fn where_the_ffn_has_no_biases_the_compensation_is_left_out() {
         let out = dir.path().join("slice");
         let options =
             ExportOptions { dtype: Some(Dtype::F32), max_shard_bytes: Some(4000), ..Default::default() };
-        export_slice(&source, &slice, &options, &out).unwrap();
+        export_slice(&source, &slice, &options, &out, &mut |_, _| {}).unwrap();
         let cut = Checkpoint::open(&out).unwrap();
         assert!(
             cut.shards().len() > 1 && cut.names().all(|name| cut.info(name).unwrap().dtype == Dtype::F32)
@@ -170,7 +170,8 @@ fn where_the_ffn_has_no_biases_the_compensation_is_left_out() {
 /// A slice in one file.
 fn cut_whole(source: &Checkpoint, dir: &std::path::Path) -> Checkpoint {
     let options = ExportOptions { dtype: Some(Dtype::F32), ..Default::default() };
-    export_slice(source, &Slice::of(source, 0.5).unwrap(), &options, &dir.join("whole")).unwrap();
+    export_slice(source, &Slice::of(source, 0.5).unwrap(), &options, &dir.join("whole"), &mut |_, _| {})
+        .unwrap();
     Checkpoint::open(&dir.join("whole")).unwrap()
 }
 
@@ -185,7 +186,7 @@ fn widths_that_are_none_and_dense_models_are_refused() {
     assert_says(Slice::of(&dense, 0.5), &["dense", "a dense model; --width cuts a DynaMoE checkpoint"]);
     let slice = Slice::of(&source, 0.5).unwrap();
     assert_says(
-        export_slice(&source, &slice, &ExportOptions::default(), &dir.path().join("dense")),
+        export_slice(&source, &slice, &ExportOptions::default(), &dir.path().join("dense"), &mut |_, _| {}),
         &["exists", "--force"],
     );
     assert_nothing_written(dir.path(), &before);

@@ -158,5 +158,5 @@ pub fn rewrite(source: &Checkpoint, change: impl Fn(&str, Vec<u8>) -> Vec<(Strin
 
 /// Writes the dense model of a DynaMoE checkpoint.
 pub fn export_dense(source: &Checkpoint, out: &Path) -> anyhow::Result<()> {
-    export(source, &ExportOptions { dense: true, ..ExportOptions::default() }, out)
+    export(source, &ExportOptions { dense: true, ..ExportOptions::default() }, out, &mut |_, _| {})
 }

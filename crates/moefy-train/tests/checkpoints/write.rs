@@ -52,9 +52,13 @@ fn export_changes_type_and_sharding() {
     let routed = Checkpoint::open(&routed).unwrap();
     let to =
         |dtype, max_shard_bytes| ExportOptions { dtype: Some(dtype), max_shard_bytes, ..Default::default() };
-    export(&routed, &to(Dtype::BF16, Some(2000)), &half).unwrap();
+    let mut told = Vec::new();
+    export(&routed, &to(Dtype::BF16, Some(2000)), &half, &mut |done, all| told.push((done, all))).unwrap();
     let half = Checkpoint::open(&half).unwrap();
     assert!(half.shards().len() > 3);
+    let bytes: usize = half.names().map(|name| half.info(name).unwrap().len).sum();
+    assert!(told.is_sorted() && told.iter().all(|(_, all)| *all == bytes as u64), "{told:?}");
+    assert_eq!((told.len(), told.last().unwrap().0), (half.names().count(), bytes as u64));
     assert_eq!(half.config().dynamoe, routed.config().dynamoe);
     for name in routed.names() {
         let router = name.contains(".router.") || tensors::is_order(name);
@@ -67,11 +71,14 @@ fn export_changes_type_and_sharding() {
     let json: Value =
         serde_json::from_slice(&std::fs::read(half.dir().join("config.json")).unwrap()).unwrap();
     assert_eq!(json["torch_dtype"], "bfloat16");
-    export(&half, &to(Dtype::F32, Some(u64::MAX)), &wide).unwrap();
+    export(&half, &to(Dtype::F32, Some(u64::MAX)), &wide, &mut |_, _| {}).unwrap();
     let wide = Checkpoint::open(&wide).unwrap();
     assert_eq!(wide.shards().len(), 1);
     assert_eq!(values(&wide, "model.norm.weight"), values(&half, "model.norm.weight"));
-    assert_says(export(&wide, &to(Dtype::I8, None), &dir.path().join("x")), &["F32, F16 or BF16", "I8"]);
+    assert_says(
+        export(&wide, &to(Dtype::I8, None), &dir.path().join("x"), &mut |_, _| {}),
+        &["F32, F16 or BF16", "I8"],
+    );
 }
 
 #[test]
@@ -84,7 +91,7 @@ fn a_value_too_large_for_the_new_type_is_refused() {
     )]);
     save_model(&source, &weights, None, &big, &mut drop).unwrap();
     let options = ExportOptions { dtype: Some(Dtype::F16), ..Default::default() };
-    let result = export(&Checkpoint::open(&big).unwrap(), &options, &dir.path().join("half"));
+    let result = export(&Checkpoint::open(&big).unwrap(), &options, &dir.path().join("half"), &mut |_, _| {});
     assert_says(result, &["model.norm.weight", "[0]", "F16", "wider type"]);
     assert!(!dir.path().join("half").exists());
 }
