@@ -10,7 +10,9 @@ use dynamoe_model::{Checkpoint, RoutedModel, hub};
 use super::options::{ExistingArgs, TextArgs, TokenizerArg, TrainingArgs, heading, warn_unless_served};
 use super::{print, stopped};
 use moefy_train::data::DataSource;
-use moefy_train::pipeline::{HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, TrainJob, Training};
+use moefy_train::pipeline::{
+    HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, Start, TrainJob, Training,
+};
 use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
 
@@ -62,7 +64,7 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
     let tensorboard = args.training.steps.tensorboard.clone();
     let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
-    recipe.check_memory(&lab)?;
+    recipe.check_memory(&Start::of(&lab))?;
     let batches = lab.batches(&recipe.train)?;
     let teacher = match &args.teacher {
         Some(teacher) if recipe.train.has_teacher() => {

@@ -86,19 +86,20 @@ pub fn pretrain(args: &PretrainArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
     let read: Vec<&Path> = args.data.iter().map(|source| source.path.as_path()).collect();
     let (shape, text, existing) = (args.shape.shape(), args.text.options(), args.existing.existing());
     RunFolder::check(&args.out, existing, &read)?;
-    let mut data = args.data.clone();
+    let tensorboard = args.steps.tensorboard.clone();
+    let mut pretrain = Pretrain { shape, train, data: args.data.clone(), text, tensorboard };
+    pretrain.check(&device, ranks)?;
     let earlier = RunFolder::earlier(&args.out, existing)?;
-    ranks.first_then_others(|| data.iter_mut().try_for_each(|source| source.fetch(earlier.as_slice())))?;
+    let fetch = || pretrain.data.iter_mut().try_for_each(|source| source.fetch(earlier.as_slice()));
+    ranks.first_then_others(fetch)?;
     let settings = json!({
-        "data": describe_sources(&data)?,
-        "shape": shape,
-        "tokens": train.tokens,
-        "seed": train.seed,
-        "mask-prompt": text.format.mask_prompt,
+        "data": describe_sources(&pretrain.data)?,
+        "shape": pretrain.shape,
+        "tokens": pretrain.train.tokens,
+        "seed": pretrain.train.seed,
+        "mask-prompt": pretrain.text.format.mask_prompt,
     });
     let folder = RunFolder::prepare(&args.out, existing, &read, &settings, ranks)?;
-    let tensorboard = args.steps.tensorboard.clone();
-    let pretrain = Pretrain { shape, train, data, text, tensorboard };
     match pretrain.run(&folder, &device, stop)? {
         Outcome::Stopped(step) => stopped(step),
         Outcome::Finished => print(&format_args!("{}", folder.out().display())),

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::lab::Lab;
 use super::lock::OutputLock;
-use super::recipe::{Publication, Recipe, TrainJob, Training, write_model};
+use super::recipe::{Publication, Recipe, Start, TrainJob, Training, write_model};
 use super::run::model_name;
 use super::table::{Cell, Table};
 use crate::data::{Batches, PaddedBatch, calibration_batches};
@@ -117,6 +117,20 @@ struct Bench<'a> {
     out: &'a Path,
 }
 
+/// Says what the variant that needs most will need in memory, and refuses what the machine does not have.
+fn check_memory(lab: &Lab<'_>, variants: &[Variant]) -> Result<()> {
+    let start = Start::of(lab);
+    let mut largest: Option<(u64, &Variant)> = None;
+    for variant in variants {
+        let peak = variant.recipe.peak(&start)?;
+        if largest.is_none_or(|(most, _)| peak > most) {
+            largest = Some((peak, variant));
+        }
+    }
+    let Some((_, variant)) = largest else { return Ok(()) };
+    variant.recipe.check_memory(&start).with_context(|| format!("variant {:?}", variant.name))
+}
+
 /// Trains and measures what is not there yet, seed by seed, writing the table and the picture after each cell.
 /// None where it was asked to stop.
 ///
@@ -128,6 +142,7 @@ pub fn compare(lab: &Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Opt
     for variant in &comparison.variants {
         variant.recipe.validate(config).with_context(|| format!("variant {:?}", variant.name))?;
     }
+    check_memory(lab, &comparison.variants)?;
     if let Some(name) = &comparison.oracle {
         let routed = |v: &&Variant| &v.name == name && v.recipe.train.method.has_router();
         let known = comparison.variants.iter().any(|variant| routed(&variant));

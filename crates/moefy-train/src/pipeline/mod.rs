@@ -15,5 +15,5 @@ mod table;
 
 pub use folder::{Existing, RunFolder, TRAINING};
 pub use lab::{HeldOut, Inputs, Lab, describe_sources};
-pub use recipe::{Publication, Recipe, TrainJob, Training, write_model};
+pub use recipe::{Publication, Recipe, Start, TrainJob, Training, write_model};
 pub use table::{Cell, Row, Table};

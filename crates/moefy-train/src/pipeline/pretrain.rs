@@ -17,11 +17,12 @@ use tokenizers::Tokenizer;
 
 use super::folder::RunFolder;
 use super::lab::{HeldOut, Inputs, Lab};
-use super::recipe::{Recipe, TrainJob, Training, write_model};
+use super::recipe::{Recipe, Start, TrainJob, Training, write_model};
 use crate::data::corpus::{self, BOUNDARY};
 use crate::data::source::Documents;
 use crate::data::{DataSource, TextFormat, TextOptions};
 use crate::random::in_step;
+use crate::ranks::Ranks;
 use crate::train::{Outcome, Stop, TrainConfig};
 
 /// Documents of generated text that a base is trained on.
@@ -63,10 +64,31 @@ pub struct Pretrain {
 }
 
 impl Pretrain {
+    /// Checks the shape, says what its training needs in memory, and refuses what the machine does not have.
+    ///
+    /// # Errors
+    /// A shape that contradicts itself; too little memory, with the options that would do.
+    pub fn check(&self, device: &Device, ranks: &dyn Ranks) -> Result<()> {
+        let shape = &self.shape;
+        ensure!(
+            shape.heads > 0 && shape.hidden_size.is_multiple_of(shape.heads),
+            "--hidden-size {} must be a multiple of --heads {}",
+            shape.hidden_size,
+            shape.heads
+        );
+        let config = ModelConfig::from_json(&config_json(shape, shape.vocab_size, 0))?;
+        let stored = if shape.bf16 { 2 } else { 4 };
+        self.recipe().check_memory(&Start { config: &config, stored, converts: false, device, ranks })
+    }
+
+    fn recipe(&self) -> Recipe {
+        Recipe { train: self.train.clone(), ..Recipe::default() }
+    }
+
     /// Makes a tokenizer and a random model, trains it and publishes it in `folder`.
     ///
     /// # Errors
-    /// A shape that contradicts itself; those of the data, of training and of the file system.
+    /// Those of [`Pretrain::check`], of the data, of training and of the file system.
     pub fn run(&self, folder: &RunFolder<'_>, device: &Device, stop: &Stop) -> Result<Outcome> {
         let init = folder.training("init");
         let generated = folder.training("generated.txt");
@@ -89,7 +111,7 @@ impl Pretrain {
         };
         let tensorboard = self.tensorboard.clone();
         let lab = Lab { tensorboard, ..Lab::open(inputs, device, stop, folder.ranks())? };
-        let recipe = Recipe { train: self.train.clone(), ..Recipe::default() };
+        let recipe = self.recipe();
         let job = TrainJob {
             source: &lab.model,
             teacher: None,
@@ -140,13 +162,9 @@ fn read_documents(sources: &[DataSource], format: &TextFormat) -> Result<Vec<Str
 
 /// Writes a Llama with random weights, and its tokenizer.
 fn write_random(shape: &Shape, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> Result<PathBuf> {
-    ensure!(
-        shape.heads > 0 && shape.hidden_size.is_multiple_of(shape.heads),
-        "--hidden-size {} must be a multiple of --heads {}",
-        shape.hidden_size,
-        shape.heads
-    );
-    let config = config_json(shape, tokenizer)?;
+    let boundary = tokenizer.token_to_id(BOUNDARY);
+    let boundary = boundary.with_context(|| format!("the trained tokenizer has no token {BOUNDARY}"))?;
+    let config = config_json(shape, tokenizer.get_vocab_size(true), boundary);
     let tensors = random_tensors(&ModelConfig::from_json(&config)?, seed)?;
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     let dtype = if shape.bf16 { safetensors::Dtype::BF16 } else { safetensors::Dtype::F32 };
@@ -165,11 +183,8 @@ fn write_random(shape: &Shape, tokenizer: &Tokenizer, seed: u64, dir: &Path) -> 
 }
 
 /// The config.json of a Llama.
-fn config_json(shape: &Shape, tokenizer: &Tokenizer) -> Result<Value> {
-    let boundary = tokenizer
-        .token_to_id(BOUNDARY)
-        .with_context(|| format!("the trained tokenizer has no token {BOUNDARY}"))?;
-    Ok(json!({
+fn config_json(shape: &Shape, vocab_size: usize, boundary: u32) -> Value {
+    json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -179,7 +194,7 @@ fn config_json(shape: &Shape, tokenizer: &Tokenizer) -> Result<Value> {
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.hidden_size / shape.heads,
-        "vocab_size": tokenizer.get_vocab_size(true),
+        "vocab_size": vocab_size,
         "max_position_embeddings": shape.positions,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -190,7 +205,7 @@ fn config_json(shape: &Shape, tokenizer: &Tokenizer) -> Result<Value> {
         "bos_token_id": boundary,
         "eos_token_id": boundary,
         "torch_dtype": if shape.bf16 { "bfloat16" } else { "float32" },
-    }))
+    })
 }
 
 /// Matrices are `N(0, 0.02²)`, those that write to the residual stream smaller by `√(2L)`; norms are 1.

@@ -35,6 +35,37 @@ pub struct Recipe {
     pub train: TrainConfig,
 }
 
+/// What a recipe starts from, as far as its need of memory depends on it.
+#[derive(Clone, Copy)]
+pub struct Start<'a> {
+    /// The model's configuration.
+    pub config: &'a ModelConfig,
+    /// Bytes that a dense weight takes on disk.
+    pub stored: u64,
+    /// Whether the model is measured and converted first.
+    pub converts: bool,
+    /// Where to compute.
+    pub device: &'a Device,
+    /// The processes that train together.
+    pub ranks: &'a dyn Ranks,
+}
+
+impl<'a> Start<'a> {
+    /// A lab's model; a dense one is measured and converted.
+    pub fn of(lab: &'a Lab<'_>) -> Self {
+        let config = lab.model.config();
+        let stored = lab.model.dtype().bitsize() as u64 / 8;
+        let converts = config.dynamoe.is_none();
+        Self { config, stored, converts, device: lab.device, ranks: lab.ranks }
+    }
+
+    /// What each process needs to train a model of this configuration.
+    fn memory(&self, config: &ModelConfig, train: &TrainConfig) -> Memory {
+        let sample = self.converts.then(prepare::sample_limit);
+        Memory::of_rank(config, train, self.stored, sample, self.ranks.size())
+    }
+}
+
 /// What [`Recipe::train`] works with.
 pub struct TrainJob<'a> {
     /// The checkpoint to train.
@@ -69,23 +100,17 @@ impl Recipe {
         self.experts.options(config, self.train.seed).map(drop)
     }
 
-    /// Says what the recipe needs in memory for the lab's model, and refuses what the machine does not have.
+    /// Says what the recipe needs in memory, and refuses what the machine does not have.
     ///
     /// # Errors
     /// Too little memory, with the options that would do.
-    pub fn check_memory(&self, lab: &Lab<'_>) -> Result<()> {
-        let dense = lab.model.config();
-        let mut config = dense.clone();
-        if dense.dynamoe.is_none() && self.train.method != Method::Dense {
-            config.dynamoe = Some(self.experts.options(dense, self.train.seed)?.section(dense));
-        }
-        let sample = dense.dynamoe.is_none().then(prepare::sample_limit);
-        let stored = lab.model.dtype().bitsize() as u64 / 8;
-        let ranks = lab.ranks;
-        let need = |train: &TrainConfig| Memory::of_rank(&config, train, stored, sample, ranks.size());
+    pub fn check_memory(&self, start: &Start<'_>) -> Result<()> {
+        let config = self.planned_config(start.config)?;
+        let ranks = start.ranks;
+        let need = |train: &TrainConfig| start.memory(&config, train);
         let found = need(&self.train);
         // a GPU's memory is not read
-        let Some(machine) = Machine::read().filter(|_| lab.device.is_cpu()) else {
+        let Some(machine) = Machine::read().filter(|_| start.device.is_cpu()) else {
             tracing::info!("memory: about {found}");
             return Ok(());
         };
@@ -107,6 +132,23 @@ impl Recipe {
                  model fit; take a smaller one or a larger machine"
             ),
         }
+    }
+
+    /// The most memory that each process needs at a time, in bytes.
+    ///
+    /// # Errors
+    /// Experts that do not fit the model.
+    pub fn peak(&self, start: &Start<'_>) -> Result<u64> {
+        Ok(start.memory(&self.planned_config(start.config)?, &self.train).peak())
+    }
+
+    /// The configuration that is trained where training starts from this one.
+    fn planned_config(&self, start: &ModelConfig) -> Result<ModelConfig> {
+        let mut config = start.clone();
+        if start.dynamoe.is_none() && self.train.method != Method::Dense {
+            config.dynamoe = Some(self.experts.options(start, self.train.seed)?.section(start));
+        }
+        Ok(config)
     }
 
     /// The settings as JSON, without those that do not decide the result.

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::folder::RunFolder;
 use super::lab::Lab;
-use super::recipe::{Publication, Recipe, TrainJob, Training};
+use super::recipe::{Publication, Recipe, Start, TrainJob, Training};
 use crate::data::{Batches, DataSource, PaddedBatch, Pairs};
 use crate::evaluate::cost::Cost;
 use crate::evaluate::curve::{WIDTHS, oracle_curve};
@@ -69,7 +69,7 @@ impl<'a> Run<'a> {
             lab.model.dir().display()
         );
         recipe.validate(lab.model.config())?;
-        recipe.check_memory(&lab)?;
+        recipe.check_memory(&Start::of(&lab))?;
         let batches = lab.batches(&recipe.train)?;
         let held_out = lab.held_out(recipe.train.sequence_length, options.eval_tokens)?;
         let pairs = options.pairs.as_deref().map(|path| lab.texts.pairs(path)).transpose()?;

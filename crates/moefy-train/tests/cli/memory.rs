@@ -6,7 +6,7 @@ use moefy_train::data::corpus::{BOUNDARY, documents};
 use safetensors::Dtype;
 use serde_json::json;
 
-use crate::lab::{Lab, SHAPE, finished, run_args};
+use crate::lab::{Lab, SHAPE, compare_args, finished, run_args};
 use crate::support;
 
 /// The number of bytes that a text such as "1.5 GB to train" begins with.
@@ -66,6 +66,13 @@ fn a_training_that_does_not_fit_does_not_start() {
     let args: Vec<&str> = args.into_iter().filter(|arg| !SHAPE.contains(arg)).collect();
     let words = ["of memory are needed", "available", "--recompute --train added --micro-batch", "needs"];
     lab.fails(&[&args[..], &huge, &["--sequence-length", "32"]].concat(), &words);
+    assert!(!lab.path("out").exists() && !lab.path("cache").exists(), "nothing is done before");
+    let compare = compare_args("out", &[]);
+    let compare: Vec<&str> = compare.into_iter().filter(|arg| !SHAPE.contains(arg)).collect();
+    let words = ["variant \"", "of memory are needed", "--recompute"];
+    lab.fails(&[&compare[..], &huge, &["--sequence-length", "32"]].concat(), &words);
+    let pretrain = ["pretrain", "--out", "out", "--data", "train.txt", "--sequence-length", "32"];
+    lab.fails(&[&pretrain[..], &huge].concat(), &["of memory are needed", "--recompute --micro-batch"]);
     assert!(!lab.path("out").exists() && !lab.path("cache").exists(), "nothing is done before");
     lab.convert();
     let args = ["finetune", "--model", "converted", "--data", "train.txt", "--out", "out", "--tokens", "1"];
