@@ -28,7 +28,7 @@ pub(super) fn folder(model: &str, from_uqff: Option<&str>) -> Result<PathBuf> {
 
 /// The engine's way to say which model to load.
 pub(super) enum Selected {
-    Model(ModelSelected),
+    Model(Box<ModelSelected>),
     /// A TOML file, rewritten.
     Toml(NamedTempFile),
 }
@@ -39,7 +39,9 @@ impl Selected {
     /// # Errors
     /// A model that is neither a folder nor on the hub, a TOML file that is none.
     pub fn of(options: &Options) -> Result<Self> {
-        let Some(file) = &options.config else { return Ok(Self::Model(options.model_selected()?)) };
+        let Some(file) = &options.config else {
+            return Ok(Self::Model(Box::new(options.model_selected()?)));
+        };
         let text = read_text(file).with_context(|| format!("--config {}", file.display()))?;
         let text = with_folder(&text).with_context(|| format!("--config {}", file.display()))?;
         let mut rewritten =
@@ -51,7 +53,7 @@ impl Selected {
     /// What the engine is told.
     pub fn model(&self) -> ModelSelected {
         match self {
-            Self::Model(model) => model.clone(),
+            Self::Model(model) => (**model).clone(),
             Self::Toml(file) => ModelSelected::Toml { file: file.path().display().to_string() },
         }
     }
