@@ -6,12 +6,10 @@ use anyhow::{Result, anyhow, ensure};
 use candle_core::utils::{cuda_is_available, metal_is_available};
 use clap::{ArgGroup, Parser, builder::RangedU64ValueParser};
 use dynamoe::dial::check_dial;
+use dynamoe_model::hub;
 use mistralrs_core::{AutoDeviceMapParams, ModelDType, ModelSelected};
 
-use super::{
-    adaptive::{Adaptive, Range},
-    source,
-};
+use super::adaptive::{Adaptive, Range};
 use crate::Dial;
 
 /// Serves a DynaMoE, MoE or dense model over an OpenAI-compatible API.
@@ -140,6 +138,17 @@ pub struct Options {
     pub drain_seconds: u64,
 }
 
+/// The folder of a model; one on the hub is fetched, with the files of quantized weights that are named.
+///
+/// # Errors
+/// Neither a folder nor on the hub.
+pub(super) fn folder(model: &str, from_uqff: Option<&str>) -> Result<PathBuf> {
+    match from_uqff {
+        Some(files) => hub::resolve_uqff(model, files),
+        None => hub::resolve(model),
+    }
+}
+
 /// A secret that was given as `option` or in the environment as `variable`.
 fn secret(given: Option<&str>, option: &str, variable: &str) -> Result<Option<String>> {
     let secret = given.map(str::to_owned).or_else(|| std::env::var(variable).ok());
@@ -200,7 +209,7 @@ impl Options {
 
     /// The folder that the model is in; none if a TOML file says where it is.
     pub(crate) fn folder(&self) -> Option<PathBuf> {
-        source::folder(self.model.as_deref()?, self.from_uqff.as_deref()).ok()
+        folder(self.model.as_deref()?, self.from_uqff.as_deref()).ok()
     }
 
     /// The engine's way to say which model `--model` is. A model on the hub is fetched.
@@ -215,7 +224,7 @@ impl Options {
             "--dtype bf16 does not run on a CPU, which does not multiply it: use f32, or f16 with half the memory"
         );
         Ok(ModelSelected::Run {
-            model_id: source::folder(model, self.from_uqff.as_deref())?.display().to_string(),
+            model_id: folder(model, self.from_uqff.as_deref())?.display().to_string(),
             tokenizer_json: None,
             dtype: self.dtype,
             topology: None,

@@ -13,18 +13,7 @@ use dynamoe_model::{files::read_text, hub};
 use mistralrs_core::ModelSelected;
 use tempfile::NamedTempFile;
 
-use super::Options;
-
-/// The folder of a model; one on the hub is fetched, with the files of quantized weights that are named.
-///
-/// # Errors
-/// Neither a folder nor on the hub.
-pub(super) fn folder(model: &str, from_uqff: Option<&str>) -> Result<PathBuf> {
-    match from_uqff {
-        Some(files) => hub::resolve_uqff(model, files),
-        None => hub::resolve(model),
-    }
-}
+use super::options::{Options, folder};
 
 /// The engine's way to say which model to load.
 pub(super) enum Selected {

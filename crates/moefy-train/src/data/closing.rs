@@ -8,7 +8,7 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::softmax_last_dim;
+use candle_nn::{Activation, ops::softmax_last_dim};
 use dynamoe::tensors::{DOWN_PROJ, GATE_PROJ, UP_PROJ, full_name};
 use dynamoe_model::Checkpoint;
 use dynamoe_model::checkpoint::float_dtype;
@@ -133,7 +133,8 @@ fn predict(checkpoint: &Checkpoint, tokens: &Tensor, places: &Tensor) -> Result<
             let tensor = checkpoint.tensor(&full_name(layer, name), shape, DType::F32, cpu);
             tensor.map_err(|error| candle_core::Error::Msg(format!("{error:#}")))
         };
-        let h = (linear(x, &get(GATE_PROJ, &[i, d])?)?.silu()? * linear(x, &get(UP_PROJ, &[i, d])?)?)?;
+        let gate = linear(x, &get(GATE_PROJ, &[i, d])?)?.apply(&Activation::from(config.hidden_act))?;
+        let h = (gate * linear(x, &get(UP_PROJ, &[i, d])?)?)?;
         let y = linear(&h, &get(DOWN_PROJ, &[d, i])?)?;
         // of the biases, only that of `down_proj` may be other than 0
         match ffn_biases(config) {
@@ -142,4 +143,32 @@ fn predict(checkpoint: &Checkpoint, tokens: &Tensor, places: &Tensor) -> Result<
         }
     })?;
     Ok(softmax_last_dim(&backbone.logits(&hidden.index_select(places, 0)?)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use dynamoe_model::RoutedModel;
+
+    #[test]
+    fn the_model_that_is_asked_is_the_dense_one() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dynamoe-model/tests/fixtures");
+        for name in ["llama", "gemma", "gemma3", "granite"] {
+            let checkpoint = Checkpoint::open(&fixtures.join(name)).unwrap();
+            let tokens = Tensor::new(&[[1u32, 5, 3, 7], [2, 4, 6, 1]], &Device::Cpu).unwrap();
+            let places = Tensor::new(&[0u32, 3, 7], &Device::Cpu).unwrap();
+            let found = predict(&checkpoint, &tokens, &places).unwrap();
+            let model = RoutedModel::load(&checkpoint, &Device::Cpu).unwrap();
+            let full = vec![1.0; checkpoint.config().num_hidden_layers];
+            let (hidden, _) = model.forward(&tokens, &full).unwrap();
+            let logits = model.logits(&hidden.index_select(&places, 0).unwrap()).unwrap();
+            let expected = softmax_last_dim(&logits).unwrap();
+            let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
+            let difference = difference.to_scalar::<f32>().unwrap();
+            // sums of f32 in another order
+            assert!(difference < 1e-5, "{name}: {difference}");
+        }
+    }
 }
