@@ -3,10 +3,7 @@
 //! mistral.rs has a client of the hub of its own, which knows fewer of the environment's variables than Python's tools. So
 //! models are fetched here, and the engine gets folders.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::{io::Write, path::Path};
 
 use anyhow::{Context, Result};
 use dynamoe_model::{files::read_text, hub};
