@@ -247,6 +247,15 @@ fn a_table_of_budgets_is_solved_on_text() {
     assert!((experts_of(&answer) / 3.0 - 0.5).abs() < 0.06, "{answer}");
     drop(server);
 
+    // a default budget may follow the load; nobody waits here, so it stays at the largest
+    let arguments = ["--adaptive", "0.5..0.8", "--target-itl-ms", "10000"];
+    let server = Server::start(folder.path().to_str().unwrap(), &arguments);
+    let told: Value = server.get("/v1/dynamoe").json().unwrap();
+    assert_eq!((&told["budget"], &told["adaptive"]["min"]), (&json!(0.8), &json!(0.5)));
+    let answer = server.json(TEXT, &completion(&text[..100], 1));
+    assert!((experts_of(&answer) / 3.0 - 0.8).abs() < 0.06, "{answer}");
+    drop(server);
+
     // a table of another model is refused
     std::fs::write(&file, table.to_string().replace("\"experts_per_token\":3", "\"experts_per_token\":8"))
         .unwrap();
