@@ -137,7 +137,7 @@ impl RequestDial {
     /// For [`NormalRequest::logits_processors`](mistralrs_core::NormalRequest): carries this dial and leaves the
     /// logits as they are.
     pub fn processor(self: &Arc<Self>) -> Arc<dyn CustomLogitsProcessor> {
-        Arc::new(Carrier(Arc::clone(self)))
+        Arc::new(Carrier(self.clone()))
     }
 
     /// What the tokens that were computed for this request (not those of a cached prefix) used on average, over all
@@ -200,8 +200,8 @@ impl ExpertChoice for RequestDial {
     }
 }
 
-/// Carries a dial into the engine: a logits processor is the only field of a request that can hold data of our own.
-struct Carrier(Arc<RequestDial>);
+/// Carries row data into the engine: a logits processor is the only field of a request that can hold data of our own.
+pub(crate) struct Carrier(pub Arc<dyn RowData>);
 
 impl CustomLogitsProcessor for Carrier {
     fn apply(&self, logits: &Tensor, _context: &[u32]) -> candle_core::Result<Tensor> {
@@ -209,7 +209,7 @@ impl CustomLogitsProcessor for Carrier {
     }
 
     fn row_data(&self) -> Option<Arc<dyn RowData>> {
-        Some(self.0.clone())
+        Some(Arc::clone(&self.0))
     }
 }
 

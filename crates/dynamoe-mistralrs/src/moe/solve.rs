@@ -16,12 +16,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use dynamoe::{Budget, Sensitivity};
 use dynamoe_model::files::read_text;
 use mistralrs_core::{
-    CustomLogitsProcessor, NormalRequest, Request, RequestMessage, Response, SamplingParams,
+    NormalRequest, Request, RequestMessage, Response, SamplingParams,
     row_data::{ExpertChoice, RowData},
 };
 use tokio::sync::mpsc::channel;
@@ -30,7 +29,7 @@ use super::{
     budgets::{FILE, Table},
     experts_to_run,
 };
-use crate::{ModelKind, locks::lock, serve};
+use crate::{ModelKind, dial::Carrier, locks::lock, serve};
 
 /// How far from its budget a row of the table may be.
 const TOLERANCE: f64 = 0.002;
@@ -183,7 +182,7 @@ impl Text {
             let messages = RequestMessage::CompletionTokens(tokens.to_vec());
             let sampling = SamplingParams { max_len: Some(1), ..SamplingParams::deterministic() };
             let mut request = NormalRequest::new_simple(messages, sampling, sender, 0, None, None);
-            request.logits_processors = Some(vec![Arc::new(Carrier(Arc::clone(&recorder)))]);
+            request.logits_processors = Some(vec![Arc::new(Carrier(recorder.clone()))]);
             engine.send(Request::Normal(Box::new(request))).await.context("the engine has ended")?;
             match answers.recv().await.context("the engine did not answer")? {
                 Response::InternalError(error) | Response::ValidationError(error) => {
@@ -259,19 +258,6 @@ impl ExpertChoice for Recorder {
             seen.shares.extend(others.iter().map(|weight| weight / first));
         }
         run
-    }
-}
-
-/// Carries a recorder into the engine.
-struct Carrier(Arc<Recorder>);
-
-impl CustomLogitsProcessor for Carrier {
-    fn apply(&self, logits: &Tensor, _context: &[u32]) -> candle_core::Result<Tensor> {
-        Ok(logits.clone())
-    }
-
-    fn row_data(&self) -> Option<Arc<dyn RowData>> {
-        Some(self.0.clone())
     }
 }
 
