@@ -17,7 +17,7 @@ use crate::Dial;
 #[command(name = "dynamoe-serve", version)]
 #[command(group(ArgGroup::new("source").required(true).args(["model", "config"])))]
 pub struct Options {
-    /// The model: a folder, or an id on the Hugging Face hub (HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and
+    /// The model: a folder, a .gguf file, or an id on the Hugging Face hub (HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and
     /// HF_HUB_OFFLINE are honoured)
     #[arg(long, value_name = "DIR|HUB_ID")]
     pub model: Option<String>,
