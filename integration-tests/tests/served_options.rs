@@ -16,20 +16,10 @@ use dynamoe_model::{Checkpoint, RoutedModel};
 use engine::{Engine, plain, try_build};
 use mistralrs::{RequestBuilder, SamplingParams, TextMessageRole, TextModelBuilder};
 use serde_json::{Value, json};
-use support::{SMALL, Shape, VOCAB_SIZE, largest_difference, numbers, random, write, write_checkpoints};
+use support::{
+    ARCHITECTURES, SMALL, Shape, VOCAB_SIZE, largest_difference, numbers, random, write, write_checkpoints,
+};
 use tempfile::TempDir;
-
-const ARCHITECTURES: [&str; 9] = [
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "SmolLM3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "GraniteForCausalLM",
-];
 
 /// Those whose windows the engine computes.
 const WINDOWED: [&str; 5] =

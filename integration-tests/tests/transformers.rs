@@ -16,20 +16,10 @@ use dynamoe::Dial;
 use dynamoe_model::{Checkpoint, RoutedModel, transformers};
 use moefy_train::evaluate::Setting;
 use serde_json::{Value, json};
-use support::{Checkpoints, SMALL, Shape, checkpoints, edit_json, largest_difference, numbers};
+use support::{
+    ARCHITECTURES, Checkpoints, SMALL, Shape, checkpoints, edit_json, largest_difference, numbers,
+};
 
-/// Of the trainer, and so of the base models that transformers has too.
-const ARCHITECTURES: [&str; 9] = [
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "SmolLM3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "GraniteForCausalLM",
-];
 const TOLERANCE: f32 = 1e-4;
 
 fn python() -> Option<PathBuf> {

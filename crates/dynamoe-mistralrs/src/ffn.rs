@@ -90,7 +90,8 @@ impl SwappedFfns {
 /// `weights` says where each is read from.
 ///
 /// # Errors
-/// MLPs, weights and `config` that do not fit each other, in their activation too; tensors that are missing or of another shape.
+/// MLPs, weights and `config` that do not fit each other, in their activation too; tensors that are missing or of
+/// another shape.
 pub fn swap_ffns(
     mlps: Vec<&mut Box<dyn MlpLayer>>,
     config: &DynaMoeConfig,

@@ -11,6 +11,19 @@ use rand_distr::{Distribution, StandardNormal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+/// The base models of the trainer, which the engine and transformers have too.
+pub const ARCHITECTURES: [&str; 9] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+];
+
 /// Tokens of the byte-level tokenizer: one for each byte, then `<s>` and `</s>`.
 pub const VOCAB_SIZE: usize = 258;
 
