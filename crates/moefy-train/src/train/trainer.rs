@@ -1,6 +1,5 @@
 //! The training loop.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -18,7 +17,7 @@ use super::step::{StepBatch, StepContext, StepLoss};
 use super::stop::Stop;
 use super::sum::GradientSum;
 use super::teacher::Teacher;
-use crate::data::Batches;
+use crate::data::{Batch, Batches};
 use crate::methods::Objective;
 use crate::progress::{Progress, time};
 use crate::ranks::Ranks;
@@ -193,17 +192,16 @@ impl Trainer<'_> {
     /// One optimizer step: the gradients of its batches, then the update. The ranks take the batches in turn.
     fn step(&self, step: u64, running: &mut Running) -> Result<StepReport> {
         let (params, ranks) = (self.model.params(), self.ranks);
-        let batches = self.config.accumulation();
-        let share = 1.0 / batches as f64;
+        let numbers = (0..self.config.accumulation()).map(|micro| self.batch_number(step, micro));
+        let batches: Vec<Batch> = numbers.map(|number| self.batches.batch(number)).collect();
+        let share = 1.0 / batches.len() as f64;
         let mut report = StepReport::default();
         // all tokens of a step that count have the same weight, whatever batch they are in
-        let counted = |micro| self.batches.batch(self.batch_number(step, micro)).counted();
-        let counted = share * (0..batches).map(counted).sum::<usize>().max(1) as f64;
+        let counted = share * batches.iter().map(Batch::counted).sum::<usize>().max(1) as f64;
         running.gradients.clear(ranks);
-        let mut losses = Vec::with_capacity(batches);
-        for first in (0..batches).step_by(ranks.size()) {
-            let turn = first..batches.min(first + ranks.size());
-            for loss in self.turn(step, turn.clone(), counted, running)? {
+        let mut losses = Vec::with_capacity(batches.len());
+        for (number, turn) in batches.chunks(ranks.size()).enumerate() {
+            for loss in self.turn(step, number * ranks.size(), turn, counted, running)? {
                 if !loss.objective.is_finite() {
                     return Err(self.diverged("loss", loss.objective, step, running.saved));
                 }
@@ -225,20 +223,21 @@ impl Trainer<'_> {
         Ok(report)
     }
 
-    /// Computes this rank's one of the batches `turn` of a step. Returns the losses of all of them.
+    /// Computes this rank's one of the batches of a turn, which are the step's from number `first` on. Returns the losses of
+    /// all of them.
     fn turn(
         &self,
         step: u64,
-        turn: Range<usize>,
+        first: usize,
+        turn: &[Batch],
         counted: f64,
         running: &mut Running,
     ) -> Result<Vec<StepLoss>> {
-        let micro = turn.start + self.ranks.rank();
+        let rank = self.ranks.rank();
         let mut numbers = Vec::new();
-        if turn.contains(&micro) {
-            let batch = self.batches.batch(self.batch_number(step, micro));
+        if let Some(batch) = turn.get(rank) {
             let (tokens, targets, weights) = batch.tensors(self.model.device())?;
-            let (objective, micro) = (running.objective.as_ref(), micro as u64);
+            let (objective, micro) = (running.objective.as_ref(), (first + rank) as u64);
             let context = StepContext { objective, teacher: self.teacher, config: self.config, step, micro };
             let gradients = &mut running.gradients.batch;
             let batch = StepBatch { tokens, targets, weights, counted };
