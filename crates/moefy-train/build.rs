@@ -8,8 +8,16 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     // an archive of the crate that lies in somebody else's repository is none of its files
     let tracked = git(&["ls-files", "--error-unmatch", "Cargo.toml"]);
-    let log = tracked.and_then(|_| git(&["rev-parse", "--git-path", "logs/HEAD"]));
-    let log = log.and_then(|log| absolute(log).ok()).filter(|log| log.is_file()).unwrap_or_else(no_log);
+    let of_git = |name: &str| {
+        let path = git(&["rev-parse", "--git-path", name])?;
+        absolute(path).ok().filter(|path| path.is_file())
+    };
+    let log = tracked.as_ref().and_then(|_| of_git("logs/HEAD"));
+    // a repository that goes, as a worktree does, takes its log along
+    if let Some(head) = log.as_ref().and_then(|_| of_git("HEAD")) {
+        println!("cargo::rerun-if-changed={}", head.display());
+    }
+    let log = log.unwrap_or_else(no_log);
     println!("cargo::rustc-env=GIT_LOG={}", log.display());
 }
 
