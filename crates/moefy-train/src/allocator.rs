@@ -1,15 +1,19 @@
 //! The C library's allocator, set to what a training loop needs.
 
 /// Tells glibc to keep large blocks that are freed and to use them again. By default they go back to the
-/// system, and every step pays for mapping and clearing its activations' pages anew. To be called once, early;
-/// does nothing elsewhere. The process keeps its peak memory.
+/// system, and every step pays for mapping and clearing its activations' pages anew. To be called once, early, before
+/// threads are started; does nothing elsewhere. The process keeps its peak memory.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        // SAFETY: mallopt only sets parameters of the allocator, under its own lock.
-        unsafe {
-            libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-            libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        // Blocks of any size come from one heap, which does not shrink: those mapped by themselves (the threshold cannot be
+        // raised above 32 MiB) and the heaps of other threads (64 MiB each) would be unmapped when they are freed.
+        let settings =
+            [(libc::M_MMAP_MAX, 0), (libc::M_ARENA_MAX, 1), (libc::M_TRIM_THRESHOLD, libc::c_int::MAX)];
+        for (parameter, value) in settings {
+            // SAFETY: mallopt only sets parameters of the allocator, under its own lock.
+            let set = unsafe { libc::mallopt(parameter, value) };
+            debug_assert_eq!(set, 1, "mallopt({parameter}, {value})");
         }
     }
 }
