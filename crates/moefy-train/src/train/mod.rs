@@ -22,6 +22,7 @@ mod targets;
 mod teacher;
 mod trainer;
 mod tuning;
+mod watch;
 
 pub use config::{TrainConfig, Trained};
 pub use group::Group;

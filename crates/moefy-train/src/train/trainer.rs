@@ -17,6 +17,7 @@ use super::step::{StepBatch, StepContext, StepLoss};
 use super::stop::Stop;
 use super::sum::GradientSum;
 use super::teacher::Teacher;
+use super::watch::Watch;
 use crate::data::{Batch, Batches};
 use crate::methods::Objective;
 use crate::progress::{Progress, time};
@@ -106,6 +107,9 @@ impl Trainer<'_> {
             objective: self.config.method.objective(&self.config.routing(self.model.config().width_shares())),
             saved: None,
         };
+        // where losses are told at checkpoints, before a checkpoint changes the weights
+        let watch = self.state_dir.filter(|_| self.ranks.is_first());
+        let watch = watch.map(|_| Watch::start(self.model, self.config, self.batches)).transpose()?;
         if let Some(place) = self.place() {
             running.saved = state::restore(place, self.saved(&mut running))?;
         }
@@ -132,6 +136,7 @@ impl Trainer<'_> {
             let stop = self.ranks.any(self.stop.is_asked());
             if done % self.config.save_every == 0 || done == steps || stop {
                 self.save(&mut log, &mut running)?;
+                watch.iter().try_for_each(|watch| watch.check(self.model, self.config, done))?;
             }
             if stop && done < steps {
                 progress.finish();

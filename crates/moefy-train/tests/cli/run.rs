@@ -6,7 +6,7 @@ use dynamoe_model::checkpoint::Checkpoint;
 use safetensors::Dtype;
 use serde_json::json;
 
-use crate::lab::{Lab, compare_args, finetune_args, finished, run_args};
+use crate::lab::{Lab, SHAPE, compare_args, finetune_args, finished, run_args};
 use crate::support::{self, contents};
 
 #[test]
@@ -144,4 +144,22 @@ fn standard_error_may_be_closed() {
     drop(child.stderr.take());
     assert!(child.wait().unwrap().success());
     assert!(lab.path("out/report.html").is_file());
+}
+
+#[test]
+fn a_training_that_goes_wrong_is_told() {
+    let lab = Lab::new();
+    let lines = |args: &[&str]| {
+        let args = [args, &["--save-every", "50"]].concat();
+        let output = lab.output(&args);
+        let lines = String::from_utf8(output.stderr.clone()).unwrap();
+        finished(output, &args);
+        lines
+    };
+    let good = lines(&run_args("good", "25600", &["--baselines", "none", "--lr", "5e-3"]));
+    let told = ["step 50: loss at full width", "of the narrowest expert", "step 200: "];
+    assert!(told.iter().all(|words| good.contains(words)) && !good.contains("has risen"), "{good}");
+    let bad = ["finetune", "--model", "good", "--data", "train.txt", "--out", "bad", "--tokens", "1280"];
+    let bad = lines(&[&bad[..], &SHAPE, &["--lr", "10"]].concat());
+    assert!(bad.contains("the loss at full width has risen: a smaller --lr, or --train added"), "{bad}");
 }
