@@ -8,9 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLockReadGuard};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 pub(super) use dynamoe::math::{exp, mul_add, tanh};
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
-use rayon::prelude::*;
+use faer::{Accum, MatRef};
 
 /// Numbers that an inner loop handles at once: two registers of AVX-512, four of AVX2.
 pub(super) const LANES: usize = 32;
@@ -105,20 +103,6 @@ pub(crate) fn read<const N: usize, T>(
 /// A row-major matrix with this number of columns.
 pub(super) fn matrix(x: &[f32], columns: usize) -> MatRef<'_, f32> {
     MatRef::from_row_major_slice(x, x.len() / columns.max(1), columns)
-}
-
-/// `c = a b` or `c += a b`, row-major, on this thread.
-pub(super) fn multiply(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
-    matmul(MatMut::from_row_major_slice_mut(c, a.nrows(), b.ncols()), accum, a, b, 1.0, Par::Seq);
-}
-
-/// [`multiply`] with blocks of rows in parallel. Neither the blocks nor the results depend on the number of threads.
-pub(super) fn multiply_blocks(c: &mut [f32], accum: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
-    let (rows, columns) = (a.nrows(), b.ncols());
-    let block = (rows / 4).clamp(32, 128);
-    c.par_chunks_mut((block * columns).max(1)).enumerate().for_each(|(index, c)| {
-        multiply(c, accum, a.subrows(index * block, c.len() / columns), b);
-    });
 }
 
 /// Cuts row-major buffers, each given with its number of columns, into blocks of `rows` rows. All have `total` rows.

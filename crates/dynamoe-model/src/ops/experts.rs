@@ -5,7 +5,8 @@ use dynamoe::{HiddenAct, Projections};
 use faer::Accum;
 use rayon::prelude::*;
 
-use super::cpu::{fusable, matrix, multiply, read, rows_per_block};
+use super::cpu::{fusable, matrix, read, rows_per_block};
+use super::product::Factor;
 
 /// Runs rows `x (N, D)`, widest expert first, through prefixes of `[gate (I, D), up (I, D), down (D, I)]`. `reach[s]` rows
 /// have expert `s` or a wider one. There is no gradient. None if the tensors are not f32 on the CPU.
@@ -45,15 +46,16 @@ pub(crate) fn expert_rows(
             }
             start = start.max(end);
         }
+        let [gate, up] = [gate, up].map(|matrix_of| Factor::new(matrix(matrix_of, d).transpose()));
+        let down = Factor::new(matrix(down, i).transpose());
         tasks.into_par_iter().for_each(|(width, x, y)| {
             let x = matrix(x, d);
             let mut h = vec![0f32; x.nrows() * width];
             let mut up_x = vec![0f32; x.nrows() * width];
-            multiply(&mut h, Accum::Replace, x, matrix(&gate[..width * d], d).transpose());
-            multiply(&mut up_x, Accum::Replace, x, matrix(&up[..width * d], d).transpose());
+            gate.multiply(&mut h, Accum::Replace, x);
+            up.multiply(&mut up_x, Accum::Replace, x);
             h.iter_mut().zip(&up_x).for_each(|(h, up)| *h = act.value(*h) * up);
-            let down = matrix(down, i).subcols(0, width);
-            multiply(y, Accum::Replace, matrix(&h, width), down.transpose());
+            down.multiply(y, Accum::Replace, matrix(&h, width));
         });
         Ok(())
     })?;

@@ -14,11 +14,11 @@ use faer::Accum;
 use rayon::prelude::*;
 
 use super::cpu::{
-    Host, add_parts, axpy, blocks, dot, fusable, host, lock, matrix, multiply, multiply_blocks, read,
-    rows_per_block, slice,
+    Host, add_parts, axpy, blocks, dot, fusable, host, lock, matrix, read, rows_per_block, slice,
 };
 use super::gradients::add_gradient;
 use super::linear;
+use super::product::{Factor, multiply_blocks};
 
 /// The `reach (N, E)` of experts chosen on the host: row `n` holds `experts[n] + 1` ones.
 ///
@@ -77,11 +77,19 @@ struct Fused {
 }
 
 /// The weights' numbers.
-struct Weights<'a> {
+struct Numbers<'a> {
     gate: Host<'a>,
     up: Host<'a>,
     down: Host<'a>,
     compensation: Option<Host<'a>>,
+}
+
+/// The weights as factors of one pass: transposed forward, as they are backward.
+struct Weights<'a> {
+    gate: Factor<'a>,
+    up: Factor<'a>,
+    down: Factor<'a>,
+    compensation: Option<&'a [f32]>,
     widths: &'a [usize],
     act: Sigmoidal,
     d: usize,
@@ -113,29 +121,46 @@ struct Neurons<'a> {
     h: &'a [f32],
 }
 
-impl<'a> Weights<'a> {
+impl<'a> Numbers<'a> {
     fn new(weights: &'a TrainableFfn) -> Result<Self> {
-        let (i, d) = weights.gate_proj.dims2()?;
         Ok(Self {
             gate: host(&weights.gate_proj)?,
             up: host(&weights.up_proj)?,
             down: host(&weights.down_proj)?,
             compensation: weights.compensation.as_ref().map(host).transpose()?,
+        })
+    }
+
+    /// `factor` makes a factor of a matrix given with its number of columns.
+    fn factors<'b>(
+        &'b self,
+        weights: &'b TrainableFfn,
+        factor: impl Fn(&'b [f32], usize) -> Factor<'b>,
+    ) -> Weights<'b> {
+        let d = weights.gate_proj.dims()[1];
+        let i = self.gate.len() / d;
+        Weights {
+            gate: factor(&self.gate, d),
+            up: factor(&self.up, d),
+            down: factor(&self.down, i),
+            compensation: self.compensation.as_deref(),
             widths: &weights.widths,
             act: weights.hidden_act.function(),
             d,
             i,
-        })
+        }
     }
+}
 
+impl Weights<'_> {
     /// Rows of `y`, and of `gate` and `up` on the way.
     fn forward(&self, x: &[f32], reach: &[f32], [gate, up]: [&mut [f32]; 2], y: &mut [f32]) {
         let x = matrix(x, self.d);
-        multiply(gate, Accum::Replace, x, matrix(&self.gate, self.d).transpose());
-        multiply(up, Accum::Replace, x, matrix(&self.up, self.d).transpose());
+        self.gate.multiply(gate, Accum::Replace, x);
+        self.up.multiply(up, Accum::Replace, x);
         let mut h = vec![0f32; gate.len()];
         forward_rows(self.act, [gate, up], reach, self.widths, &mut h);
-        multiply(y, Accum::Replace, matrix(&h, self.i), matrix(&self.down, self.i).transpose());
+        self.down.multiply(y, Accum::Replace, matrix(&h, self.i));
         if let Some(compensation) = &self.compensation {
             let e = self.widths.len();
             for (y, reach) in y.chunks_exact_mut(self.d).zip(reach.chunks_exact(e)) {
@@ -149,11 +174,11 @@ impl<'a> Weights<'a> {
     /// Backwards through [`Weights::forward`]. Returns the gradient with respect to the compensation.
     fn backward(&self, rows: BackwardRows<'_>) -> Vec<f32> {
         let BackwardRows { reach, g, gate, up, h, d_reach, dx } = rows;
-        multiply(h, Accum::Replace, matrix(g, self.d), matrix(&self.down, self.i));
+        self.down.multiply(h, Accum::Replace, matrix(g, self.d));
         let neurons = NeuronRows { gate: &mut *gate, up: &mut *up, h };
         backward_rows(self.act, neurons, reach, self.widths, d_reach);
-        multiply(dx, Accum::Replace, matrix(gate, self.i), matrix(&self.gate, self.d));
-        multiply(dx, Accum::Add, matrix(up, self.i), matrix(&self.up, self.d));
+        self.gate.multiply(dx, Accum::Replace, matrix(gate, self.i));
+        self.up.multiply(dx, Accum::Add, matrix(up, self.i));
         let Some(compensation) = &self.compensation else { return Vec::new() };
         let mut sums = vec![0f32; compensation.len()];
         let e = self.widths.len();
@@ -184,7 +209,9 @@ impl CustomOp2 for Fused {
         reach_at: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, reach) = (slice(x, x_at)?, slice(reach, reach_at)?);
-        let weights = Weights::new(&self.weights)?;
+        let numbers = Numbers::new(&self.weights)?;
+        let weights = numbers
+            .factors(&self.weights, |values, columns| Factor::new(matrix(values, columns).transpose()));
         let (d, i, e) = (weights.d, weights.i, weights.widths.len());
         let n = x.len() / d;
         let rows = rows_per_block(n);
@@ -221,7 +248,9 @@ impl CustomOp2 for Fused {
             bail!("ffn: expected one forward pass, then one backward pass");
         };
         read([x, reach, g], |[x_values, reach_values, g]| {
-            let weights = Weights::new(&self.weights)?;
+            let numbers = Numbers::new(&self.weights)?;
+            let weights =
+                numbers.factors(&self.weights, |values, columns| Factor::new(matrix(values, columns)));
             let (d, i, e) = (weights.d, weights.i, weights.widths.len());
             let n = x_values.len() / d;
             let rows = rows_per_block(n);

@@ -12,7 +12,8 @@ use candle_core::{Result, Tensor, TensorId, Var, bail};
 use faer::Accum;
 use rayon::prelude::*;
 
-use super::cpu::{add_parts, axpy, matrix, multiply_blocks, read, sum};
+use super::cpu::{add_parts, axpy, matrix, read, sum};
+use super::product::multiply_blocks;
 use crate::params::Params;
 
 /// Numbers whose squares are summed at a time.

@@ -7,8 +7,9 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use faer::Accum;
 
-use super::cpu::{fusable, matrix, multiply_blocks, read, slice};
+use super::cpu::{fusable, matrix, read, slice};
 use super::gradients::add_gradient;
+use super::product::multiply_blocks;
 
 /// `x (N, in)`, `w (out, in)` → `(N, out)`.
 ///

@@ -11,13 +11,11 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
-use super::cpu::{
-    add_parts, exp, fusable, lock, matrix, max, multiply, multiply_blocks, read, rows_per_block, slice, sum,
-    tanh,
-};
+use super::cpu::{add_parts, exp, fusable, lock, matrix, max, read, rows_per_block, slice, sum, tanh};
 use super::cross_entropy::{check, cross_entropy};
 use super::gradients::add_gradient;
 use super::linear::linear;
+use super::product::{Factor, multiply_blocks};
 use super::softcap::softcap;
 
 /// Vocabularies from this size on are computed by columns.
@@ -136,8 +134,9 @@ impl CustomOp2 for ByRows {
     ) -> Result<(CpuStorage, Shape)> {
         let ((n, d), v) = (x_at.shape().dims2()?, w_at.shape().dims2()?.0);
         let (x, w, rows) = (slice(x, x_at)?, slice(w, w_at)?, rows_per_block(n));
+        let factor = Factor::new(matrix(w, d).transpose());
         let logits = |x: &[f32], to: &mut [f32]| {
-            multiply(to, Accum::Replace, matrix(x, d), matrix(w, d).transpose());
+            factor.multiply(to, Accum::Replace, matrix(x, d));
         };
         let mut losses = vec![0f32; n];
         let tasks = losses.par_chunks_mut(rows).zip(x.par_chunks(rows * d)).enumerate();
@@ -172,12 +171,13 @@ impl CustomOp2 for ByRows {
         read([x, w, g], |[x_values, w_values, g]| {
             let rows = rows_per_block(n);
             let mut dx = vec![0f32; n * d];
+            let w_factor = Factor::new(matrix(w_values, d));
             let tasks = dx.par_chunks_mut(rows * d).zip(gradient.par_chunks_mut(rows * v));
             tasks.zip(g.par_chunks(rows)).for_each(|((dx, gradient), g)| {
                 for (row, g) in gradient.chunks_exact_mut(v).zip(g) {
                     row.iter_mut().for_each(|x| *x *= g);
                 }
-                multiply(dx, Accum::Replace, matrix(gradient, v), matrix(w_values, d));
+                w_factor.multiply(dx, Accum::Replace, matrix(gradient, v));
             });
             let dw = add_gradient(w, |dw, accum| {
                 multiply_blocks(dw, accum, matrix(&gradient, v).transpose(), matrix(x_values, d));
@@ -221,7 +221,7 @@ fn rows_of_task(v: usize) -> usize {
 /// `x wᵀ`, row-major.
 fn logits(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Vec<f32> {
     let mut logits = vec![0f32; x.nrows() * w.nrows()];
-    multiply(&mut logits, Accum::Replace, x, w.transpose());
+    Factor::new(w.transpose()).multiply(&mut logits, Accum::Replace, x);
     logits
 }
 
@@ -269,8 +269,8 @@ struct Backward<'a> {
 
 impl Backward<'_> {
     /// A task's part of the gradient with respect to `x`. `dw` takes the gradient with respect to the task's rows of `W`,
-    /// if `W` is trained.
-    fn run(&self, task: usize, w: &[f32], mut dw: Option<(&mut [f32], Accum)>) -> Vec<f32> {
+    /// if `W` is trained, a product with the factor `x`.
+    fn run(&self, task: usize, w: &[f32], mut dw: Option<(&mut [f32], Accum, &Factor<'_>)>) -> Vec<f32> {
         let d = self.x.ncols();
         let mut dx = vec![0f32; self.x.nrows() * d];
         let kept = std::mem::take(&mut *lock(&self.saved.logits[task]));
@@ -284,10 +284,10 @@ impl Backward<'_> {
             });
             self.turn_into_gradient(&mut gradient, w.nrows(), first);
             let gradient = matrix(&gradient, w.nrows());
-            multiply(&mut dx, Accum::Add, gradient, w);
-            if let Some((dw, accum)) = &mut dw {
+            Factor::new(w).multiply(&mut dx, Accum::Add, gradient);
+            if let Some((dw, accum, x)) = &mut dw {
                 let dw = &mut dw[chunk * CHUNK * d..][..w.nrows() * d];
-                multiply(dw, *accum, gradient.transpose(), self.x);
+                x.multiply(dw, *accum, gradient.transpose());
             }
         }
         dx
@@ -357,8 +357,9 @@ impl CustomOp2 for ByColumns {
             let tasks = w_values.par_chunks(rows * d).enumerate();
             let mut parts: Vec<Vec<f32>> = Vec::new();
             let dw = add_gradient(w, |dw, accum| {
+                let x = Factor::new(backward.x);
                 let tasks = tasks.clone().zip(dw.par_chunks_mut(rows * d));
-                parts = tasks.map(|((task, w), dw)| backward.run(task, w, Some((dw, accum)))).collect();
+                parts = tasks.map(|((task, w), dw)| backward.run(task, w, Some((dw, accum, &x)))).collect();
             })?;
             if !w.track_op() {
                 parts = tasks.map(|(task, w)| backward.run(task, w, None)).collect();

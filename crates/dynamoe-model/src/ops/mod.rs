@@ -7,6 +7,8 @@
 mod attention;
 mod attention_cpu;
 mod attention_shape;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod cpu;
 mod cross_entropy;
 mod embedding;
@@ -15,6 +17,7 @@ mod ffn;
 mod gradients;
 mod linear;
 mod linear_cross_entropy;
+mod product;
 mod rms_norm;
 mod rope;
 mod rotary;
@@ -34,6 +37,7 @@ pub use ffn::{ffn, reach_of};
 pub use gradients::{Gradient, Gradients, PART};
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
+pub use product::Precision;
 pub use rms_norm::{Norm, rms_norm, rms_norm_composed};
 pub use rope::{rope, rope_composed};
 pub use rotary::Rotary;

@@ -1,4 +1,5 @@
-//! A router's logits, `W₂ silu(W₁ x + b₁) + b₂`, as one operation. Gradients with respect to the weights go straight into
+//! A router's logits, `W₂ silu(W₁ x + b₁) + b₂`, as one operation, always in f32: a route hangs on
+//! small differences. Gradients with respect to the weights go straight into
 //! [`super::Gradients`].
 
 use std::sync::OnceLock;
@@ -8,9 +9,10 @@ use dynamoe::math::sigmoid;
 use faer::Accum;
 use rayon::prelude::*;
 
-use super::cpu::{axpy, blocks, fusable, host, matrix, multiply, read, rows_per_block, slice};
+use super::cpu::{axpy, blocks, fusable, host, matrix, read, rows_per_block, slice};
 use super::gradients::{hand_over_bias, hand_over_matrix};
 use super::linear;
+use super::product::multiply;
 
 /// The weights of one layer's router.
 #[derive(Debug, Clone)]

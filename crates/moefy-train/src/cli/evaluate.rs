@@ -6,10 +6,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use dynamoe::{Dial, dial::check_dial};
 
-use super::options::{DeviceArg, ModelArgs, TextArgs, fetched};
+use super::options::{DeviceArg, ModelArgs, PrecisionArg, TextArgs, fetched};
 use super::print;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::Checkpoint;
+use dynamoe_model::ops::Precision;
 use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
 use moefy_train::evaluate::{
     Setting, budget, choices_point, pairs_point, point, scored_tokens, shuffled_point,
@@ -62,6 +63,9 @@ pub struct EvaluateArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
+    /// Precision of matrix products
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionArg,
     #[command(flatten)]
     text: TextArgs,
 }
@@ -74,6 +78,7 @@ pub fn evaluate(args: &EvaluateArgs, ranks: &dyn Ranks) -> Result<()> {
     // before a large model is read
     args.sensitivity.iter().try_for_each(|&s| check_dial("sensitivity", s))?;
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
+    Precision::from(args.precision).set().context("--precision")?;
     let device = args.device.open()?;
     let mut checkpoint = ranks.first_then_others(|| args.model.open())?;
     let texts = Texts::open(&checkpoint, &args.text.options())?;

@@ -187,6 +187,7 @@ impl Bench<'_> {
         }
         tracing::info!("{}, seed {seed}", variant.name);
         let started = Instant::now();
+        recipe.train.set_precision(self.lab.device)?;
         let batches = self.lab.batches(&recipe.train)?;
         let Some(trained) = self.train(&recipe, &batches, &dir)? else { return Ok(None) };
         let seconds = started.elapsed().as_secs_f64();

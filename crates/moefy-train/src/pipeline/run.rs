@@ -63,6 +63,7 @@ impl<'a> Run<'a> {
     /// What is missing, broken or does not fit; settings that contradict the model.
     pub fn prepare(lab: Lab<'a>, recipe: Recipe, options: ReportOptions) -> Result<Self> {
         recipe.train.validate()?;
+        recipe.train.set_precision(lab.device)?;
         ensure!(
             lab.model.config().dynamoe.is_none(),
             "{}: is a DynaMoE checkpoint already; `finetune` trains it on, `export --dense` makes a dense one of it",

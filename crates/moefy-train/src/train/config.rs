@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
+use dynamoe_model::ops::Precision;
 use serde::{Deserialize, Serialize};
 
 use super::group::Group;
@@ -40,6 +41,8 @@ pub struct TrainConfig {
     pub sequence_length: usize,
     /// Whether layers are computed again in the backward pass, which saves the memory of their activations.
     pub recompute: bool,
+    /// Precision of matrix products on a CPU.
+    pub precision: Precision,
     /// Peak learning rate.
     pub lr: f64,
     /// Strength of the distillation from the dense model, 0 to 1.
@@ -83,6 +86,7 @@ impl Default for TrainConfig {
             micro_batch: None,
             sequence_length: Self::SEQUENCE_LENGTH,
             recompute: false,
+            precision: Precision::F32,
             lr: Self::LR,
             distill: Self::DISTILL,
             focus: Self::FOCUS,
@@ -207,6 +211,18 @@ impl TrainConfig {
             "--device cuda: {ranks} processes can train on processors only for now; start one process"
         );
         Ok(())
+    }
+
+    /// Makes the precision the process's.
+    ///
+    /// # Errors
+    /// bf16 on a processor that cannot, or on another device.
+    pub fn set_precision(&self, device: &Device) -> Result<()> {
+        ensure!(
+            self.precision == Precision::F32 || device.is_cpu(),
+            "--precision bf16 is for --device cpu: leave it out with --device cuda"
+        );
+        self.precision.set().context("--precision")
     }
 
     /// Checks what the types cannot say.

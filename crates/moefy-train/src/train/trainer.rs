@@ -98,6 +98,7 @@ impl Trainer<'_> {
     pub fn run(&self) -> Result<(Outcome, Vec<TrainMetrics>)> {
         self.config.validate()?;
         self.config.check_ranks(self.ranks.size(), self.model.device())?;
+        self.config.set_precision(self.model.device())?;
         let _training = self.stop.training();
         let shards = Shards::new(self.model.params(), self.ranks.size());
         let mut running = Running {

@@ -13,6 +13,7 @@ mod lab;
 mod mask;
 mod memory;
 mod output;
+mod precision;
 mod resume;
 mod run;
 mod slice;

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 use super::{Projection, SelfAttention};
 use crate::ops::attention_cpu::{AttentionGradients, Kernel, Output, Saved};
-use crate::ops::cpu::{Host, add_parts, axpy, blocks, host, matrix, multiply, read, rows_per_block, slice};
+use crate::ops::cpu::{Host, add_parts, axpy, blocks, host, matrix, read, rows_per_block, slice};
 use crate::ops::gradients::{hand_over, hand_over_bias, hand_over_matrix};
+use crate::ops::product::Factor;
 use crate::ops::rms_norm::{norm_rows, norm_rows_backward};
 use crate::ops::rope::{Direction, Rotation};
 use crate::ops::{AttentionShape, Norm, Rotary};
@@ -53,6 +54,24 @@ struct Matrix<'a> {
     to: usize,
 }
 
+/// A projection as a factor.
+struct Forward<'a> {
+    factor: Factor<'a>,
+    bias: Option<&'a [f32]>,
+    from: usize,
+    to: usize,
+}
+
+impl Forward<'_> {
+    /// `y = x Wᵀ + b` or `y += …`.
+    fn run(&self, x: &[f32], y: &mut [f32], accum: Accum) {
+        self.factor.multiply(y, accum, matrix(x, self.from));
+        if let Some(bias) = self.bias {
+            y.chunks_exact_mut(self.to).for_each(|y| axpy(y, 1.0, bias));
+        }
+    }
+}
+
 impl<'a> Matrix<'a> {
     fn new(projection: &'a Projection) -> Result<Self> {
         let (to, from) = projection.weight.dims2()?;
@@ -60,17 +79,18 @@ impl<'a> Matrix<'a> {
         Ok(Self { weight: host(&projection.weight)?, bias, from, to })
     }
 
-    /// `y = x Wᵀ + b` or `y += …`.
-    fn forward(&self, x: &[f32], y: &mut [f32], accum: Accum) {
-        multiply(y, accum, matrix(x, self.from), matrix(&self.weight, self.from).transpose());
-        if let Some(bias) = &self.bias {
-            y.chunks_exact_mut(self.to).for_each(|y| axpy(y, 1.0, bias));
+    fn forward(&self) -> Forward<'_> {
+        Forward {
+            factor: Factor::new(matrix(&self.weight, self.from).transpose()),
+            bias: self.bias.as_deref(),
+            from: self.from,
+            to: self.to,
         }
     }
 
-    /// `dx = g W` or `dx += …`.
-    fn backward(&self, g: &[f32], dx: &mut [f32], accum: Accum) {
-        multiply(dx, accum, matrix(g, self.to), matrix(&self.weight, self.from));
+    /// The factor of `dx = g W`.
+    fn backward(&self) -> Factor<'_> {
+        Factor::new(matrix(&self.weight, self.from))
     }
 }
 
@@ -194,15 +214,16 @@ impl Fused {
             (&mut all.k, k.to),
             (&mut all.v, v.to),
         ];
+        let (q, k, v) = (q.forward(), k.forward(), v.forward());
         let rows = rows_per_block(n);
         blocks(out, rows, n).into_par_iter().zip(x.par_chunks(rows * d)).enumerate().for_each(
             |(block, ([normed, raw_q, raw_k, to_q, to_k, to_v], x))| {
                 norm_rows(x, &norm, layer.norms, normed);
-                q.forward(normed, to_q, Accum::Replace);
+                q.run(normed, to_q, Accum::Replace);
                 rotate_q.forward(to_q, block * rows, raw_q);
-                k.forward(normed, to_k, Accum::Replace);
+                k.run(normed, to_k, Accum::Replace);
                 rotate_k.forward(to_k, block * rows, raw_k);
-                v.forward(normed, to_v, Accum::Replace);
+                v.run(normed, to_v, Accum::Replace);
             },
         );
         Ok(all)
@@ -216,9 +237,10 @@ impl Fused {
             true => (x.to_vec(), Accum::Add),
             false => (vec![0f32; x.len()], Accum::Replace),
         };
+        let forward = matrix.forward();
         y.par_chunks_mut(rows * d)
             .zip(o.par_chunks(rows * matrix.from))
-            .for_each(|(y, o)| matrix.forward(o, y, accum));
+            .for_each(|(y, o)| forward.run(o, y, accum));
         Ok(y)
     }
 
@@ -231,9 +253,10 @@ impl Fused {
         let [q, k, v, o] = [&layer.q, &layer.k, &layer.v, &layer.o].map(Matrix::new);
         let (q, k, v, o) = (q?, k?, v?, o?);
         let mut d_o = vec![0f32; n * o.from];
+        let w_o = o.backward();
         d_o.par_chunks_mut(rows * o.from)
             .zip(g.par_chunks(rows * d))
-            .for_each(|(d_o, g)| o.backward(g, d_o, Accum::Replace));
+            .for_each(|(d_o, g)| w_o.multiply(d_o, Accum::Replace, matrix(g, d)));
         let Kept { projected, attention } = kept;
         let saved = Saved {
             q: &projected.q,
@@ -249,6 +272,7 @@ impl Fused {
         let out =
             [(&mut dx[..], d), (&mut gradients.q, q.to), (&mut gradients.k, k.to), (&mut gradients.v, v.to)];
         let [raw_q, raw_k] = self.raw_widths();
+        let (w_q, w_k, w_v) = (q.backward(), k.backward(), v.backward());
         let norms = blocks(out, rows, n).into_par_iter().enumerate().map(|(block, [dx, dq, dk, dv])| {
             let first = block * rows;
             let last = n.min(first + rows);
@@ -259,9 +283,9 @@ impl Fused {
                 NormGradients { input: vec![0f32; d], q: vec![0f32; head_dim], k: vec![0f32; head_dim] };
             rotate_q.backward(dq, first, raw_q, &mut norms.q);
             rotate_k.backward(dk, first, raw_k, &mut norms.k);
-            q.backward(dq, dx, Accum::Replace);
-            k.backward(dk, dx, Accum::Add);
-            v.backward(dv, dx, Accum::Add);
+            w_q.multiply(dx, Accum::Replace, matrix(dq, q.to));
+            w_k.multiply(dx, Accum::Add, matrix(dk, k.to));
+            w_v.multiply(dx, Accum::Add, matrix(dv, v.to));
             norm_rows_backward(x, &norm, layer.norms, dx, &mut norms.input);
             if layer.residual {
                 axpy(dx, 1.0, g);
