@@ -4,9 +4,10 @@
 #   TEXT=train.txt VALID=valid.txt TASKS=folder integration-tests/smollm2.sh OUT [TOKENS]
 #
 # Trains DynaMoE, static nesting and random routing alike on TOKENS tokens (1000000) of TEXT, which takes a night on two
-# cores. The same command goes on where it was stopped. TASKS is a folder with .jsonl files of multiple choice
-# (evaluate --choices) and pairs (their names begin with blimp). MODEL is another model to begin with, as for moefy-train.
-# Nothing else may run while the last step measures speed.
+# cores, and measures them beside the dense model with sparse activations (TEAL). The same command goes on where it was
+# stopped. TASKS is a folder with .jsonl files of multiple choice (evaluate --choices) and pairs (their names begin with
+# blimp). MODEL is another model to begin with, as for moefy-train. Nothing else may run while the last step measures
+# speed.
 set -euo pipefail
 
 repository=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
@@ -61,6 +62,13 @@ for method in priced static random; do
     mv "$result.part" "$result"
 done
 
+if [ ! -e "$out/teal.json" ]; then
+    say "evaluating: the dense model with sparse activations"
+    "$moefy" evaluate --model "$model" --activation-sparsity 0.25,0.4,0.5 --calibration-data "$TEXT" \
+        --data "$VALID" --documents --max-tokens 512 "${choices[@]}" "${pairs[@]}" --json > "$out/teal.json.part"
+    mv "$out/teal.json.part" "$out/teal.json"
+fi
+
 say "serving"
 log=$(mktemp)
 "$serve" --model "$out/priced" --isq q8_0 --cpu --port 0 --prefix-cache 0 > "$log" &
@@ -85,4 +93,4 @@ for round in 1 2 3 4 5; do
             'BEGIN { printf "round %s  budget %-5s  decode %.1f tokens/s  prompt %.3f s\n", r, b, 64 / (a - f), l }'
     done
 done
-say "done: $out/priced/report.html, $out/{priced,static,random}.json"
+say "done: $out/priced/report.html, $out/{priced,static,random,teal}.json"

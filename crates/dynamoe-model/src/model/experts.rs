@@ -28,6 +28,11 @@ impl Experts {
         Ok(Self { prefixes, hidden_act, smaller: None })
     }
 
+    /// gate and up `(I, D)` and down `(D, I)` of the largest expert, neurons in order of importance.
+    pub fn matrices(&self) -> &Projections<Tensor> {
+        self.prefixes.matrices()
+    }
+
     /// Adds separate weights for the smaller experts, as [`PrefixExperts::with_separate`], which copies.
     ///
     /// # Errors

@@ -84,10 +84,10 @@ impl RoutedModel {
     /// A token outside the vocabulary.
     pub fn forward(&self, tokens: &Tensor, sensitivity: &[f64]) -> CandleResult<(Tensor, Vec<Routes>)> {
         let mut routes = Vec::with_capacity(self.ffns.len());
-        let hidden = self.backbone.forward(tokens, &mut |layer, x| {
+        let hidden = self.forward_ffns(tokens, &mut |layer, x| {
             let (y, chosen) = self.ffns[layer].forward_routed(x, &sensitivity[layer..=layer])?;
             routes.push(chosen);
-            self.add_bias(layer, y)
+            Ok(y)
         })?;
         Ok((hidden, routes.into_iter().map(PendingRoutes::wait).collect::<CandleResult<_>>()?))
     }
@@ -97,16 +97,26 @@ impl RoutedModel {
     /// # Errors
     /// A token outside the vocabulary; routes that do not fit, as for [`DynaMoeFfn::forward_with`].
     pub fn forward_with(&self, tokens: &Tensor, routes: &[Routes]) -> CandleResult<Tensor> {
-        self.backbone.forward(tokens, &mut |layer, x| {
-            self.add_bias(layer, self.ffns[layer].forward_with(x, &routes[layer])?)
-        })
+        self.forward_ffns(tokens, &mut |layer, x| self.ffns[layer].forward_with(x, &routes[layer]))
     }
 
-    fn add_bias(&self, layer: usize, y: Tensor) -> CandleResult<Tensor> {
-        match self.biases.get(layer) {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
+    /// Runs `tokens (B, T)` with `ffn(layer, x)` in the place of each layer's FFN: `x (B·T, D)` → `(B·T, D)`. What its
+    /// `down_proj` has as a bias is added here.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, and those of `ffn`.
+    pub fn forward_ffns(
+        &self,
+        tokens: &Tensor,
+        ffn: &mut dyn FnMut(usize, &Tensor) -> CandleResult<Tensor>,
+    ) -> CandleResult<Tensor> {
+        self.backbone.forward(tokens, &mut |layer, x| {
+            let y = ffn(layer, x)?;
+            match self.biases.get(layer) {
+                Some(bias) => y.broadcast_add(bias),
+                None => Ok(y),
+            }
+        })
     }
 
     /// `hidden (N, D)` → `(N, V)`.

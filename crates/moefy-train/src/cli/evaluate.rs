@@ -1,4 +1,4 @@
-//! `evaluate`: loss, widths and cost along the dial.
+//! `evaluate`: loss, widths and cost along the dial, or of the baseline with sparse activations.
 
 use std::path::PathBuf;
 
@@ -11,13 +11,17 @@ use super::print;
 use dynamoe_model::RoutedModel;
 use dynamoe_model::checkpoint::Checkpoint;
 use dynamoe_model::ops::Precision;
-use moefy_train::data::{DataSource, PaddedBatch, Scope, Texts, subsample};
+use moefy_train::data::{
+    CALIBRATION_TOKENS, DataSource, PaddedBatch, SampleShape, Scope, Split, Texts, calibration_batches,
+    subsample,
+};
 use moefy_train::evaluate::{
-    Setting, budget, choices_point, pairs_point, point, scored_tokens, shuffled_point,
+    Setting, budget, choices_point, pairs_point, point, scored_tokens, shuffled_point, sparsity,
 };
 use moefy_train::progress::Progress;
 use moefy_train::ranks::Ranks;
 use moefy_train::report::results::{ChoicesPoint, Evaluation, PairsPoint, Point};
+use moefy_train::train::TrainConfig;
 
 /// Tokens on which a missing budget is solved.
 const SOLVE_TOKENS: usize = 32_768;
@@ -48,7 +52,16 @@ pub struct EvaluateArgs {
     /// Baseline: shuffle each layer's widths among the tokens, to see what the router's choice is worth
     #[arg(long)]
     shuffled: bool,
-    /// Text on which to solve --budget anew and store it in the checkpoint's table
+    /// Baseline on a dense model: set these shares of the FFNs' activations to zero, the smallest ones (TEAL), 0 to below 1
+    #[arg(
+        long,
+        value_delimiter = ',',
+        requires = "calibration_data",
+        conflicts_with_all = ["sensitivity", "budget", "shuffled"]
+    )]
+    activation_sparsity: Vec<f64>,
+    /// Text on which to solve --budget anew and store it in the checkpoint's table, or to find which activations
+    /// --activation-sparsity takes for small
     #[arg(long)]
     calibration_data: Vec<DataSource>,
     /// Minimal pairs to compare: .jsonl with "good" and "bad"
@@ -79,8 +92,12 @@ pub fn evaluate(args: &EvaluateArgs, ranks: &dyn Ranks) -> Result<()> {
     args.sensitivity.iter().try_for_each(|&s| check_dial("sensitivity", s))?;
     args.budget.iter().try_for_each(|&width| check_dial("budget", width))?;
     Precision::from(args.precision).set().context("--precision")?;
+    sparsity::check_sparsities(&args.activation_sparsity)?;
     let device = args.device.open()?;
     let mut checkpoint = ranks.first_then_others(|| args.model.open())?;
+    if !args.activation_sparsity.is_empty() {
+        sparsity::check_dense(checkpoint.config()).with_context(|| checkpoint.dir().display().to_string())?;
+    }
     let texts = Texts::open(&checkpoint, &args.text.options())?;
     let mut model = RoutedModel::load(&checkpoint, &device)?;
     let scope = if args.documents {
@@ -102,7 +119,11 @@ pub fn evaluate(args: &EvaluateArgs, ranks: &dyn Ranks) -> Result<()> {
         }
         model = RoutedModel::load(&checkpoint, &device)?;
     }
-    let settings = settings(args, &model)?;
+    let settings = if args.activation_sparsity.is_empty() {
+        settings(args, &model)?
+    } else {
+        sparse_settings(args, &model, &texts, ranks)?
+    };
     let mut evaluation = Evaluation {
         model: args.model.model.clone(),
         data: data.iter().map(DataSource::name).collect(),
@@ -181,16 +202,36 @@ fn settings(args: &EvaluateArgs, model: &RoutedModel) -> Result<Vec<Setting>> {
     dials.into_iter().map(|dial| Setting::of(dial, model)).collect()
 }
 
+/// Finds the thresholds of each activation sparsity, on a sample of the calibration text as `calibrate` takes it.
+fn sparse_settings(
+    args: &EvaluateArgs,
+    model: &RoutedModel,
+    texts: &Texts,
+    ranks: &dyn Ranks,
+) -> Result<Vec<Setting>> {
+    let sources = ranks.first_then_others(|| fetched(&args.calibration_data))?;
+    let shape = SampleShape { batch_size: TrainConfig::BATCH_SIZE, sequence_length: args.sequence_length };
+    let batches = ranks.first_then_others(|| texts.training(&sources, Split::All, shape, 0))?;
+    let batches = calibration_batches(&batches, CALIBRATION_TOKENS);
+    let thresholds = sparsity::calibrate(model, &batches, &args.activation_sparsity, ranks)?;
+    Ok(thresholds.into_iter().map(Setting::sparse).collect())
+}
+
 fn print_point(point: &Point, first: bool) -> Result<()> {
     if first {
-        print(&format_args!(
-            "sensitivity  budget    loss  ± stderr  perplexity  mean width  params  FLOPs  tokens"
-        ))?;
+        let setting = match point.activation_sparsity {
+            Some(_) => "activation sparsity",
+            None => "sensitivity  budget",
+        };
+        print(&format_args!("{setting}    loss  ± stderr  perplexity  mean width  params  FLOPs  tokens"))?;
     }
-    let budget = point.budget.map_or_else(|| "     -".into(), |width| format!("{width:6.3}"));
+    let setting = match (point.activation_sparsity, point.budget) {
+        (Some(sparsity), _) => format!("{sparsity:19.4}"),
+        (None, Some(width)) => format!("{:11.4}  {width:6.3}", point.sensitivity),
+        (None, None) => format!("{:11.4}       -", point.sensitivity),
+    };
     print(&format_args!(
-        "{:11.4}  {budget}  {:6.4}  {:8.4}  {:10.3}  {:10.3}  {:6.3}  {:5.3}  {}",
-        point.sensitivity,
+        "{setting}  {:6.4}  {:8.4}  {:10.3}  {:10.3}  {:6.3}  {:5.3}  {}",
         point.loss,
         point.stderr,
         point.perplexity,
@@ -203,13 +244,21 @@ fn print_point(point: &Point, first: bool) -> Result<()> {
     print(&format_args!("             width per layer: {}", layers.join(" ")))
 }
 
+/// What was set where something was measured.
+fn setting_name(sensitivity: f64, activation_sparsity: Option<f64>) -> String {
+    match activation_sparsity {
+        Some(sparsity) => format!("activation sparsity {sparsity:.4}"),
+        None => format!("sensitivity {sensitivity:.4}"),
+    }
+}
+
 fn print_pairs(pairs: &[PairsPoint]) -> Result<()> {
     for point in pairs {
         let fields: Vec<String> =
             point.by_field.iter().map(|(field, accuracy)| format!("{field} {accuracy:.3}")).collect();
         print(&format_args!(
-            "minimal pairs at sensitivity {:.4}: {:.4} ± {:.4} of {} right, mean width {:.3}  {}",
-            point.sensitivity,
+            "minimal pairs at {}: {:.4} ± {:.4} of {} right, mean width {:.3}  {}",
+            setting_name(point.sensitivity, point.activation_sparsity),
             point.accuracy,
             point.stderr,
             point.pairs,
@@ -227,10 +276,10 @@ fn print_choices(points: &[ChoicesPoint]) -> Result<()> {
         let widest = of_file.max_by(|a, b| a.mean_width.total_cmp(&b.mean_width)).unwrap_or(point);
         let (difference, error) = point.difference(widest);
         print(&format_args!(
-            "{} at sensitivity {:.4}: acc {:.4} ± {:.4}, acc_norm {:.4} ± {:.4} of {} questions, mean width {:.3}, acc \
+            "{} at {}: acc {:.4} ± {:.4}, acc_norm {:.4} ± {:.4} of {} questions, mean width {:.3}, acc \
              {difference:+.4} ± {error:.4} against width {:.3}",
             point.name,
-            point.sensitivity,
+            setting_name(point.sensitivity, point.activation_sparsity),
             point.acc,
             point.acc_stderr,
             point.acc_norm,

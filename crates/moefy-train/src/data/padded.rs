@@ -86,6 +86,16 @@ impl PaddedBatch {
     }
 }
 
+/// How many tokens are scored of the `batches` that are not this rank's `own`.
+pub(crate) fn scored_by_others(batches: &[PaddedBatch], own: &[usize]) -> u64 {
+    scored_tokens(batches) - own.iter().map(|&index| batches[index].scored() as u64).sum::<u64>()
+}
+
+/// How many tokens of `batches` are scored.
+pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
+    batches.iter().map(|batch| batch.scored() as u64).sum()
+}
+
 /// Every `n`-th batch, so that about `tokens` tokens are taken, but at least one batch: batches are sorted by length, so the
 /// first ones would not be like the rest.
 pub fn subsample(batches: &[PaddedBatch], tokens: usize) -> Vec<PaddedBatch> {

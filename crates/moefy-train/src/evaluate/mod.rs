@@ -1,7 +1,8 @@
 //! Loss, widths and cost of a model along its dial.
 //!
 //! [`mod@score`] measures one routing policy on padded batches. [`budget`] solves the dial for a mean width, by what
-//! [`scores`] tell of all widths. [`oracle`] routes with hindsight. [`cost`] counts parameters and operations. [`curve`] and [`samples`] make what a report shows.
+//! [`scores`] tell of all widths. [`oracle`] routes with hindsight. [`sparsity`] is a baseline that needs no training.
+//! [`cost`] counts parameters and operations. [`curve`] and [`samples`] make what a report shows.
 
 pub mod budget;
 pub mod cost;
@@ -10,32 +11,43 @@ pub mod oracle;
 pub mod samples;
 pub mod score;
 pub mod scores;
+pub mod sparsity;
 
 use anyhow::{Result, ensure};
 use dynamoe::{Dial, dial::check_dial};
 use rayon::prelude::*;
 
-pub use score::{Policy, Score, score, scored_tokens};
+pub use score::{Policy, Score, score};
 
-use crate::data::{BATCH_TOKENS, Choices, PaddedBatch, Pairs};
+pub use crate::data::scored_tokens;
+use crate::data::{BATCH_TOKENS, Choices, PaddedBatch, Pairs, scored_by_others};
 use crate::progress::Progress;
 use crate::ranks::{Alone, Ranks};
 use crate::report::results::{ChoicesPoint, PairsPoint, Point};
 use dynamoe_model::RoutedModel;
+use sparsity::Thresholds;
 
-/// A value of the dial and the sensitivity that each layer takes for it.
+/// A value of the dial and the sensitivity that each layer takes for it; or a sparsity of activations in its place.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setting {
     /// The mean width asked for, if one was.
     pub budget: Option<f64>,
     /// One for each layer.
     pub sensitivity: Vec<f64>,
+    /// Of a dense model whose activations are made sparse.
+    pub thresholds: Option<Thresholds>,
 }
 
 impl Setting {
     /// The same sensitivity for every layer.
     pub fn uniform(sensitivity: f64, layers: usize) -> Self {
-        Self { budget: None, sensitivity: vec![sensitivity; layers] }
+        Self { budget: None, sensitivity: vec![sensitivity; layers], thresholds: None }
+    }
+
+    /// A dense model with these thresholds.
+    pub fn sparse(thresholds: Thresholds) -> Self {
+        let full = Self::uniform(1.0, thresholds.layers.len());
+        Self { thresholds: Some(thresholds), ..full }
     }
 
     /// Looks a dial value up in the model's configuration.
@@ -57,7 +69,29 @@ impl Setting {
                 vec![1.0; layers]
             }
         };
-        Ok(Self { budget, sensitivity })
+        Ok(Self { budget, sensitivity, thresholds: None })
+    }
+
+    /// The sparsity of activations that was asked for, if one was.
+    pub fn activation_sparsity(&self) -> Option<f64> {
+        self.thresholds.as_ref().map(|thresholds| thresholds.sparsity)
+    }
+
+    fn policy(&self) -> Policy<'_> {
+        match &self.thresholds {
+            Some(thresholds) => Policy::Sparse(thresholds),
+            None => Policy::Dial(&self.sensitivity),
+        }
+    }
+
+    /// A score at this setting as a row of results.
+    fn point(&self, model: &RoutedModel, score: &Score) -> Point {
+        Point {
+            sensitivity: self.mean(),
+            budget: self.budget,
+            activation_sparsity: self.activation_sparsity(),
+            ..as_point(model, score)
+        }
     }
 
     /// The mean over layers.
@@ -77,8 +111,7 @@ pub fn point(
     progress: &Progress,
     ranks: &dyn Ranks,
 ) -> Result<Point> {
-    let measured = score(model, batches, &Policy::Dial(&setting.sensitivity), progress, ranks)?;
-    Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
+    Ok(setting.point(model, &score(model, batches, &setting.policy(), progress, ranks)?))
 }
 
 /// Measures one setting of the dial with each layer's widths shuffled among the tokens ([`Policy::Shuffled`]).
@@ -92,8 +125,8 @@ pub fn shuffled_point(
     progress: &Progress,
     ranks: &dyn Ranks,
 ) -> Result<Point> {
-    let measured = score(model, batches, &Policy::Shuffled(&setting.sensitivity), progress, ranks)?;
-    Ok(Point { sensitivity: setting.mean(), budget: setting.budget, ..as_point(model, &measured) })
+    let policy = Policy::Shuffled(&setting.sensitivity);
+    Ok(setting.point(model, &score(model, batches, &policy, progress, ranks)?))
 }
 
 /// A score as a row of results, without the dial that it was measured at.
@@ -103,6 +136,7 @@ pub(crate) fn as_point(model: &RoutedModel, score: &Score) -> Point {
     Point {
         sensitivity: f64::NAN,
         budget: None,
+        activation_sparsity: None,
         loss: score.loss,
         stderr: score.stderr,
         perplexity: score.loss.exp(),
@@ -127,7 +161,8 @@ pub fn pairs_point(
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
     let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, 2 * pairs.len(), setting, ranks)?;
     let accuracy = pairs.score(&log_likelihoods)?;
-    Ok(PairsPoint { sensitivity: setting.mean(), mean_width, ..accuracy })
+    let activation_sparsity = setting.activation_sparsity();
+    Ok(PairsPoint { sensitivity: setting.mean(), activation_sparsity, mean_width, ..accuracy })
 }
 
 /// Accuracy on multiple choice at one setting of the dial.
@@ -144,7 +179,13 @@ pub fn choices_point(
     let items = choices.sequences().count();
     let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, items, setting, ranks)?;
     let accuracy = choices.score(&log_likelihoods)?;
-    Ok(ChoicesPoint { sensitivity: setting.mean(), budget: setting.budget, mean_width, ..accuracy })
+    Ok(ChoicesPoint {
+        sensitivity: setting.mean(),
+        budget: setting.budget,
+        activation_sparsity: setting.activation_sparsity(),
+        mean_width,
+        ..accuracy
+    })
 }
 
 /// The sum over the scored tokens of each of `items` items, and the mean width of all these tokens. Batches run in
@@ -157,7 +198,7 @@ fn log_likelihoods(
     ranks: &dyn Ranks,
 ) -> Result<(Vec<f64>, f64)> {
     let progress = Progress::new("scoring tasks", "tokens", scored_tokens(batches), 0);
-    let policy = Policy::Dial(&setting.sensitivity);
+    let policy = setting.policy();
     let own = ranks.own(batches.len());
     let parts: Vec<Vec<f64>> = own
         .par_iter()
@@ -168,7 +209,7 @@ fn log_likelihoods(
         })
         .collect::<Result<_>>()?;
     let parts = ranks.all_gather_own(batches.len(), &parts);
-    progress.add(score::scored_by_others(batches, &own));
+    progress.add(scored_by_others(batches, &own));
     progress.finish();
     let mut log_likelihoods = vec![0.0; items];
     let (mut tokens, mut used) = (0.0, 0.0);

@@ -8,7 +8,8 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::data::PaddedBatch;
+use super::sparsity::{self, Thresholds};
+use crate::data::{PaddedBatch, scored_by_others};
 use crate::progress::Progress;
 use crate::random::{draw, in_step, widths_with_mean};
 use crate::ranks::Ranks;
@@ -29,6 +30,9 @@ pub enum Policy<'a> {
         /// Seed of the draws.
         seed: u64,
     },
+    /// A dense model's FFNs without the small entries of their inputs ([`sparsity`]). A token's width is the share of the
+    /// FFN's weights that it keeps.
+    Sparse(&'a Thresholds),
 }
 
 /// The loss of one item: a document, a packed sequence or a sentence.
@@ -114,16 +118,6 @@ pub fn score(
     combine(parts.iter().map(|numbers| BatchScore::of_numbers(numbers)).collect())
 }
 
-/// How many tokens are scored of the `batches` that are not this rank's `own`.
-pub(super) fn scored_by_others(batches: &[PaddedBatch], own: &[usize]) -> u64 {
-    scored_tokens(batches) - own.iter().map(|&index| batches[index].scored() as u64).sum::<u64>()
-}
-
-/// How many tokens of `batches` are scored.
-pub fn scored_tokens(batches: &[PaddedBatch]) -> u64 {
-    batches.iter().map(|batch| batch.scored() as u64).sum()
-}
-
 /// Adds batches up.
 ///
 /// # Errors
@@ -155,6 +149,10 @@ fn score_batch(
 ) -> Result<BatchScore> {
     let (tokens, targets, weights) = batch.tensors(model.device())?;
     let (hidden, routes) = match policy {
+        Policy::Sparse(thresholds) => {
+            let (hidden, kept) = sparsity::forward(model, &tokens, thresholds)?;
+            return Ok(of_widths(batch, &token_losses(model, &hidden, &targets, &weights)?, &kept));
+        }
         Policy::Dial(sensitivity) => model.forward(&tokens, sensitivity)?,
         Policy::Shuffled(sensitivity) => {
             let (_, mut routes) = model.forward(&tokens, sensitivity)?;
@@ -192,16 +190,20 @@ pub fn batch_score(
     routes: &[Routes],
 ) -> BatchScore {
     let shares = model.config().width_shares();
+    let of_layer = |routes: &Routes| routes.0.iter().map(|&expert| shares[expert]).collect();
+    of_widths(batch, losses, &routes.iter().map(of_layer).collect::<Vec<_>>())
+}
+
+/// The same for the width of each layer and token.
+fn of_widths(batch: &PaddedBatch, losses: &[f32], widths: &[Vec<f64>]) -> BatchScore {
     let scored = |n: &usize| batch.weights[*n] > 0.0;
-    let of_layer = |routes: &Routes| -> f64 {
-        (0..batch.weights.len()).filter(scored).map(|n| shares[routes.0[n]]).sum()
-    };
+    let of_layer = |widths: &Vec<f64>| (0..widths.len()).filter(scored).map(|n| widths[n]).sum();
     let items = batch.items.iter().enumerate().map(|(row, &item)| {
         let range = row * batch.length..(row + 1) * batch.length;
         let loss = losses[range.clone()].iter().map(|&l| f64::from(l)).sum();
         ItemLoss { item, loss, tokens: range.filter(scored).count() }
     });
-    BatchScore { items: items.collect(), widths: routes.iter().map(of_layer).collect() }
+    BatchScore { items: items.collect(), widths: widths.iter().map(of_layer).collect() }
 }
 
 /// Shuffles the entries whose weight is above 0. Those of padding stay.

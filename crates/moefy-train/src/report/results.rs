@@ -21,6 +21,10 @@ pub struct Point {
     pub sensitivity: f64,
     /// The mean width that was asked for, if one was.
     pub budget: Option<f64>,
+    /// The share of entries that were to be set to zero, where a dense model's activations were made sparse. The mean width
+    /// is then the share of the FFN's weights that was really kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation_sparsity: Option<f64>,
     /// Mean loss in nats per token.
     #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
@@ -53,6 +57,9 @@ pub struct PairsPoint {
     /// The dial's value.
     #[serde(deserialize_with = "null_is_nan")]
     pub sensitivity: f64,
+    /// As [`Point::activation_sparsity`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation_sparsity: Option<f64>,
     /// Share of pairs whose good sentence has the larger log likelihood.
     #[serde(deserialize_with = "null_is_nan")]
     pub accuracy: f64,
@@ -78,6 +85,9 @@ pub struct ChoicesPoint {
     pub sensitivity: f64,
     /// The mean width that was asked for, if one was.
     pub budget: Option<f64>,
+    /// As [`Point::activation_sparsity`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation_sparsity: Option<f64>,
     /// Share of questions whose right choice has the largest log likelihood.
     #[serde(deserialize_with = "null_is_nan")]
     pub acc: f64,

@@ -31,6 +31,7 @@ fn point(sensitivity: f64, width: f64, loss: f64, layers: usize) -> Point {
     Point {
         sensitivity,
         budget: None,
+        activation_sparsity: None,
         loss,
         stderr: 0.018 + 0.02 * (1.0 - width),
         perplexity: loss.exp(),
@@ -122,6 +123,7 @@ fn fixture() -> Report {
     let pairs = [(0.25, 0.37, 0.662), (0.5, 0.54, 0.701), (0.8, 0.74, 0.722), (1.0, 1.0, 0.731)];
     let fields = ["morphology", "semantics", "syntax", "syntax/semantics"];
     let pair = |(s, w, a): &(f64, f64, f64)| PairsPoint {
+        activation_sparsity: None,
         sensitivity: *s,
         accuracy: *a,
         stderr: 0.008,

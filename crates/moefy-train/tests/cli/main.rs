@@ -17,6 +17,7 @@ mod precision;
 mod resume;
 mod run;
 mod slice;
+mod sparsity;
 #[path = "../support/mod.rs"]
 mod support;
 mod tensorboard;
