@@ -1,8 +1,9 @@
 //! How fast a dense model trains on this machine: tokens per second of whole steps (forward, backward, clipping,
-//! AdamW), and the share of time that its matrix products alone take. `benches/jax_step.py` is the same in JAX.
+//! AdamW), and the share of time that its matrix products alone take. `benches/jax_step.py` is the same in JAX, and
+//! `benches/torch_step.py` in PyTorch.
 //!
 //! ```text
-//! cargo run -p moefy-train --example step_speed [RUNS [CASE]]
+//! cargo run -p moefy-train --example step_speed [RUNS [CASE [bf16]]]
 //! ```
 
 use std::time::Instant;
@@ -14,7 +15,7 @@ use dynamoe::train::TrainableFfn;
 use dynamoe_model::Params;
 use dynamoe_model::config::{Architecture, ModelConfig, Scales};
 use dynamoe_model::model::Backbone;
-use dynamoe_model::ops::{Gradients, ffn, linear};
+use dynamoe_model::ops::{Gradients, Precision, ffn, linear};
 use moefy_train::train::optimizer::{AdamW, Update};
 
 /// The shape of a Llama with tied embeddings, and the batch to train it on.
@@ -30,7 +31,7 @@ struct Case {
     positions: usize,
 }
 
-const CASES: [Case; 2] = [
+const CASES: [Case; 3] = [
     Case {
         name: "stories260k",
         hidden_size: 64,
@@ -50,6 +51,18 @@ const CASES: [Case; 2] = [
         heads: 6,
         kv_heads: 6,
         vocab_size: 32000,
+        sequences: 4,
+        positions: 256,
+    },
+    // SmolLM2-135M's
+    Case {
+        name: "135M",
+        hidden_size: 576,
+        intermediate_size: 1536,
+        layers: 30,
+        heads: 9,
+        kv_heads: 3,
+        vocab_size: 49152,
         sequences: 4,
         positions: 256,
     },
@@ -94,6 +107,9 @@ fn main() -> Result<()> {
     moefy_train::allocator::keep_freed_memory();
     let runs = std::env::args().nth(1).map_or(Ok(10), |runs| runs.parse()).context("RUNS: a whole number")?;
     let only = std::env::args().nth(2);
+    if std::env::args().nth(3).as_deref() == Some("bf16") {
+        Precision::Bf16.set()?;
+    }
     for case in CASES.iter().filter(|case| only.as_deref().is_none_or(|only| only == case.name)) {
         measure(case, runs)?;
     }
