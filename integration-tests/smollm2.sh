@@ -13,6 +13,9 @@ set -euo pipefail
 repository=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 out=${1:?usage: smollm2.sh OUT [TOKENS]} tokens=${2:-1000000}
 : "${TEXT:?text to train on}" "${VALID:?held-out text}" "${TASKS:?folder of tasks}"
+# twice the rate where the processor has AVX-512's bf16 dot products
+precision=f32
+grep -qs avx512_bf16 /proc/cpuinfo && precision=bf16
 budgets=1,0.875,0.75,0.625,0.5,0.375
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -42,8 +45,9 @@ for method in priced static random; do
     say "training: $method"
     resume=()
     [ -e "$run/training/job.json" ] && resume=(--resume)
-    "$moefy" run --model "$model" --data "$TEXT" --valid "$VALID" --method "$method" --train added --lr 5e-4 \
-        --batch-size 4 --tokens "$tokens" --seed 0 --baselines none --save-every 50 --out "$run" "${resume[@]}"
+    "$moefy" run --model "$model" --data "$TEXT" --valid "$VALID" --method "$method" --train added --lr 1e-3 \
+        --batch-size 4 --tokens "$tokens" --seed 0 --precision "$precision" --baselines none --save-every 50 \
+        --out "$run" "${resume[@]}"
 done
 
 choices=() pairs=()
@@ -58,14 +62,15 @@ for method in priced static random; do
     [ -e "$result" ] && continue
     say "evaluating: $method"
     "$moefy" evaluate --model "$out/$method" --budget "$budgets" --data "$VALID" --documents --max-tokens 512 \
-        "${choices[@]}" "${pairs[@]}" --json > "$result.part"
+        --precision "$precision" "${choices[@]}" "${pairs[@]}" --json > "$result.part"
     mv "$result.part" "$result"
 done
 
 if [ ! -e "$out/teal.json" ]; then
     say "evaluating: the dense model with sparse activations"
     "$moefy" evaluate --model "$model" --activation-sparsity 0.25,0.4,0.5 --calibration-data "$TEXT" \
-        --data "$VALID" --documents --max-tokens 512 "${choices[@]}" "${pairs[@]}" --json > "$out/teal.json.part"
+        --data "$VALID" --documents --max-tokens 512 --precision "$precision" "${choices[@]}" "${pairs[@]}" --json \
+        > "$out/teal.json.part"
     mv "$out/teal.json.part" "$out/teal.json"
 fi
 
