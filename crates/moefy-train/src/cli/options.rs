@@ -14,7 +14,7 @@ use moefy_train::data::{DOCUMENT_MARKER, DataSource, TextFormat, TextOptions};
 use moefy_train::methods::Method;
 use moefy_train::pipeline::{Existing, HeldOut, Inputs};
 use moefy_train::prepare::{ExpertConfig, Experts};
-use moefy_train::train::{TrainConfig, Trained, Tuning};
+use moefy_train::train::{MomentBits, TrainConfig, Trained, Tuning};
 
 /// Headings of `--help`, in the order of a command's arguments.
 pub mod heading {
@@ -62,6 +62,17 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::Bf16 => Self::Bf16,
         }
     }
+}
+
+/// Bits of a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BitsArg {
+    /// 32 bits
+    #[value(name = "32")]
+    Bits32,
+    /// 8 bits, with a scale for each block of 256
+    #[value(name = "8")]
+    Bits8,
 }
 
 /// How text files are read.
@@ -208,6 +219,9 @@ pub struct StepArgs {
     /// Precision of matrix products, also where the command measures
     #[arg(long, value_enum, default_value = "f32")]
     precision: PrecisionArg,
+    /// Bits of each of the optimizer's two moments: 8 take a quarter of the memory
+    #[arg(long, value_enum, default_value = "32")]
+    moment_bits: BitsArg,
     /// Peak learning rate
     #[arg(long, default_value_t = TrainConfig::LR)]
     lr: f64,
@@ -241,6 +255,10 @@ impl StepArgs {
             sequence_length: self.sequence_length,
             recompute: self.recompute,
             precision: self.precision.into(),
+            moment_bits: match self.moment_bits {
+                BitsArg::Bits32 => MomentBits::Bits32,
+                BitsArg::Bits8 => MomentBits::Bits8,
+            },
             lr: self.lr,
             seed: self.seed,
             save_every: self.save_every,

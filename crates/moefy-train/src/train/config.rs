@@ -23,6 +23,18 @@ pub enum Trained {
     Routers,
 }
 
+/// How the optimizer keeps its moments.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MomentBits {
+    /// In f32.
+    #[default]
+    #[serde(rename = "32")]
+    Bits32,
+    /// In 8 bits, with a scale for each block of 256.
+    #[serde(rename = "8")]
+    Bits8,
+}
+
 /// The settings of a training: all that decides its result besides the model and the text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -43,6 +55,8 @@ pub struct TrainConfig {
     pub recompute: bool,
     /// Precision of matrix products on a CPU.
     pub precision: Precision,
+    /// How the optimizer keeps its moments.
+    pub moment_bits: MomentBits,
     /// Peak learning rate.
     pub lr: f64,
     /// Strength of the distillation from the dense model, 0 to 1.
@@ -87,6 +101,7 @@ impl Default for TrainConfig {
             sequence_length: Self::SEQUENCE_LENGTH,
             recompute: false,
             precision: Precision::F32,
+            moment_bits: MomentBits::Bits32,
             lr: Self::LR,
             distill: Self::DISTILL,
             focus: Self::FOCUS,

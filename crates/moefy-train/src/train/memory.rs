@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! calibrating   dense weights + sample of activations + 4 I²
-//! training      all weights + 3 · trained weights (gradient, two moments) + another model as teacher
+//! training      all weights + 3 · trained weights (gradient, two moments; these in a byte each with `moment_bits` 8)
+//!               + another model as teacher
 //!               + activations + logits; with `recompute` also one layer and the output matrix in f32;
 //!               with several batches in a step also the sum of their gradients, 1 · trained weights
 //! publishing    all weights + what the smaller experts' matrices take as copies
@@ -28,7 +29,8 @@ use dynamoe::tensors::is_addition;
 use dynamoe_model::ModelConfig;
 use dynamoe_model::tensors::{added_tensors, expected_tensors};
 
-use super::config::{TrainConfig, Trained};
+use super::blockwise::BLOCK;
+use super::config::{MomentBits, TrainConfig, Trained};
 use super::head::block_rows;
 use super::model::is_trained;
 
@@ -80,13 +82,17 @@ impl Memory {
         let converted = if train.recompute && frozen > 0 && stored < 4 { converted(config) } else { 0 };
         let tokens = train.micro_batch() * train.sequence_length;
         let sum = if train.accumulation() > 1 { 4 } else { 0 };
+        let moments = match train.moment_bits {
+            MomentBits::Bits32 => 8 * trained.div_ceil(ranks as u64),
+            MomentBits::Bits8 => 2 * (trained + 4 * trained.div_ceil(BLOCK as u64)).div_ceil(ranks as u64),
+        };
         let calibrating = |sample: u64| {
             let square = (4 * config.intermediate_size * config.intermediate_size) as u64;
             PROGRAM + 4 * dense + sample_bytes(config, sample) + 4 * square
         };
         Self {
             weights: 4 * (all - frozen + converted) + frozen_bytes,
-            state: 4 * trained + (8 + sum) * trained.div_ceil(ranks as u64),
+            state: 4 * trained + moments + sum * trained.div_ceil(ranks as u64),
             teacher: if train.needs_other_teacher() { 4 * dense } else { 0 },
             activations: 4 * (tokens as u64) * activations(config, train),
             logits: 4 * (LOGITS * config.vocab_size * block_rows(config.vocab_size).min(tokens)) as u64,
@@ -154,6 +160,7 @@ pub fn options_that_fit(
         (found.train != train.train).then(|| "--train added".to_owned()),
         (found.micro_batch() != train.micro_batch())
             .then(|| format!("--micro-batch {}", found.micro_batch())),
+        (found.moment_bits != train.moment_bits).then(|| "--moment-bits 8".to_owned()),
         (found.sequence_length != train.sequence_length)
             .then(|| format!("--sequence-length {}", found.sequence_length)),
     ];
@@ -174,6 +181,10 @@ fn savings(train: &TrainConfig) -> Vec<TrainConfig> {
     }
     for micro in (1..train.micro_batch()).rev().filter(|&n| train.batch_size.is_multiple_of(n)) {
         now.micro_batch = Some(micro);
+        list.push(now.clone());
+    }
+    if now.moment_bits == MomentBits::Bits32 {
+        now.moment_bits = MomentBits::Bits8;
         list.push(now.clone());
     }
     while now.sequence_length > 32 {

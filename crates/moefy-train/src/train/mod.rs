@@ -3,6 +3,7 @@
 //! [`Trainer`] runs the loop over [`TrainModel::accumulate`]; [`optimizer`] changes the weights; [`state`] keeps checkpoints of
 //! the training. Everything random in a step is a function of (seed, step), so a resumed run needs no generator's state.
 
+mod blockwise;
 mod config;
 mod events;
 mod group;
@@ -24,7 +25,7 @@ mod trainer;
 mod tuning;
 mod watch;
 
-pub use config::{TrainConfig, Trained};
+pub use config::{MomentBits, TrainConfig, Trained};
 pub use group::Group;
 pub use memory::Memory;
 pub use model::TrainModel;

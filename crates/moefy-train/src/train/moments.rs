@@ -29,11 +29,13 @@ pub(super) fn write(path: &Path, params: &Params, optimizer: &AdamW, ranks: &dyn
     };
     let create = || Writer::create_file(path.to_owned(), params.iter().flat_map(spec).collect());
     let mut writer = ranks.is_first().then(create).transpose()?;
-    for (name, moment) in optimizer.state() {
-        let all = ranks.gather(moment.to_device(&Device::Cpu)?.to_vec1()?);
-        if let Some(writer) = &mut writer {
-            let len = all.len();
-            writer.push_tensor(&name, &Tensor::from_vec(all, len, &Device::Cpu)?, Dtype::F32)?;
+    for moments in optimizer.state() {
+        for (name, moment) in moments? {
+            let all = ranks.gather(moment.to_device(&Device::Cpu)?.to_vec1()?);
+            if let Some(writer) = &mut writer {
+                let len = all.len();
+                writer.push_tensor(&name, &Tensor::from_vec(all, len, &Device::Cpu)?, Dtype::F32)?;
+            }
         }
     }
     writer.map_or(Ok(()), Writer::finish)

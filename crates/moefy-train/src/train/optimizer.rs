@@ -9,10 +9,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, ensure};
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, Var};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 
+use super::blockwise::{Blockwise, Sign};
+use super::config::MomentBits;
 use super::group::Group;
 use super::shards::Shards;
 use dynamoe_model::Params;
@@ -27,8 +29,61 @@ const EPSILON: f32 = 1e-8;
 struct Moments {
     /// Which numbers.
     range: Range<usize>,
-    m: Tensor,
-    v: Tensor,
+    kept: Kept,
+}
+
+/// How they are kept.
+#[derive(Debug)]
+enum Kept {
+    Bits32 {
+        m: Tensor,
+        v: Tensor,
+    },
+    Bits8 {
+        m: Blockwise,
+        /// `√v`, which spans half as many decades.
+        root: Blockwise,
+    },
+}
+
+impl Kept {
+    fn zeros(len: usize, bits: MomentBits, device: &Device) -> candle_core::Result<Self> {
+        let zeros = || Tensor::zeros(len, DType::F32, device);
+        Ok(match bits {
+            MomentBits::Bits32 => Self::Bits32 { m: zeros()?, v: zeros()? },
+            MomentBits::Bits8 => Self::Bits8 {
+                m: Blockwise::zeros(len, Sign::Signed),
+                root: Blockwise::zeros(len, Sign::Unsigned),
+            },
+        })
+    }
+
+    /// `m` and `v` in f32.
+    fn tensors(&self) -> candle_core::Result<[Tensor; 2]> {
+        match self {
+            Self::Bits32 { m, v } => Ok([m.clone(), v.clone()]),
+            Self::Bits8 { m, root } => {
+                let tensor = |row: &Blockwise| {
+                    let values = row.values();
+                    let len = values.len();
+                    Tensor::from_vec(values, len, &Device::Cpu)
+                };
+                Ok([tensor(m)?, tensor(root)?.sqr()?])
+            }
+        }
+    }
+
+    /// Takes back [`Kept::tensors`].
+    fn set(&mut self, [new_m, new_v]: [Tensor; 2]) -> candle_core::Result<()> {
+        match self {
+            Self::Bits32 { m, v } => (*m, *v) = (new_m, new_v),
+            Self::Bits8 { m, root } => {
+                m.set(&new_m.to_vec1::<f32>()?);
+                root.set(&new_v.sqrt()?.to_vec1::<f32>()?);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The optimizer: the moments of every parameter, or of a shard.
@@ -57,33 +112,34 @@ pub struct Update {
 }
 
 impl AdamW {
-    /// Zero moments for each parameter.
+    /// Zero moments for each parameter, in f32.
     ///
     /// # Errors
     /// The device's.
     pub fn new(params: &Params) -> Result<Self> {
-        Self::of_shard(params, &Shards::new(params, 1), 0)
+        Self::of_shard(params, &Shards::new(params, 1), 0, MomentBits::Bits32)
     }
 
     /// Zero moments for what a shard holds of each parameter.
     ///
     /// # Errors
     /// The device's.
-    pub fn of_shard(params: &Params, shards: &Shards, shard: usize) -> Result<Self> {
+    pub fn of_shard(params: &Params, shards: &Shards, shard: usize, bits: MomentBits) -> Result<Self> {
         let zeros = |(param, (name, var)): (usize, (&str, &Var))| -> Result<_> {
             let range = shards.range(shard, param);
-            let zeros = || Tensor::zeros(range.len(), DType::F32, var.device());
-            Ok((name.to_owned(), Moments { m: zeros()?, v: zeros()?, range: range.clone() }))
+            let kept = Kept::zeros(range.len(), bits, var.device())?;
+            Ok((name.to_owned(), Moments { range, kept }))
         };
         let moments = params.iter().enumerate().map(zeros).collect::<Result<_>>()?;
         Ok(Self { moments, step: 0 })
     }
 
-    /// The moments by name, `NAME.m` and `NAME.v`: those of all numbers that this optimizer updates.
-    pub fn state(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        self.moments
-            .iter()
-            .flat_map(|(name, Moments { m, v, .. })| [(format!("{name}.m"), m), (format!("{name}.v"), v)])
+    /// The moments by name, `NAME.m` and `NAME.v`, in f32: those of all numbers that this optimizer updates.
+    pub fn state(&self) -> impl Iterator<Item = candle_core::Result<[(String, Tensor); 2]>> {
+        self.moments.iter().map(|(name, moments)| {
+            let [m, v] = moments.kept.tensors()?;
+            Ok([(format!("{name}.m"), m), (format!("{name}.v"), v)])
+        })
     }
 
     /// Puts back what [`AdamW::state`] gave: `read` gets a name and which numbers of the parameter are wanted.
@@ -95,13 +151,14 @@ impl AdamW {
         step: u64,
         mut read: impl FnMut(&str, Range<usize>) -> Result<Tensor>,
     ) -> Result<()> {
-        for (name, Moments { range, m, v }) in &mut self.moments {
-            for (suffix, moment) in [("m", m), ("v", v)] {
+        for (name, Moments { range, kept }) in &mut self.moments {
+            let mut read = |suffix| {
                 let found = read(&format!("{name}.{suffix}"), range.clone())
                     .with_context(|| format!("no optimizer state for {name}"))?;
-                ensure!(found.dims() == moment.dims(), "optimizer state of {name} has another shape");
-                *moment = found;
-            }
+                ensure!(found.dims() == [range.len()], "optimizer state of {name} has another shape");
+                Ok(found)
+            };
+            kept.set([read("m")?, read("v")?])?;
         }
         self.step = step;
         Ok(())
@@ -132,16 +189,22 @@ impl AdamW {
                 keep: (1.0 - lr * decay) as f32,
                 scale: update.scale as f32,
             };
-            match grad {
-                Gradient::Host(grad) => edit(&moments.m, |m| {
-                    edit(&moments.v, |v| {
+            let range = moments.range.clone();
+            match (grad, &mut moments.kept) {
+                (Gradient::Host(grad), Kept::Bits32 { m, v }) => edit(m, |m| {
+                    edit(v, |v| {
                         edit(var, |w| {
-                            rule.apply(&mut w[moments.range.clone()], [m, v], grad);
+                            rule.apply(&mut w[range], [m, v], grad);
                             Ok(())
                         })
                     })
                 })?,
-                Gradient::Device(grad) => rule.apply_composed(var, moments, grad)?,
+                (Gradient::Host(grad), Kept::Bits8 { m, root }) => edit(var, |w| {
+                    rule.apply_to_blocks(&mut w[range], [m, root], grad);
+                    Ok(())
+                })?,
+                (Gradient::Device(grad), Kept::Bits32 { m, v }) => rule.apply_composed(var, [m, v], grad)?,
+                (Gradient::Device(_), Kept::Bits8 { .. }) => bail!("moments in 8 bits are for --device cpu"),
             }
         }
         Ok(())
@@ -166,23 +229,42 @@ struct Rule {
 impl Rule {
     fn apply(&self, w: &mut [f32], [m, v]: [&mut [f32]; 2], grad: &[f32]) {
         let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-        w.par_chunks_mut(CHUNK).zip(moments.zip(grad.par_chunks(CHUNK))).for_each(|(w, ((m, v), grad))| {
-            for (((w, m), v), grad) in w.iter_mut().zip(m).zip(v).zip(grad) {
-                let grad = grad * self.scale;
-                *m = BETA_1 * *m + (1.0 - BETA_1) * grad;
-                *v = BETA_2 * *v + (1.0 - BETA_2) * (grad * grad);
-                *w = *w * self.keep - self.lr * *m / (v.sqrt() * self.root + EPSILON);
-            }
+        let all = w.par_chunks_mut(CHUNK).zip(moments.zip(grad.par_chunks(CHUNK)));
+        all.for_each(|(w, ((m, v), grad))| self.apply_to_chunk(w, [m, v], grad));
+    }
+
+    fn apply_to_chunk(&self, w: &mut [f32], [m, v]: [&mut [f32]; 2], grad: &[f32]) {
+        for (((w, m), v), grad) in w.iter_mut().zip(m).zip(v).zip(grad) {
+            let grad = grad * self.scale;
+            *m = BETA_1 * *m + (1.0 - BETA_1) * grad;
+            *v = BETA_2 * *v + (1.0 - BETA_2) * (grad * grad);
+            *w = *w * self.keep - self.lr * *m / (v.sqrt() * self.root + EPSILON);
+        }
+    }
+
+    /// [`Rule::apply`] to moments in 8 bits. Each weight is moved by them as they are before they are rounded.
+    fn apply_to_blocks(&self, w: &mut [f32], [m, root]: [&mut Blockwise; 2], grad: &[f32]) {
+        let moments = m.par_blocks(CHUNK).zip(root.par_blocks(CHUNK));
+        let all = w.par_chunks_mut(CHUNK).zip(moments.zip(grad.par_chunks(CHUNK)));
+        all.for_each(|(w, ((mut kept_m, mut kept_root), grad))| {
+            let [mut m, mut v] = [(); 2].map(|()| vec![0f32; w.len()]);
+            kept_m.get(&mut m);
+            kept_root.get(&mut v);
+            v.iter_mut().for_each(|root| *root *= *root);
+            self.apply_to_chunk(w, [&mut m, &mut v], grad);
+            // far below ε: squares of what is kept stay normal numbers, so that a checkpoint has them exactly
+            v.iter_mut().for_each(|v| *v = if *v < 1e-30 { 0.0 } else { v.sqrt() });
+            kept_m.set(&m);
+            kept_root.set(&v);
         });
     }
 
     /// [`Rule::apply`] out of candle's operations, for all numbers of a parameter on any device.
-    fn apply_composed(&self, w: &Var, moments: &mut Moments, grad: &Tensor) -> Result<()> {
+    fn apply_composed(&self, w: &Var, [m, v]: [&mut Tensor; 2], grad: &Tensor) -> Result<()> {
         let mix = |old: &Tensor, new: &Tensor, beta: f32| -> candle_core::Result<Tensor> {
             (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
         };
         let grad = (grad.flatten_all()? * f64::from(self.scale))?;
-        let Moments { m, v, .. } = moments;
         (*m, *v) = (mix(m, &grad, BETA_1)?, mix(v, &grad.sqr()?, BETA_2)?);
         let step = (&*m / ((v.sqrt()? * f64::from(self.root))? + f64::from(EPSILON))?)?.reshape(w.shape())?;
         w.set(&((w.as_detached_tensor() * f64::from(self.keep))? - (step * f64::from(self.lr))?)?)?;
@@ -216,7 +298,7 @@ pub(super) fn edit(
 mod tests {
     use super::*;
     use crate::testing::{normal, rng};
-    use candle_core::Device;
+    use crate::train::blockwise::BLOCK;
 
     /// The equations of the module's header, in f64.
     fn reference(w: &mut f64, state: &mut (f64, f64), g: f64, t: i32, lr: f64, decay: f64) {
@@ -269,6 +351,36 @@ mod tests {
     }
 
     #[test]
+    fn moments_in_8_bits_lead_to_nearly_the_same_weights() {
+        let (mut rng, mut params) = (rng(), Params::new());
+        let (len, steps) = (3 * BLOCK + 17, 200);
+        let start = normal(&mut rng, 1.0, (1, len));
+        let vars = ["32", "8"].map(|name| params.insert(name, &start).unwrap());
+        let goal = values(&normal(&mut rng, 1.0, (1, len)));
+        let of = |bits| AdamW::of_shard(&params, &Shards::new(&params, 1), 0, bits).unwrap();
+        let mut optimizers = [of(MomentBits::Bits32), of(MomentBits::Bits8)];
+        for _ in 0..steps {
+            let noise = values(&normal(&mut rng, 1.0, (1, len)));
+            for (var, optimizer) in vars.iter().zip(&mut optimizers) {
+                // curvatures over three decades
+                let slope = |((i, w), (goal, noise)): ((usize, f32), (&f32, &f32))| {
+                    10f32.powi(-((i % 4) as i32)) * (w - goal + 0.3 * noise)
+                };
+                let grad = values(var).into_iter().enumerate().zip(goal.iter().zip(&noise)).map(slope);
+                let mut grads = Gradients::new();
+                grads.set(var, Gradient::Host(grad.collect()));
+                optimizer.update(&params, &grads, UPDATE).unwrap();
+            }
+        }
+        let moved = |w: &[f32], from: &[f32]| -> f32 {
+            w.iter().zip(from).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt()
+        };
+        let [exact, rounded] = vars.map(|var| values(&var));
+        let (way, difference) = (moved(&exact, &values(&start)), moved(&exact, &rounded));
+        assert!(difference > 0.0 && difference < 0.1 * way, "{difference} of a way of {way}");
+    }
+
+    #[test]
     fn each_group_of_weights_has_its_rate() {
         let names = [
             ("model.layers.0.self_attn.q_proj.weight", UPDATE.backbone_lr),
@@ -291,23 +403,29 @@ mod tests {
 
     #[test]
     fn a_restored_optimizer_goes_on_where_it_was() {
+        restored(MomentBits::Bits32, Gradient::Device);
+        restored(MomentBits::Bits8, |grad| Gradient::Host(values(&grad)));
+    }
+
+    fn restored(bits: MomentBits, gradient: fn(Tensor) -> Gradient) {
         let (mut rng, mut params) = (rng(), Params::new());
-        let start = normal(&mut rng, 1.0, (5, 3));
+        let start = normal(&mut rng, 1.0, (5, 130));
         let var = params.insert("weight", &start).unwrap();
         let step = |optimizer: &mut AdamW, var: &candle_core::Var, grad: &Tensor| {
             let mut grads = Gradients::new();
-            grads.set(var, Gradient::Device(grad.clone()));
+            grads.set(var, gradient(grad.clone()));
             optimizer.update(&params, &grads, UPDATE).unwrap();
             values(var)
         };
-        let [first, second] = [(); 2].map(|()| normal(&mut rng, 1.0, (5, 3)));
-        let mut optimizer = AdamW::new(&params).unwrap();
+        let [first, second] = [(); 2].map(|()| normal(&mut rng, 1.0, (5, 130)));
+        let new = || AdamW::of_shard(&params, &Shards::new(&params, 1), 0, bits).unwrap();
+        let mut optimizer = new();
         step(&mut optimizer, &var, &first);
         let middle = var.as_tensor().copy().unwrap();
         let state: BTreeMap<_, _> =
-            optimizer.state().map(|(name, tensor)| (name, tensor.copy().unwrap())).collect();
+            optimizer.state().flat_map(Result::unwrap).map(|(name, t)| (name, t.copy().unwrap())).collect();
         let expected = step(&mut optimizer, &var, &second);
-        let mut again = AdamW::new(&params).unwrap();
+        let mut again = new();
         let read = |name: &str, _| state.get(name).cloned().context("missing");
         again.restore(1, read).unwrap();
         var.set(&middle).unwrap();

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Error, Result, anyhow, ensure};
 
-use super::config::TrainConfig;
+use super::config::{MomentBits, TrainConfig};
 use super::group::Group;
 use super::metrics_log::MetricsLog;
 use super::model::TrainModel;
@@ -99,10 +99,19 @@ impl Trainer<'_> {
         self.config.validate()?;
         self.config.check_ranks(self.ranks.size(), self.model.device())?;
         self.config.set_precision(self.model.device())?;
+        ensure!(
+            self.config.moment_bits == MomentBits::Bits32 || self.model.device().is_cpu(),
+            "--moment-bits 8 is for --device cpu: leave it out with --device cuda"
+        );
         let _training = self.stop.training();
         let shards = Shards::new(self.model.params(), self.ranks.size());
         let mut running = Running {
-            optimizer: AdamW::of_shard(self.model.params(), &shards, self.ranks.rank())?,
+            optimizer: AdamW::of_shard(
+                self.model.params(),
+                &shards,
+                self.ranks.rank(),
+                self.config.moment_bits,
+            )?,
             shards,
             gradients: GradientSum::default(),
             objective: self.config.method.objective(&self.config.routing(self.model.config().width_shares())),

@@ -41,6 +41,7 @@ fn memory_is_what_was_said_before() {
         ("all", &[][..]),
         ("added", &["--train", "added"]),
         ("small", &["--train", "added", "--recompute", "--micro-batch", "4"]),
+        ("bytes", &["--moment-bits", "8"]),
     ] {
         let args = [&args[..], &size, &["--out", out], options].concat();
         let output = lab.output(&args);

@@ -78,7 +78,7 @@ fn options_are_named_until_the_training_fits() {
     assert_eq!(found(recompute - 1), Some(("--recompute --train added".into(), both)));
     assert_eq!(found(both - 1), Some(("--recompute --train added --micro-batch 32".into(), half)));
     let (least, _) = found(PROGRAM + (5 << 20)).unwrap();
-    assert!(least.contains("--micro-batch 1 --sequence-length"), "{least}");
+    assert!(least.contains("--micro-batch 1 --moment-bits 8 --sequence-length"), "{least}");
     assert_eq!(found(PROGRAM), None);
 }
 
@@ -102,9 +102,10 @@ fn large_models_need_what_the_documentation_says() {
     for (name, config) in documented() {
         let training = |train: &TrainConfig| bytes(Memory::of(&config, train, 2, None).training());
         let all = TrainConfig { batch_size: 4, ..TrainConfig::default() };
-        let settings = [&all, &TrainConfig { train: Trained::Added, ..all.clone() }, &added()];
-        let [all, kept, least] = settings.map(training);
-        assert_documented(&format!("| {name} | {all} | {kept} | {least} |"));
+        let small = TrainConfig { moment_bits: MomentBits::Bits8, ..all.clone() };
+        let settings = [&all, &small, &TrainConfig { train: Trained::Added, ..all.clone() }, &added()];
+        let [all, small, kept, least] = settings.map(training);
+        assert_documented(&format!("| {name} | {all} | {small} | {kept} | {least} |"));
     }
 }
 
