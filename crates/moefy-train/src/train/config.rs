@@ -194,7 +194,8 @@ impl TrainConfig {
             sequences: self.steps() * self.batch_size as u64,
             focus: self.focus,
             focus_power: self.tuning.focus_power,
-            full_share: self.tuning.full_share,
+            // a sequence at full width teaches nothing where dense weights stay as they are
+            full_share: if self.train == Trained::All { self.tuning.full_share } else { 0.0 },
             narrowest_share: self.tuning.narrowest_share,
             temperature: self.tuning.temperature,
             noise: self.tuning.noise,
@@ -319,6 +320,14 @@ mod tests {
             let error = format!("{:#}", wrong.validate().unwrap_err());
             assert!(error.contains(named), "{named:?} not in: {error}");
         }
+    }
+
+    #[test]
+    fn full_width_is_trained_where_it_can_learn() {
+        let full_share =
+            |train| TrainConfig { train, ..TrainConfig::default() }.routing(vec![0.5, 1.0]).full_share;
+        assert_eq!(full_share(Trained::All), Tuning::default().full_share);
+        assert_eq!([Trained::Added, Trained::Routers].map(full_share), [0.0; 2]);
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub struct Tuning {
     pub noise: f64,
     /// How strongly target widths concentrate near the focus; 1 means uniform (priced). Measured.
     pub focus_power: f64,
-    /// Share of sequences trained at full width. Measured.
+    /// Share of sequences trained at full width, where all weights are trained. Measured.
     pub full_share: f64,
     /// Share of sequences trained at the narrowest width. A matter of taste: 0.1 is better there and a little worse
     /// elsewhere.
