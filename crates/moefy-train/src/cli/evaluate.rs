@@ -20,7 +20,7 @@ use moefy_train::evaluate::{
 };
 use moefy_train::progress::Progress;
 use moefy_train::ranks::Ranks;
-use moefy_train::report::results::{ChoicesPoint, Evaluation, PairsPoint, Point};
+use moefy_train::report::results::{ChoicesPoint, Evaluation, PairsPoint, Point, difference};
 use moefy_train::train::TrainConfig;
 
 /// Tokens on which a missing budget is solved.
@@ -252,17 +252,23 @@ fn setting_name(sensitivity: f64, activation_sparsity: Option<f64>) -> String {
     }
 }
 
+/// One line for each dial value, with the difference to the widest setting.
 fn print_pairs(pairs: &[PairsPoint]) -> Result<()> {
+    let widest = pairs.iter().max_by(|a, b| a.mean_width.total_cmp(&b.mean_width));
     for point in pairs {
+        let widest = widest.unwrap_or(point);
+        let (difference, error) = difference(&point.right, &widest.right);
         let fields: Vec<String> =
             point.by_field.iter().map(|(field, accuracy)| format!("{field} {accuracy:.3}")).collect();
         print(&format_args!(
-            "minimal pairs at {}: {:.4} ± {:.4} of {} right, mean width {:.3}  {}",
+            "minimal pairs at {}: {:.4} ± {:.4} of {} right, mean width {:.3}, {difference:+.4} ± {error:.4} against \
+             width {:.3}  {}",
             setting_name(point.sensitivity, point.activation_sparsity),
             point.accuracy,
             point.stderr,
             point.pairs,
             point.mean_width,
+            widest.mean_width,
             fields.join("  ")
         ))?;
     }
@@ -274,10 +280,11 @@ fn print_choices(points: &[ChoicesPoint]) -> Result<()> {
     for point in points {
         let of_file = points.iter().filter(|other| other.name == point.name);
         let widest = of_file.max_by(|a, b| a.mean_width.total_cmp(&b.mean_width)).unwrap_or(point);
-        let (difference, error) = point.difference(widest);
+        let (acc, acc_error) = difference(&point.right, &widest.right);
+        let (norm, norm_error) = difference(&point.right_norm, &widest.right_norm);
         print(&format_args!(
             "{} at {}: acc {:.4} ± {:.4}, acc_norm {:.4} ± {:.4} of {} questions, mean width {:.3}, acc \
-             {difference:+.4} ± {error:.4} against width {:.3}",
+             {acc:+.4} ± {acc_error:.4} and acc_norm {norm:+.4} ± {norm_error:.4} against width {:.3}",
             point.name,
             setting_name(point.sensitivity, point.activation_sparsity),
             point.acc,

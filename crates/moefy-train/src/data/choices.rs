@@ -125,7 +125,6 @@ impl Choices {
         ensure!(found == expected, "expected {expected} log-likelihoods, one per choice, found {found}");
         let mut point = ChoicesPoint { name: self.name.clone(), ..ChoicesPoint::default() };
         let (mut rest, mut sequences) = (log_likelihoods, self.sequences.as_slice());
-        let (mut right, mut right_by_bytes) = (0, 0);
         for question in &self.questions {
             let own;
             (own, rest) = rest.split_at(question.choices);
@@ -133,14 +132,14 @@ impl Choices {
             (lengths, sequences) = sequences.split_at(question.choices);
             let by_bytes: Vec<f64> =
                 own.iter().zip(lengths).map(|(sum, sequence)| sum / sequence.bytes.max(1) as f64).collect();
-            right += usize::from(likeliest(own) == question.answer);
-            right_by_bytes += usize::from(likeliest(&by_bytes) == question.answer);
             point.right.push(likeliest(own) == question.answer);
+            point.right_norm.push(likeliest(&by_bytes) == question.answer);
             point.log_likelihoods.push(own.to_vec());
         }
         let count = self.questions.len() as f64;
+        let share = |right: &[bool]| right.iter().filter(|right| **right).count() as f64 / count;
         let stderr = |share: f64| (share * (1.0 - share) / count).sqrt();
-        (point.acc, point.acc_norm) = (right as f64 / count, right_by_bytes as f64 / count);
+        (point.acc, point.acc_norm) = (share(&point.right), share(&point.right_norm));
         (point.acc_stderr, point.acc_norm_stderr) = (stderr(point.acc), stderr(point.acc_norm));
         Ok(point)
     }

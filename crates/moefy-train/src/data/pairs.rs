@@ -89,20 +89,20 @@ impl Pairs {
             log_likelihoods.len()
         );
         let mut by_field: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-        let mut right = 0;
+        let mut right = Vec::with_capacity(self.len());
         for (pair, field) in log_likelihoods.chunks_exact(2).zip(&self.fields) {
+            right.push(pair[0] > pair[1]);
             let hit = usize::from(pair[0] > pair[1]);
-            right += hit;
             if !field.is_empty() {
                 let counts = by_field.entry(field.clone()).or_default();
                 *counts = (counts.0 + hit, counts.1 + 1);
             }
         }
         let pairs = self.len();
-        let accuracy = right as f64 / pairs as f64;
+        let accuracy = right.iter().filter(|right| **right).count() as f64 / pairs as f64;
         let stderr = (accuracy * (1.0 - accuracy) / pairs as f64).sqrt();
         let by_field =
             by_field.into_iter().map(|(field, (hits, all))| (field, hits as f64 / all as f64)).collect();
-        Ok(PairsPoint { pairs, accuracy, stderr, by_field, ..PairsPoint::default() })
+        Ok(PairsPoint { pairs, accuracy, stderr, by_field, right, ..PairsPoint::default() })
     }
 }

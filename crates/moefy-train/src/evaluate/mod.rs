@@ -161,8 +161,8 @@ pub fn pairs_point(
     let batches: Vec<PaddedBatch> = pairs.batches(BATCH_TOKENS).collect();
     let (log_likelihoods, mean_width) = log_likelihoods(model, &batches, 2 * pairs.len(), setting, ranks)?;
     let accuracy = pairs.score(&log_likelihoods)?;
-    let activation_sparsity = setting.activation_sparsity();
-    Ok(PairsPoint { sensitivity: setting.mean(), activation_sparsity, mean_width, ..accuracy })
+    let (budget, activation_sparsity) = (setting.budget, setting.activation_sparsity());
+    Ok(PairsPoint { sensitivity: setting.mean(), budget, activation_sparsity, mean_width, ..accuracy })
 }
 
 /// Accuracy on multiple choice at one setting of the dial.

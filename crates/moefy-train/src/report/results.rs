@@ -57,6 +57,9 @@ pub struct PairsPoint {
     /// The dial's value.
     #[serde(deserialize_with = "null_is_nan")]
     pub sensitivity: f64,
+    /// The mean width that was asked for, if one was.
+    #[serde(default)]
+    pub budget: Option<f64>,
     /// As [`Point::activation_sparsity`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation_sparsity: Option<f64>,
@@ -73,6 +76,9 @@ pub struct PairsPoint {
     pub mean_width: f64,
     /// Accuracy by the pairs' `field`, where they have one.
     pub by_field: Vec<(String, f64)>,
+    /// Whether each pair was judged right.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub right: Vec<bool>,
 }
 
 /// Accuracy on multiple choice (HellaSwag, PIQA).
@@ -105,22 +111,23 @@ pub struct ChoicesPoint {
     pub mean_width: f64,
     /// Whether each question was answered right, as `acc` counts.
     pub right: Vec<bool>,
+    /// The same as `acc_norm` counts.
+    #[serde(default)]
+    pub right_norm: Vec<bool>,
     /// The log likelihood of each question's choices.
     pub log_likelihoods: Vec<Vec<f64>>,
 }
 
-impl ChoicesPoint {
-    /// How much more often this answers right than `other` does on the same questions, and the standard error of that: the
-    /// differences are taken question by question.
-    pub fn difference(&self, other: &Self) -> (f64, f64) {
-        let pairs = self.right.iter().zip(&other.right);
-        let differences: Vec<f64> =
-            pairs.map(|(&own, &others)| f64::from(u8::from(own)) - f64::from(u8::from(others))).collect();
-        let count = differences.len() as f64;
-        let mean = differences.iter().sum::<f64>() / count;
-        let variance = differences.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / count;
-        (mean, (variance / count).sqrt())
-    }
+/// How much more often `own` answers are right than `others` to the same questions, and the standard error of that: the
+/// differences are taken question by question.
+pub fn difference(own: &[bool], others: &[bool]) -> (f64, f64) {
+    let pairs = own.iter().zip(others);
+    let differences: Vec<f64> =
+        pairs.map(|(&own, &other)| f64::from(u8::from(own)) - f64::from(u8::from(other))).collect();
+    let count = differences.len() as f64;
+    let mean = differences.iter().sum::<f64>() / count;
+    let variance = differences.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / count;
+    (mean, (variance / count).sqrt())
 }
 
 /// What `evaluate --json` prints.
@@ -265,12 +272,9 @@ mod tests {
 
     #[test]
     fn answers_are_compared_question_by_question() {
-        let point = |right: &[bool]| ChoicesPoint { right: right.to_vec(), ..ChoicesPoint::default() };
-        let (mean, stderr) =
-            point(&[true, true, true, false]).difference(&point(&[true, false, true, false]));
+        let (mean, stderr) = difference(&[true, true, true, false], &[true, false, true, false]);
         assert!((mean - 0.25).abs() < 1e-12 && (stderr - (0.1875f64 / 4.0).sqrt()).abs() < 1e-12);
-        let same = point(&[true, false]);
-        assert_eq!(same.difference(&same), (0.0, 0.0));
+        assert_eq!(difference(&[true, false], &[true, false]), (0.0, 0.0));
     }
 
     #[test]

@@ -123,13 +123,13 @@ fn fixture() -> Report {
     let pairs = [(0.25, 0.37, 0.662), (0.5, 0.54, 0.701), (0.8, 0.74, 0.722), (1.0, 1.0, 0.731)];
     let fields = ["morphology", "semantics", "syntax", "syntax/semantics"];
     let pair = |(s, w, a): &(f64, f64, f64)| PairsPoint {
-        activation_sparsity: None,
         sensitivity: *s,
         accuracy: *a,
         stderr: 0.008,
         pairs: 3350,
         mean_width: *w,
         by_field: fields.iter().enumerate().map(|(i, f)| ((*f).into(), a + 0.1 - 0.05 * i as f64)).collect(),
+        ..PairsPoint::default()
     };
     Report {
         title: "stories260k-dynamoe".into(),
