@@ -2,7 +2,8 @@
 //!
 //! Data flows one way: text and a dense checkpoint → [`prepare`] (calibrate, convert) → [`train`] → [`evaluate`] →
 //! [`report`]. [`methods`] are the ways to train, [`pipeline`] strings the stages together, [`ranks`] are the processes that
-//! work on it. The model itself is [`dynamoe_model`]. The command line is the program's alone, so nothing here can lean on it.
+//! work on it. Where there is no text, the model writes one first ([`writing`]). The model itself is [`dynamoe_model`]. The
+//! command line is the program's alone, so nothing here can lean on it.
 //!
 //! Letters in shape comments: `B` sequences, `T` positions, `N = B·T` tokens, `D` hidden_size,
 //! `I` intermediate_size, `E` experts, `L` layers, `V` vocabulary.
@@ -24,3 +25,4 @@ pub mod report;
 #[path = "../tests/support/random.rs"]
 mod testing;
 pub mod train;
+pub mod writing;

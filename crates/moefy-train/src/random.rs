@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 /// The last word of a key: what the stream is for.
 mod purpose {
     pub const ORDER: u64 = 0;
+    pub const TEXT: u64 = 1;
     pub const STEP: u64 = 0x6479_6e61_6d6f_6521;
 }
 
@@ -21,6 +22,11 @@ fn stream(key: [u64; 4]) -> ChaCha8Rng {
 /// The order of training chunks: `part` numbers what is shuffled, `round` how often it was shuffled before.
 pub fn data_order(seed: u64, part: u64, round: u64) -> ChaCha8Rng {
     stream([seed, part, round, purpose::ORDER])
+}
+
+/// The words of document `document` of a text that a model writes.
+pub fn document(seed: u64, document: u64) -> ChaCha8Rng {
+    stream([seed, document, 0, purpose::TEXT])
 }
 
 /// Draws within step (or batch) `step`; `part` tells the draws of one step apart.
@@ -74,6 +80,7 @@ mod tests {
         for (a, b, c) in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)] {
             found.extend([first(data_order(a, b, c)), first(in_step(a, b, c))]);
         }
+        found.extend([first(document(0, 0)), first(document(1, 0)), first(document(0, 1))]);
         let count = found.len();
         found.sort();
         found.dedup();

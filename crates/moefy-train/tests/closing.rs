@@ -9,7 +9,7 @@ use dynamoe_model::tensors::expected_tensors;
 use dynamoe_model::{ModelConfig, RoutedModel};
 use moefy_train::data::{DataSource, Framing, Scope, TextOptions, Texts, corpus};
 use moefy_train::evaluate::{Policy, score};
-use moefy_train::pipeline::run::{ReportOptions, Run};
+use moefy_train::pipeline::run::{PlannedRun, ReportOptions};
 use moefy_train::pipeline::{Existing, HeldOut, Inputs, Lab, Recipe, RunFolder};
 use moefy_train::progress::Progress;
 use moefy_train::ranks::Alone;
@@ -169,8 +169,9 @@ fn a_trained_model_still_ends_its_documents() {
     };
     let options = ReportOptions { baselines: vec![], oracle: false, eval_tokens: 2000, pairs: None };
     let lab = Lab::open(inputs, &Device::Cpu, &stop, &Alone).unwrap();
-    let run = Run::prepare(lab, Recipe { train, ..Recipe::default() }, options).unwrap();
-    let settings = run.settings().unwrap();
+    let planned = PlannedRun::new(lab, Recipe { train, ..Recipe::default() }, options).unwrap();
+    let settings = planned.settings().unwrap();
+    let run = planned.read().unwrap();
     assert_eq!(settings["closing-token"], EOS);
     let folder =
         RunFolder::prepare(&models.path("out"), Existing::default(), &[], &settings, &Alone).unwrap();

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use moefy_train::data::source::Documents;
 use moefy_train::data::{
-    Batches, BatchesConfig, DataSource, DocumentBatches, DocumentLimits, Framing, Origin, Pairs, Split,
-    TextFormat, TokenCache, WeightedCache, load_tokenizer,
+    Batches, BatchesConfig, DataSource, DocumentBatches, DocumentLimits, Framing, Origin, OwnText, Pairs,
+    Split, TextFormat, TokenCache, WeightedCache, load_tokenizer,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -118,6 +118,18 @@ fn message<T>(result: anyhow::Result<T>) -> String {
 
 fn read(path: &Path, format: &TextFormat) -> anyhow::Result<Vec<String>> {
     Documents::open(path, format)?.map(|document| Ok(document?.text)).collect()
+}
+
+#[test]
+fn one_text_may_be_written_by_the_model() {
+    let sources =
+        |all: &[&str]| all.iter().map(|source| source.parse().unwrap()).collect::<Vec<DataSource>>();
+    let own = |all: &[&str]| DataSource::own_among(&sources(all));
+    assert_eq!(own(&["a.txt", "./self"]).unwrap(), None);
+    assert_eq!(own(&["a.txt", "self:7"]).unwrap(), Some(OwnText { tokens: Some(7) }));
+    assert!(message(own(&["self", "self:7"])).contains("twice"));
+    assert!(message(DataSource::of_files("self:7")).contains("./self:7"));
+    assert_eq!(DataSource::of_files("a.txt:2").unwrap().weight, 2.0);
 }
 
 #[test]

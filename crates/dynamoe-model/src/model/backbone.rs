@@ -138,21 +138,49 @@ impl Backbone {
         places: &Places,
         ffn: &mut dyn FnMut(&Tensor) -> CandleResult<Tensor>,
     ) -> CandleResult<Tensor> {
-        let shape = AttentionShape {
-            sequences: places.sequences,
-            positions: places.positions,
+        let shape = self.attention_shape(layer, places.sequences, places.positions);
+        let rotary = self.rotary(layer, &places.rotary, places.local.as_ref());
+        self.layer_around(layer, x, &mut |attention, x| attention.forward(x, rotary, shape), ffn)
+    }
+
+    /// The attention of a layer over this many sequences and positions.
+    pub(super) fn attention_shape(&self, layer: usize, sequences: usize, positions: usize) -> AttentionShape {
+        AttentionShape {
+            sequences,
+            positions,
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_key_value_heads,
             head_dim: self.config.head_dim,
             window: self.config.sliding_window[layer],
             scale: self.config.scales.attention as f32,
             cap: self.config.scales.attention_cap.map(|cap| cap as f32),
-        };
-        let local = places.local.as_ref().filter(|_| shape.window.is_some());
-        let rotary = Some(local.unwrap_or(&places.rotary)).filter(|_| self.config.rotary_layers[layer]);
+        }
+    }
+
+    /// Which of the tables a layer turns by: those of layers with a window are `local`, if they are others. None for a
+    /// layer that turns nothing.
+    pub(super) fn rotary<'t>(
+        &self,
+        layer: usize,
+        all: &'t Rotary,
+        local: Option<&'t Rotary>,
+    ) -> Option<&'t Rotary> {
+        let local = local.filter(|_| self.config.sliding_window[layer].is_some());
+        Some(local.unwrap_or(all)).filter(|_| self.config.rotary_layers[layer])
+    }
+
+    /// Runs one layer on rows `x (N, D)`. `attend` is its attention sublayer, as [`SelfAttention::forward`] computes it for
+    /// whole sequences, and `ffn` as for [`Backbone::forward`].
+    pub(super) fn layer_around(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        attend: &mut dyn FnMut(&SelfAttention, &Tensor) -> CandleResult<Tensor>,
+        ffn: &mut dyn FnMut(&Tensor) -> CandleResult<Tensor>,
+    ) -> CandleResult<Tensor> {
         let Layer { attention, attention_output_norm, ffn_norm, ffn_output_norm } =
             &self.layers[layer].in_f32()?;
-        let y = attention.forward(x, rotary, shape)?;
+        let y = attend(attention, x)?;
         let x = match attention.residual {
             true => y,
             false => self.add(x, y, attention_output_norm.as_ref())?,

@@ -100,6 +100,12 @@ impl RoutedModel {
         self.forward_ffns(tokens, &mut |layer, x| self.ffns[layer].forward_with(x, &routes[layer]))
     }
 
+    /// The FFN of a layer at full width: `x (N, D)` → `(N, D)`.
+    pub(super) fn full_ffn(&self, layer: usize, x: &Tensor) -> CandleResult<Tensor> {
+        let (y, _) = self.ffns[layer].forward_routed(x, &[1.0])?;
+        self.add_bias(layer, y)
+    }
+
     /// Runs `tokens (B, T)` with `ffn(layer, x)` in the place of each layer's FFN: `x (B·T, D)` → `(B·T, D)`. What its
     /// `down_proj` has as a bias is added here.
     ///
@@ -112,11 +118,15 @@ impl RoutedModel {
     ) -> CandleResult<Tensor> {
         self.backbone.forward(tokens, &mut |layer, x| {
             let y = ffn(layer, x)?;
-            match self.biases.get(layer) {
-                Some(bias) => y.broadcast_add(bias),
-                None => Ok(y),
-            }
+            self.add_bias(layer, y)
         })
+    }
+
+    fn add_bias(&self, layer: usize, y: Tensor) -> CandleResult<Tensor> {
+        match self.biases.get(layer) {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
     }
 
     /// `hidden (N, D)` → `(N, V)`.

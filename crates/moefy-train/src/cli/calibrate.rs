@@ -17,7 +17,7 @@ pub struct CalibrateArgs {
     model: DenseArgs,
     /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
     /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
-    #[arg(long, required = true)]
+    #[arg(long, required = true, value_parser = DataSource::of_files)]
     data: Vec<DataSource>,
     /// Tokens to read
     #[arg(long, default_value_t = CALIBRATION_TOKENS)]

@@ -93,9 +93,10 @@ pub fn compare(args: &CompareArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()>
     let mut inputs = args.inputs.inputs();
     ranks.first_then_others(|| inputs.fetch(&earlier(&args.out)))?;
     let tensorboard = args.training.steps.tensorboard.clone();
-    let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
+    let mut lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
-    match run_comparison(&lab, &comparison, &args.out)? {
+    lab.plan_own_text(&args.training.config()?)?;
+    match run_comparison(&mut lab, &comparison, &args.out)? {
         Some(table) => {
             print(&format_args!("{}", table.markdown()))?;
             print(&format_args!("{}", args.out.join("report.html").display()))

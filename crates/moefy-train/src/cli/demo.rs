@@ -10,7 +10,7 @@ use serde_json::json;
 use super::options::ExistingArgs;
 use super::run::tell;
 use moefy_train::demo;
-use moefy_train::pipeline::run::Run;
+use moefy_train::pipeline::run::PlannedRun;
 use moefy_train::pipeline::{Lab, RunFolder};
 use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
@@ -35,7 +35,7 @@ pub fn demo(args: &DemoArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let folder = RunFolder::prepare(&args.out, args.existing.existing(), &[], &settings, ranks)?;
     let inputs = demo::inputs(&demo::write_base(&folder)?);
     let lab = Lab::open(inputs, &Device::Cpu, stop, ranks)?;
-    let run = Run::prepare(lab, demo::recipe(args.tokens, args.seed), demo::report_options())?;
+    let run = PlannedRun::new(lab, demo::recipe(args.tokens, args.seed), demo::report_options())?.read()?;
     let outcome = run.run(&folder)?;
     tell(&folder, outcome)
 }

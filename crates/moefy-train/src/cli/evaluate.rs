@@ -32,7 +32,7 @@ pub struct EvaluateArgs {
     model: ModelArgs,
     /// Text to score: a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
     /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
-    #[arg(long)]
+    #[arg(long, value_parser = DataSource::of_files)]
     data: Vec<DataSource>,
     /// Score each document by itself, not packed sequences
     #[arg(long)]
@@ -62,7 +62,7 @@ pub struct EvaluateArgs {
     activation_sparsity: Vec<f64>,
     /// Text on which to solve --budget anew and store it in the checkpoint's table, or to find which activations
     /// --activation-sparsity takes for small
-    #[arg(long)]
+    #[arg(long, value_parser = DataSource::of_files)]
     calibration_data: Vec<DataSource>,
     /// Minimal pairs to compare: .jsonl with "good" and "bad"
     #[arg(long)]

@@ -11,7 +11,7 @@ use super::options::{ExistingArgs, TextArgs, TokenizerArg, TrainingArgs, heading
 use super::{print, stopped};
 use moefy_train::data::DataSource;
 use moefy_train::pipeline::{
-    HeldOut, Inputs, Lab, Publication, Recipe, RunFolder, Start, TrainJob, Training,
+    HeldOut, Inputs, Lab, OWN_TEXT, Publication, Recipe, RunFolder, Start, TrainJob, Training, write_own_text,
 };
 use moefy_train::ranks::Ranks;
 use moefy_train::train::Stop;
@@ -27,8 +27,9 @@ pub struct FinetuneArgs {
     #[command(flatten)]
     tokenizer: TokenizerArg,
     /// Text: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
-    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
-    #[arg(long, required = true, value_name = "PATH[:WEIGHT]", help_heading = heading::INPUT)]
+    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; or self[:TOKENS], which the dense model (--teacher, or else the
+    /// model at full width) writes itself, by default a quarter of --tokens; may be repeated
+    #[arg(long, required = true, value_name = "PATH[:WEIGHT]|self[:TOKENS]", help_heading = heading::INPUT)]
     data: Vec<DataSource>,
     #[command(flatten)]
     text: TextArgs,
@@ -59,29 +60,30 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
     let existing = args.existing.existing();
     RunFolder::check(&args.out, existing, &read)?;
     let device = args.training.steps.device.open()?;
+    recipe.train.set_precision(&device)?;
     let earlier = RunFolder::earlier(&args.out, existing)?;
     ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
     let tensorboard = args.training.steps.tensorboard.clone();
-    let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
+    let mut lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
+    lab.plan_own_text(&recipe.train)?;
     recipe.check_memory(&Start::of(&lab))?;
-    let batches = lab.batches(&recipe.train)?;
-    let teacher = match &args.teacher {
-        Some(teacher) if recipe.train.has_teacher() => {
-            let tokenizer = args.tokenizer.path().filter(|_| own_tokenizer.is_none());
-            let dir = ranks.first_then_others(|| hub::resolve_with(teacher, tokenizer))?;
-            let teacher = Checkpoint::open(&dir)?;
-            teacher.config().refuse_biases("distillation").context("--teacher")?;
-            Some(RoutedModel::load(&teacher, &device)?)
-        }
-        None if recipe.train.needs_other_teacher() => Some(lab.teacher()?),
-        _ => None,
-    };
     refuse_overlap(lab.model.dir(), &args.out)?;
     let mut settings = lab.settings()?;
     settings["train"] = recipe.settings()?["train"].clone();
     settings["teacher"] = args.teacher.as_deref().into();
-    let folder = RunFolder::prepare(&args.out, existing, &read, &settings, ranks)?;
+    let tokenizer = args.tokenizer.path().filter(|_| own_tokenizer.is_none());
+    let teacher = |lab: &Lab<'_>| teacher(args.teacher.as_deref(), tokenizer, &recipe, lab);
+    let prepare = || RunFolder::prepare(&args.out, existing, &read, &settings, ranks);
+    let (batches, teacher, folder) = if lab.own_text.is_some() {
+        recipe.check_source(&lab.model)?;
+        let (teacher, folder) = (teacher(&lab)?, prepare()?);
+        write_own_text(&mut lab, teacher.as_ref(), &folder.training(OWN_TEXT))?;
+        (lab.batches(&recipe.train)?, teacher, folder)
+    } else {
+        // text that is wrong leaves no folder, nor takes the place of an earlier one
+        (lab.batches(&recipe.train)?, teacher(&lab)?, prepare()?)
+    };
     let job = TrainJob {
         source: &lab.model,
         teacher: teacher.as_ref(),
@@ -100,4 +102,23 @@ pub fn finetune(args: &FinetuneArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<(
         .publish(&folder)?;
     let tokens = recipe.train.steps() * recipe.train.tokens_per_step();
     print(&format_args!("{}: trained on {tokens} tokens", args.out.display()))
+}
+
+/// The model to distill from, if it is another one than the one in training: `given`, with this tokenizer.
+fn teacher(
+    given: Option<&str>,
+    tokenizer: Option<&Path>,
+    recipe: &Recipe,
+    lab: &Lab<'_>,
+) -> Result<Option<RoutedModel>> {
+    match given {
+        Some(teacher) if recipe.train.has_teacher() => {
+            let dir = lab.ranks.first_then_others(|| hub::resolve_with(teacher, tokenizer))?;
+            let teacher = Checkpoint::open(&dir)?;
+            teacher.config().refuse_biases("distillation").context("--teacher")?;
+            RoutedModel::load(&teacher, lab.device).map(Some)
+        }
+        None if recipe.train.needs_other_teacher() => lab.teacher().map(Some),
+        _ => Ok(None),
+    }
 }

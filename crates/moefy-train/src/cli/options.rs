@@ -121,11 +121,12 @@ pub struct InputArgs {
     #[command(flatten)]
     model: DenseArgs,
     /// Text to train on: PATH[:WEIGHT], a file (.txt, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern of files,
-    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; may be repeated
-    #[arg(long, required = true, value_name = "PATH[:WEIGHT]")]
+    /// or hf://datasets/ORG/NAME[@REVISION][/PATTERN]; or self[:TOKENS], which the model writes itself before it is
+    /// trained, by default a quarter of --tokens; may be repeated
+    #[arg(long, required = true, value_name = "PATH[:WEIGHT]|self[:TOKENS]")]
     data: Vec<DataSource>,
     /// Text to evaluate on [default: a held-out part of --data]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = DataSource::of_files)]
     valid: Vec<DataSource>,
     #[command(flatten)]
     text: TextArgs,

@@ -21,7 +21,7 @@ pub struct PretrainArgs {
     #[arg(long, help_heading = heading::OUTPUT)]
     out: PathBuf,
     /// Text to train on [default: text that this program generates, as for the demo's base]
-    #[arg(long, help_heading = heading::INPUT)]
+    #[arg(long, help_heading = heading::INPUT, value_parser = DataSource::of_files)]
     data: Vec<DataSource>,
     #[command(flatten)]
     text: TextArgs,

@@ -10,7 +10,7 @@ use super::options::{
     ExistingArgs, ExpertArgs, InputArgs, Methods, TrainingArgs, heading, warn_unless_served,
 };
 use super::{print, stopped};
-use moefy_train::pipeline::run::{EVAL_TOKENS, ReportOptions, Run};
+use moefy_train::pipeline::run::{EVAL_TOKENS, PlannedRun, ReportOptions};
 use moefy_train::pipeline::{Lab, Recipe, RunFolder};
 use moefy_train::ranks::Ranks;
 use moefy_train::train::{Outcome, Stop};
@@ -76,13 +76,23 @@ pub fn run(args: &RunArgs, stop: &Stop, ranks: &dyn Ranks) -> Result<()> {
     let earlier = RunFolder::earlier(&args.out, existing)?;
     ranks.first_then_others(|| inputs.fetch(earlier.as_slice()))?;
     let tensorboard = args.training.steps.tensorboard.clone();
-    let lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
+    let mut lab = Lab { tensorboard, ..Lab::open(inputs, &device, stop, ranks)? };
     warn_unless_served(lab.model.config());
-    let run = Run::prepare(lab, recipe, options)?;
-    let model = run.model_dir().to_owned();
+    lab.plan_own_text(&recipe.train)?;
+    let mut planned = PlannedRun::new(lab, recipe, options)?;
+    let model = planned.model_dir().to_owned();
     refuse_overlap(&model, &args.out)?;
     read.push(&model);
-    let folder = RunFolder::prepare(&args.out, existing, &read, &run.settings()?, ranks)?;
+    let settings = planned.settings()?;
+    let prepare = || RunFolder::prepare(&args.out, existing, &read, &settings, ranks);
+    let (run, folder) = if planned.writes_text() {
+        let folder = prepare()?;
+        planned.write_text(&folder)?;
+        (planned.read()?, folder)
+    } else {
+        // text that is wrong leaves no folder, nor takes the place of an earlier one
+        (planned.read()?, prepare()?)
+    };
     let outcome = run.run(&folder)?;
     tell(&folder, outcome)
 }

@@ -1,4 +1,4 @@
-//! Text to batches: [`source`] finds files, here or on the hub (`hub`), and reads their documents (`kind` by their names, `pieces` of text, `rows`
+//! Text to batches: [`source`] finds files, here or on the hub (`hub`) or those that the model writes (`own`), and reads their documents (`kind` by their names, `pieces` of text, `rows`
 //! of Parquet, `records` to documents), [`tokenizer`] frames them with the tokens that `closing` finds, [`cache`] keeps their tokens on disk,
 //! [`batches`] packs them for training, [`documents`], [`pairs`] and [`choices`] pad them for evaluation ([`padded`]). [`texts`] does
 //! all of that for one model. [`corpus`] is text that this program generates.
@@ -12,6 +12,7 @@ pub mod documents;
 mod format;
 mod hub;
 mod kind;
+mod own;
 pub mod padded;
 pub mod pairs;
 mod panics;
@@ -27,6 +28,7 @@ pub use cache::TokenCache;
 pub use choices::Choices;
 pub use documents::{DocumentBatches, DocumentLimits};
 pub use format::{DOCUMENT_MARKER, TextFormat};
+pub use own::OwnText;
 pub(crate) use padded::scored_by_others;
 pub use padded::{BATCH_TOKENS, PaddedBatch, scored_tokens, subsample};
 pub use pairs::Pairs;

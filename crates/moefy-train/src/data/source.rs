@@ -11,33 +11,63 @@ use serde_json::Value;
 use super::format::TextFormat;
 use super::hub;
 use super::kind::{Content, ENDINGS};
+use super::own::OwnText;
 use super::pieces::{JsonLines, Pieces, Position};
 use super::records::{self, Document};
 use super::rows::Rows;
 
-/// Text and how often it is drawn, as given by `--data PATH[:WEIGHT]`.
+/// Text and how often it is drawn, as given by `--data PATH[:WEIGHT]` or `--data self[:TOKENS]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataSource {
-    /// A file, a folder of files, a pattern for the names of files, or the address of a data set on the hub.
+    /// A file, a folder of files, a pattern for the names of files, or the address of a data set on the hub. Of text that the
+    /// model writes itself: where it is, once it is written.
     pub path: PathBuf,
     /// How many times each part of the text is seen per epoch: 1 is once, 0.5 every second epoch.
     pub weight: f64,
     /// For a data set on the hub: the commit that its files were fetched from.
     pub commit: Option<String>,
+    /// For text that the model writes itself: what was asked for.
+    pub own: Option<OwnText>,
 }
 
 impl DataSource {
     /// A file, a folder of files or a pattern for the names of files, each part of it once per epoch.
     pub fn local(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), weight: 1.0, commit: None }
+        Self { path: path.into(), weight: 1.0, commit: None, own: None }
     }
 
     /// Its name for messages and reports: a data set on the hub with its commit.
     pub fn name(&self) -> String {
         match (hub::address(&self.path), &self.commit) {
             (Some(Ok(set)), Some(commit)) => DataSet { revision: commit.clone(), ..set }.to_string(),
+            _ if self.own.is_some() => format!("{} (written by the model itself)", self.path.display()),
             _ => self.path.display().to_string(),
         }
+    }
+
+    /// The text among `sources` that the model is to write itself, if there is one.
+    ///
+    /// # Errors
+    /// Two of them.
+    pub fn own_among(sources: &[Self]) -> Result<Option<OwnText>> {
+        let mut found = sources.iter().filter_map(|source| source.own);
+        let first = found.next();
+        ensure!(found.next().is_none(), "--data {}: given twice; the model writes one text", OwnText::NAME);
+        Ok(first)
+    }
+
+    /// Parses `PATH[:WEIGHT]` where no model is there to write text itself.
+    ///
+    /// # Errors
+    /// Those of parsing; text that the model is to write itself.
+    pub fn of_files(argument: &str) -> Result<Self> {
+        let source: Self = argument.parse()?;
+        ensure!(
+            source.own.is_none(),
+            "only `run`, `compare` and `finetune` let the model write text, as --data to train on: give a file here (one of \
+             this name is ./{argument})"
+        );
+        Ok(source)
     }
 
     /// Fetches the files of a data set on the hub; files here need nothing. A run that goes on reads the commit that it
@@ -65,6 +95,10 @@ impl DataSource {
             let set = set?;
             let commit = self.commit.as_ref().with_context(|| format!("{set}: was not fetched yet"))?;
             return set.fetched(commit, &hub::wanted(&set)?);
+        }
+        if self.own.is_some() {
+            ensure!(self.path.is_file(), "{}: the model's own text was not written yet", self.path.display());
+            return Ok(vec![self.path.clone()]);
         }
         let (path, place) = (&self.path, self.path.display());
         let pattern = path.to_str().filter(|name| name.contains(['*', '?', '[']));
@@ -105,9 +139,12 @@ impl DataSource {
 impl FromStr for DataSource {
     type Err = Error;
 
-    /// Parses `PATH[:WEIGHT]`; a file whose whole name contains a colon is taken as it is.
+    /// Parses `PATH[:WEIGHT]`, or what [`OwnText`] takes; a file whose whole name contains a colon is taken as it is.
     fn from_str(argument: &str) -> Result<Self> {
         ensure!(!argument.is_empty(), "expected PATH[:WEIGHT], found nothing");
+        if let Some(own) = OwnText::asked(argument) {
+            return Ok(Self { own: Some(own?), ..Self::local(OwnText::NAME) });
+        }
         let whole = Self::local(argument);
         if whole.path.exists() {
             return Ok(whole);

@@ -85,6 +85,16 @@ impl Texts {
         self.framing
     }
 
+    /// The model's chat template, if it has one.
+    pub fn chat(&self) -> Option<&ChatTemplate> {
+        self.format.chat.as_ref()
+    }
+
+    /// The model's `max_position_embeddings`.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
     /// Refuses tokens of the file at `path` that lie beyond the embedding.
     fn check_embedded(&self, path: &Path, tokens: &[u32]) -> Result<()> {
         let Some(token) = tokens.iter().find(|token| **token as usize >= self.vocab_size) else {
@@ -117,9 +127,11 @@ impl Texts {
                 logged.set(percent);
             }
         };
+        // text of the model's own has its fields whatever those of other text are called
+        let field = self.format.field.clone().filter(|_| source.own.is_none());
         let cache = TokenCache::open_or_build(
             source,
-            &self.format,
+            &TextFormat { field, ..self.format.clone() },
             &self.tokenizer,
             self.framing,
             &self.cache_dir,

@@ -12,15 +12,16 @@ use anyhow::{Context, Result, bail, ensure};
 use dynamoe_model::checkpoint::write_atomic;
 use dynamoe_model::{Checkpoint, RoutedModel};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::lab::Lab;
 use super::lock::OutputLock;
+use super::own_text::write_own_text;
 use super::recipe::{Publication, Recipe, Start, TrainJob, Training, write_model};
 use super::run::model_name;
 use super::table::{Cell, Table};
-use crate::data::{Batches, PaddedBatch, calibration_batches};
+use crate::data::{Batches, OwnText, PaddedBatch, calibration_batches};
 use crate::evaluate::curve::oracle_curve;
 use crate::report::results::Curve;
 use crate::train::TrainModel;
@@ -136,7 +137,46 @@ fn check_memory(lab: &Lab<'_>, variants: &[Variant]) -> Result<()> {
 ///
 /// # Errors
 /// Those of the stages; settings that do not fit the model, before anything is trained.
-pub fn compare(lab: &Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Option<Table>> {
+pub fn compare(lab: &mut Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Option<Table>> {
+    check(lab, comparison)?;
+    let mut lock = None;
+    if let Some(plan) = &lab.own_text {
+        let settings = json!({ "plan": plan, "model": lab.model.fingerprint()? });
+        let name = key(OwnText::NAME, plan.seed, &settings);
+        lock = prepare(out, lab)?;
+        write_own_text(lab, None, &out.join(name + ".jsonl"))?;
+    }
+    let longest = comparison.variants.iter().map(|v| v.recipe.train.sequence_length).max();
+    let held_out = lab.held_out(longest.unwrap_or(256), comparison.eval_tokens)?;
+    let _lock = if lab.own_text.is_some() { lock } else { prepare(out, lab)? };
+    let bench = Bench { lab, comparison, held_out, out };
+    let (mut cells, mut table) = (Vec::new(), None);
+    for &seed in &comparison.seeds {
+        for variant in &comparison.variants {
+            let Some(cell) = bench.cell(variant, seed)? else { return Ok(None) };
+            cells.push(cell);
+            let new = Table::new(&cells, &comparison.widths);
+            bench.lab.ranks.first(|| new.write(out, &model_name(&bench.lab.inputs.model)))?;
+            table = Some(new);
+        }
+    }
+    table.context("nothing to compare: expected at least one variant and one seed").map(Some)
+}
+
+/// Makes the output folder and locks it; only the first rank takes the lock.
+fn prepare(out: &Path, lab: &Lab<'_>) -> Result<Option<OutputLock>> {
+    let mut lock = None;
+    lab.ranks.first(|| {
+        fs::create_dir_all(out)
+            .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
+        lock = Some(OutputLock::take(out, out)?);
+        Ok(())
+    })?;
+    Ok(lock)
+}
+
+/// Refuses settings that do not fit the model.
+fn check(lab: &Lab<'_>, comparison: &Comparison) -> Result<()> {
     let config = lab.model.config();
     ensure!(config.dynamoe.is_none(), "{}: a DynaMoE checkpoint; give a dense one", lab.inputs.model);
     for variant in &comparison.variants {
@@ -148,27 +188,7 @@ pub fn compare(lab: &Lab<'_>, comparison: &Comparison, out: &Path) -> Result<Opt
         let known = comparison.variants.iter().any(|variant| routed(&variant));
         ensure!(known, "--oracle {name:?}: expected the name of a variant with a router");
     }
-    let longest = comparison.variants.iter().map(|v| v.recipe.train.sequence_length).max();
-    let held_out = lab.held_out(longest.unwrap_or(256), comparison.eval_tokens)?;
-    let mut _lock = None;
-    lab.ranks.first(|| {
-        fs::create_dir_all(out)
-            .with_context(|| format!("{}: the output folder cannot be created there", out.display()))?;
-        _lock = Some(OutputLock::take(out, out)?);
-        Ok(())
-    })?;
-    let bench = Bench { lab, comparison, held_out, out };
-    let (mut cells, mut table) = (Vec::new(), None);
-    for &seed in &comparison.seeds {
-        for variant in &comparison.variants {
-            let Some(cell) = bench.cell(variant, seed)? else { return Ok(None) };
-            cells.push(cell);
-            let new = Table::new(&cells, &comparison.widths);
-            lab.ranks.first(|| new.write(out, &model_name(&lab.inputs.model)))?;
-            table = Some(new);
-        }
-    }
-    table.context("nothing to compare: expected at least one variant and one seed").map(Some)
+    Ok(())
 }
 
 impl Bench<'_> {

@@ -8,11 +8,12 @@ use dynamoe_model::{Checkpoint, RoutedModel, hub};
 use serde_json::{Value, json};
 
 use crate::data::{
-    Batches, CALIBRATION_TOKENS, DataSource, PaddedBatch, SampleShape, Split, TEXT_FIELD, TextOptions, Texts,
-    calibration_batches, subsample,
+    Batches, CALIBRATION_TOKENS, DataSource, OwnText, PaddedBatch, SampleShape, Split, TEXT_FIELD,
+    TextOptions, Texts, calibration_batches, subsample,
 };
 use crate::ranks::Ranks;
 use crate::train::{Stop, TrainConfig};
+use crate::writing::{self, Plan};
 
 /// The text on which results are measured.
 #[derive(Debug, Clone)]
@@ -70,7 +71,8 @@ impl Inputs {
 
     /// The files that are read: texts, and a model in one file.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        let texts = self.data.iter().chain(self.held_out.files()).map(|source| source.path.as_path());
+        let sources = self.data.iter().chain(self.held_out.files()).filter(|source| source.own.is_none());
+        let texts = sources.map(|source| source.path.as_path());
         texts.chain(Some(Path::new(&self.model)).filter(|model| model.is_file()))
     }
 }
@@ -91,6 +93,8 @@ pub struct Lab<'a> {
     pub ranks: &'a dyn Ranks,
     /// Where TensorBoard reads how trainings go; none for nowhere.
     pub tensorboard: Option<PathBuf>,
+    /// The text that the model is to write itself; none for no such text.
+    pub own_text: Option<Plan>,
 }
 
 impl<'a> Lab<'a> {
@@ -109,7 +113,28 @@ impl<'a> Lab<'a> {
         if named.any(|id| Some(id) != first) {
             model.set_closing_token(texts.framing().closing);
         }
-        Ok(Self { inputs, model, texts, device, stop, ranks, tensorboard: None })
+        Ok(Self { inputs, model, texts, device, stop, ranks, tensorboard: None, own_text: None })
+    }
+
+    /// Plans the text that the model is to write itself, if the inputs name such text, for a training with these settings.
+    ///
+    /// # Errors
+    /// Two such texts; a model that cannot be trained; those of [`writing::plan`].
+    pub fn plan_own_text(&mut self, train: &TrainConfig) -> Result<()> {
+        let Some(own) = DataSource::own_among(&self.inputs.data)? else { return Ok(()) };
+        let config = self.model.config();
+        // before hours are spent on its text
+        config.refuse_biases("training")?;
+        let answers_only = self.inputs.text.format.mask_prompt;
+        let plan = writing::plan(own, train, answers_only, &self.texts, config)?;
+        if let HeldOut::Tail = self.inputs.held_out {
+            tracing::warn!(
+                "without --valid, results are measured on the model's own text too: they say how near the result is to the \
+                 dense model, not how good it is on text of yours"
+            );
+        }
+        self.own_text = Some(plan);
+        Ok(())
     }
 
     /// The training batches of a recipe.
@@ -154,7 +179,7 @@ impl<'a> Lab<'a> {
     /// # Errors
     /// A file that cannot be read.
     pub fn settings(&self) -> Result<Value> {
-        Ok(json!({
+        let mut settings = json!({
             "model": self.model.fingerprint()?,
             "data": describe_sources(&self.inputs.data)?,
             "valid": describe_sources(self.inputs.held_out.files())?,
@@ -162,7 +187,11 @@ impl<'a> Lab<'a> {
             "field": self.inputs.text.format.field.as_deref().unwrap_or(TEXT_FIELD),
             "mask-prompt": self.inputs.text.format.mask_prompt,
             "closing-token": self.texts.framing().closing,
-        }))
+        });
+        if let Some(plan) = &self.own_text {
+            settings[OwnText::NAME] = serde_json::to_value(plan)?;
+        }
+        Ok(settings)
     }
 }
 
@@ -172,6 +201,9 @@ impl<'a> Lab<'a> {
 /// A file that cannot be read.
 pub fn describe_sources(sources: &[DataSource]) -> Result<Value> {
     let describe = |source: &DataSource| -> Result<Value> {
+        if source.own.is_some() {
+            return Ok(json!({ "path": OwnText::NAME, "weight": source.weight }));
+        }
         let path = source.path.display().to_string();
         let commit = source.commit.as_deref();
         Ok(json!({ "path": path, "weight": source.weight, "bytes": source.bytes()?, "commit": commit }))

@@ -212,6 +212,14 @@ impl Recipe {
         })
     }
 
+    /// Refuses a checkpoint that the method cannot train.
+    ///
+    /// # Errors
+    /// A dense model, where the method needs a converted one.
+    pub fn check_source(&self, source: &Checkpoint) -> Result<()> {
+        self.trained_config(source).map(drop)
+    }
+
     /// The configuration in which the method trains `source`: with its router, or with static routing.
     fn trained_config(&self, source: &Checkpoint) -> Result<ModelConfig> {
         let mut config = source.config().clone();

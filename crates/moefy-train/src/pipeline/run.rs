@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::folder::RunFolder;
 use super::lab::Lab;
+use super::own_text::{OWN_TEXT, write_own_text};
 use super::recipe::{Publication, Recipe, Start, TrainJob, Training};
 use crate::data::{Batches, DataSource, PaddedBatch, Pairs};
 use crate::evaluate::cost::Cost;
@@ -45,7 +46,14 @@ pub struct ReportOptions {
     pub pairs: Option<PathBuf>,
 }
 
-/// A run, its inputs opened and checked before anything is written.
+/// A run that was checked, before its text is read.
+pub struct PlannedRun<'a> {
+    lab: Lab<'a>,
+    recipe: Recipe,
+    options: ReportOptions,
+}
+
+/// A run, its inputs opened and checked.
 pub struct Run<'a> {
     lab: Lab<'a>,
     recipe: Recipe,
@@ -56,12 +64,12 @@ pub struct Run<'a> {
     pairs: Option<Pairs>,
 }
 
-impl<'a> Run<'a> {
-    /// Reads all that the run needs.
+impl<'a> PlannedRun<'a> {
+    /// Checks the settings against the model.
     ///
     /// # Errors
-    /// What is missing, broken or does not fit; settings that contradict the model.
-    pub fn prepare(lab: Lab<'a>, recipe: Recipe, options: ReportOptions) -> Result<Self> {
+    /// Settings that contradict each other or the model; too little memory.
+    pub fn new(lab: Lab<'a>, recipe: Recipe, options: ReportOptions) -> Result<Self> {
         recipe.train.validate()?;
         recipe.train.set_precision(lab.device)?;
         ensure!(
@@ -71,11 +79,7 @@ impl<'a> Run<'a> {
         );
         recipe.validate(lab.model.config())?;
         recipe.check_memory(&Start::of(&lab))?;
-        let batches = lab.batches(&recipe.train)?;
-        let held_out = lab.held_out(recipe.train.sequence_length, options.eval_tokens)?;
-        let pairs = options.pairs.as_deref().map(|path| lab.texts.pairs(path)).transpose()?;
-        let calibration = Lab::calibration(&batches);
-        Ok(Self { lab, recipe, options, batches, held_out, calibration, pairs })
+        Ok(Self { lab, recipe, options })
     }
 
     /// The folder of the dense model.
@@ -94,6 +98,35 @@ impl<'a> Run<'a> {
         Ok(settings)
     }
 
+    /// Whether the model has to write text before it can be read.
+    pub fn writes_text(&self) -> bool {
+        self.lab.own_text.is_some()
+    }
+
+    /// Lets the model write the text that is planned into the folder of the run.
+    ///
+    /// # Errors
+    /// Those of [`write_own_text`].
+    pub fn write_text(&mut self, folder: &RunFolder<'_>) -> Result<()> {
+        write_own_text(&mut self.lab, None, &folder.training(OWN_TEXT))
+    }
+
+    /// Reads all that the run needs.
+    ///
+    /// # Errors
+    /// What is missing, broken or does not fit.
+    pub fn read(self) -> Result<Run<'a>> {
+        let Self { lab, recipe, options } = self;
+        recipe.train.set_precision(lab.device)?; // text may have been written since it was checked
+        let batches = lab.batches(&recipe.train)?;
+        let held_out = lab.held_out(recipe.train.sequence_length, options.eval_tokens)?;
+        let pairs = options.pairs.as_deref().map(|path| lab.texts.pairs(path)).transpose()?;
+        let calibration = Lab::calibration(&batches);
+        Ok(Run { lab, recipe, options, batches, held_out, calibration, pairs })
+    }
+}
+
+impl Run<'_> {
     /// Runs all stages. A stage whose result is in the folder already is not repeated.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ mod lab;
 mod mask;
 mod memory;
 mod output;
+mod own_text;
 mod precision;
 mod resume;
 mod run;
