@@ -6,8 +6,8 @@
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        // Blocks of any size come from one heap, which does not shrink: those mapped by themselves (the threshold cannot be
-        // raised above 32 MiB) and the heaps of other threads (64 MiB each) would be unmapped when they are freed.
+        // Blocks of any size come from one heap, which does not shrink. Other threads' heaps of 64 MiB, and larger blocks of
+        // theirs, which are mapped by themselves whatever the threshold, would be unmapped when they are freed.
         let settings =
             [(libc::M_MMAP_MAX, 0), (libc::M_ARENA_MAX, 1), (libc::M_TRIM_THRESHOLD, libc::c_int::MAX)];
         for (parameter, value) in settings {
