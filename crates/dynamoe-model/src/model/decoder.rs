@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
 use super::RoutedModel;
-use crate::ops::{AttentionShape, Norm, Rotary, SelfAttention, rms_norm, rope, softcap};
+use crate::ops::{AttentionShape, Rotary, SelfAttention, softcap};
 
 /// Sequences in the making.
 #[derive(Debug)]
@@ -117,13 +117,7 @@ impl Cache {
         shape: AttentionShape,
     ) -> Result<Tensor> {
         let AttentionShape { sequences, positions, heads, kv_heads, head_dim, window, scale, cap } = shape;
-        let normed = rms_norm(x, &attention.norm, attention.norms)?;
-        let mut q = head_norm(attention.q.forward(&normed)?, attention.q_norm.as_ref(), attention.norms)?;
-        let mut k = head_norm(attention.k.forward(&normed)?, attention.k_norm.as_ref(), attention.norms)?;
-        if let Some(rotary) = rotary {
-            (q, k) = (rope(&q, rotary)?, rope(&k, rotary)?);
-        }
-        let v = attention.v.forward(&normed)?;
+        let [q, k, v] = attention.project(x, rotary)?;
         for (kept, new) in [(&self.keys, k), (&self.values, v)] {
             kept.slice_set(&new.reshape((sequences, kv_heads, 1, head_dim))?, 2, positions - 1)?;
         }
@@ -133,8 +127,7 @@ impl Cache {
         let q = (q.reshape((sequences, kv_heads, heads / kv_heads, head_dim))? * f64::from(scale))?;
         let scores = softcap(q.matmul(&seen(&self.keys)?.t()?)?, cap)?; // (B, K, H / K, seen)
         let o = softmax_last_dim(&scores)?.matmul(&seen(&self.values)?)?; // (B, K, H / K, d)
-        let y = attention.o.forward(&o.reshape((sequences, heads * head_dim))?)?;
-        if attention.residual { x + y } else { Ok(y) }
+        attention.output(x, &o.reshape((sequences, heads * head_dim))?)
     }
 }
 
@@ -142,10 +135,4 @@ impl Cache {
 fn at(rotary: &Rotary, position: usize) -> Result<Rotary> {
     let row = |table: &Tensor| table.narrow(0, position, 1)?.contiguous();
     Ok(Rotary { cos: row(&rotary.cos)?, sin: row(&rotary.sin)? })
-}
-
-/// Norms each head of `x (N, heads·d)` with the weights `w (d)`, if there are any.
-fn head_norm(x: Tensor, w: Option<&Tensor>, norm: Norm) -> Result<Tensor> {
-    let Some(w) = w else { return Ok(x) };
-    rms_norm(&x.reshape(((), w.dim(0)?))?, w, norm)?.reshape(x.shape())
 }

@@ -114,14 +114,24 @@ impl SelfAttention {
         rotary: Option<&Rotary>,
         shape: AttentionShape,
     ) -> Result<Tensor> {
+        let [q, k, v] = self.project(x, rotary)?;
+        self.output(x, &attention(&q, &k, &v, shape)?)
+    }
+
+    /// What attention reads of `x (N, D)`: queries `(N, H·d)` and keys `(N, K·d)`, normed and turned, and values `(N, K·d)`.
+    pub(crate) fn project(&self, x: &Tensor, rotary: Option<&Rotary>) -> Result<[Tensor; 3]> {
         let normed = rms_norm(x, &self.norm, self.norms)?;
-        let mut q = head_norm(self.q.forward(&normed)?, self.q_norm.as_ref(), self.norms)?; // (N, H·d)
-        let mut k = head_norm(self.k.forward(&normed)?, self.k_norm.as_ref(), self.norms)?; // (N, K·d)
+        let mut q = head_norm(self.q.forward(&normed)?, self.q_norm.as_ref(), self.norms)?;
+        let mut k = head_norm(self.k.forward(&normed)?, self.k_norm.as_ref(), self.norms)?;
         if let Some(rotary) = rotary {
             (q, k) = (rope(&q, rotary)?, rope(&k, rotary)?);
         }
-        let v = self.v.forward(&normed)?; // (N, K·d)
-        let y = self.o.forward(&attention(&q, &k, &v, shape)?)?;
+        Ok([q, k, self.v.forward(&normed)?])
+    }
+
+    /// What the sublayer puts out for `x (N, D)` and attention's result `o (N, H·d)`: `(N, D)`.
+    pub(crate) fn output(&self, x: &Tensor, o: &Tensor) -> Result<Tensor> {
+        let y = self.o.forward(o)?;
         if self.residual { x + y } else { Ok(y) }
     }
 
