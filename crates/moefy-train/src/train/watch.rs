@@ -35,13 +35,18 @@ impl Watch {
         let taken = config.steps() * config.accumulation() as u64;
         let count = (TOKENS / (config.micro_batch() * config.sequence_length)).max(1) as u64;
         let batches: Vec<Batch> = (taken..taken + count).map(|number| batches.batch(number)).collect();
-        let start = Losses::of(model, &batches)?;
+        let start = Losses { widest: widest(model, &batches)?, narrowest: narrowest(model, &batches)? };
         Ok(Self { batches, start })
     }
 
     /// Tells the losses of `model` after `step` steps, and warns of one that has risen.
     pub(super) fn check(&self, model: &TrainModel, config: &TrainConfig, step: u64) -> Result<()> {
-        let now = Losses::of(model, &self.batches)?;
+        // where dense weights stay as they are, full width does
+        let dense = config.train == Trained::All;
+        let now = Losses {
+            widest: if dense { widest(model, &self.batches)? } else { self.start.widest.clone() },
+            narrowest: narrowest(model, &self.batches)?,
+        };
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len().max(1) as f64;
         let told = |now: &[f64], start: &[f64]| format!("{:.3} (at first {:.3})", mean(now), mean(start));
         tracing::info!(
@@ -50,8 +55,9 @@ impl Watch {
             told(&now.narrowest, &self.start.narrowest)
         );
         if has_risen(&self.start.widest, &now.widest) {
-            let instead = if config.train == Trained::All { ", or --train added" } else { "" };
-            tracing::warn!("the loss at full width has risen: a smaller --lr{instead} would keep it");
+            tracing::warn!(
+                "the loss at full width has risen: a smaller --lr, or --train added would keep it"
+            );
         } else if has_risen(&self.start.narrowest, &now.narrowest) {
             tracing::warn!("the loss of the narrowest expert has risen: try a smaller --lr");
         }
@@ -59,16 +65,18 @@ impl Watch {
     }
 }
 
-impl Losses {
-    fn of(model: &TrainModel, batches: &[Batch]) -> Result<Self> {
-        let mut losses = Self { widest: Vec::new(), narrowest: Vec::new() };
-        let last = model.config().expert_widths().len() - 1;
-        for batch in batches {
-            losses.widest.extend(losses_of(model, batch, last)?);
-            losses.narrowest.extend(losses_of(model, batch, 0)?);
-        }
-        Ok(losses)
-    }
+fn widest(model: &TrainModel, batches: &[Batch]) -> Result<Vec<f64>> {
+    through(model, batches, model.config().expert_widths().len() - 1)
+}
+
+fn narrowest(model: &TrainModel, batches: &[Batch]) -> Result<Vec<f64>> {
+    through(model, batches, 0)
+}
+
+/// The losses of the batches' tokens that count, all of them through the same expert.
+fn through(model: &TrainModel, batches: &[Batch], expert: usize) -> Result<Vec<f64>> {
+    let losses = batches.iter().map(|batch| losses_of(model, batch, expert)).collect::<Result<Vec<_>>>()?;
+    Ok(losses.concat())
 }
 
 /// The losses of a batch's tokens that count, all of them through the same expert. Layers run one by one, so that it takes no
