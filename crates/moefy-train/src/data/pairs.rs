@@ -91,11 +91,11 @@ impl Pairs {
         let mut by_field: BTreeMap<String, (usize, usize)> = BTreeMap::new();
         let mut right = Vec::with_capacity(self.len());
         for (pair, field) in log_likelihoods.chunks_exact(2).zip(&self.fields) {
-            right.push(pair[0] > pair[1]);
-            let hit = usize::from(pair[0] > pair[1]);
+            let hit = pair[0] > pair[1];
+            right.push(hit);
             if !field.is_empty() {
                 let counts = by_field.entry(field.clone()).or_default();
-                *counts = (counts.0 + hit, counts.1 + 1);
+                *counts = (counts.0 + usize::from(hit), counts.1 + 1);
             }
         }
         let pairs = self.len();
